@@ -1,0 +1,35 @@
+//! Where the proxy's listening sockets are kept.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::address::Address;
+
+/// How many listeners are remembered per port. A port has several when the proxy uses
+/// `SO_REUSEPORT` or one socket per family; the kernel spreads connections over the whole
+/// reuseport group whichever member is chosen, so any living one is enough.
+pub const LISTENER_SLOTS: u16 = 8;
+
+/// Key of `LISTENERS`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct ListenerKey {
+    /// Network namespace cookie.
+    pub netns_cookie: u64,
+    /// The port listened on, host order.
+    pub port: u16,
+    /// `0..LISTENER_SLOTS`.
+    pub slot: u16,
+    /// Padding, zero.
+    pub _pad: u32,
+}
+
+crate::assert_size!(ListenerKey, 16);
+
+/// Would iptables REDIRECT to `target` have reached a listener bound to `bound`?
+///
+/// REDIRECT changes the destination address, and the socket look-up that follows is by address: a
+/// wildcard listener is always found, another one only if it is bound to that very address.
+#[inline(always)]
+pub fn listener_serves(bound: &Address, target: &Address) -> bool {
+    bound.is_unspecified() || *bound == *target
+}

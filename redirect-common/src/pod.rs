@@ -1,0 +1,104 @@
+//! A pod's settings: one map value, replaced whole, so that a reader sees the old or the new one.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::address::Address;
+use crate::lists::List;
+
+/// How many proxy UIDs, and how many GIDs, a pod may have.
+pub const MAX_PROXY_IDS: usize = 16;
+/// How many owner groups a pod may have: Istio's own limit.
+pub const MAX_OWNER_GROUPS: usize = 64;
+
+/// IPv6 is captured. IPv4 always is.
+pub const FLAG_IPV6: u32 = 1 << 0;
+/// `-i '*'`.
+pub const FLAG_OUTBOUND_ALL: u32 = 1 << 1;
+/// `-b '*'`.
+pub const FLAG_INBOUND_ALL: u32 = 1 << 2;
+/// `-i` names a loopback CIDR: Istio then leaves out the rules that pass pod-local traffic.
+pub const FLAG_LOOPBACK_INCLUDED: u32 = 1 << 3;
+/// [`PodConfig::groups`] are those captured; without it, those not captured.
+pub const FLAG_GROUPS_INCLUDE: u32 = 1 << 4;
+
+/// A range of kernel user or group ids, both ends included.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct IdRange {
+    /// Lowest id.
+    pub first: u32,
+    /// Highest id.
+    pub last: u32,
+}
+
+impl IdRange {
+    /// True if the id lies in the range.
+    #[inline(always)]
+    pub const fn contains(&self, id: u32) -> bool {
+        self.first <= id && id <= self.last
+    }
+}
+
+/// Value of `PODS`, keyed by network namespace cookie.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct PodConfig {
+    /// Which lists in `LISTS` are this pod's; pods with equal lists share them.
+    pub policy: u64,
+    /// `FLAG_` bits.
+    pub flags: u32,
+    /// [`List::bit`] of every list that is not empty.
+    pub lists: u32,
+    /// `-p`, host order.
+    pub outbound_port: u16,
+    /// `-z`, host order.
+    pub inbound_port: u16,
+    /// `-e`, host order.
+    pub tunnel_port: u16,
+    /// Padding, zero.
+    pub _pad: u16,
+    /// Loopback CIDR: IPv4 network in network order.
+    pub loopback_be: u32,
+    /// Loopback CIDR: mask in network order.
+    pub loopback_mask_be: u32,
+    /// Used entries of `proxy_uids`.
+    pub proxy_uid_count: u32,
+    /// Used entries of `proxy_gids`.
+    pub proxy_gid_count: u32,
+    /// Used entries of `groups`.
+    pub group_count: u32,
+    /// Padding, zero.
+    pub _pad2: u32,
+    /// `-u`, in the order given: it matters.
+    pub proxy_uids: [IdRange; MAX_PROXY_IDS],
+    /// `-g`, in the order given: it matters.
+    pub proxy_gids: [IdRange; MAX_PROXY_IDS],
+    /// Owner groups.
+    pub groups: [IdRange; MAX_OWNER_GROUPS],
+}
+
+crate::assert_size!(PodConfig, 816);
+
+impl PodConfig {
+    /// Tests a `FLAG_`.
+    #[inline(always)]
+    pub const fn has(&self, flag: u32) -> bool {
+        self.flags & flag != 0
+    }
+
+    /// True if the list has entries.
+    #[inline(always)]
+    pub const fn lists_any(&self, list: List) -> bool {
+        self.lists & list.bit() != 0
+    }
+
+    /// `L` of the rules: the loopback CIDR for IPv4, `::1` for IPv6.
+    #[inline(always)]
+    pub fn in_loopback_cidr(&self, address: &Address) -> bool {
+        if address.is_v4() {
+            address.v4_be() & self.loopback_mask_be == self.loopback_be
+        } else {
+            *address == address.loopback_of_family()
+        }
+    }
+}

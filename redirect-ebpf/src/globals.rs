@@ -1,0 +1,59 @@
+//! Read-only values that the loader sets before it loads the programs; the verifier then knows
+//! them as constants.
+
+use crate::ctx::read_global;
+
+/// Byte offsets of kernel structure members, from the running kernel's BTF.
+#[unsafe(no_mangle)]
+static OFFSET_SOCK_SOCKET: u32 = 0;
+#[unsafe(no_mangle)]
+static OFFSET_SOCKET_FILE: u32 = 0;
+#[unsafe(no_mangle)]
+static OFFSET_FILE_CRED: u32 = 0;
+#[unsafe(no_mangle)]
+static OFFSET_CRED_FSUID: u32 = 0;
+#[unsafe(no_mangle)]
+static OFFSET_CRED_FSGID: u32 = 0;
+
+/// 1 if `bpf_set_retval` is offered to `connect` programs.
+#[unsafe(no_mangle)]
+static HAS_SET_RETVAL: u32 = 0;
+
+/// The pod's network namespace: `sk_lookup` programs have no helper that tells it.
+#[unsafe(no_mangle)]
+static NETNS_COOKIE: u64 = 0;
+
+#[inline(always)]
+pub fn offset_sock_socket() -> u64 {
+    u64::from(read_global(&OFFSET_SOCK_SOCKET))
+}
+
+#[inline(always)]
+pub fn offset_socket_file() -> u64 {
+    u64::from(read_global(&OFFSET_SOCKET_FILE))
+}
+
+#[inline(always)]
+pub fn offset_file_cred() -> u64 {
+    u64::from(read_global(&OFFSET_FILE_CRED))
+}
+
+#[inline(always)]
+pub fn offset_cred_fsuid() -> u64 {
+    u64::from(read_global(&OFFSET_CRED_FSUID))
+}
+
+#[inline(always)]
+pub fn offset_cred_fsgid() -> u64 {
+    u64::from(read_global(&OFFSET_CRED_FSGID))
+}
+
+#[inline(always)]
+pub fn has_set_retval() -> bool {
+    read_global(&HAS_SET_RETVAL) != 0
+}
+
+#[inline(always)]
+pub fn netns_cookie() -> u64 {
+    read_global(&NETNS_COOKIE)
+}

@@ -1,0 +1,73 @@
+//! The eBPF programs: thin entry points, one per hook.
+#![no_std]
+#![no_main]
+
+mod connect;
+mod ctx;
+mod globals;
+mod listeners;
+mod maps;
+mod names;
+mod original_dst;
+mod owner;
+mod sk_lookup;
+mod sockops;
+
+use aya_ebpf::macros;
+use aya_ebpf::programs::{SkLookupContext, SockAddrContext, SockOpsContext, SockoptContext};
+
+use crate::ctx::{Family, SockAddr, SockLookup, SockOps, SockOpt};
+
+#[macros::cgroup_sock_addr(connect4)]
+fn redirect_connect4(ctx: SockAddrContext) -> i32 {
+    connect::connect(&SockAddr::new(ctx, Family::V4))
+}
+
+#[macros::cgroup_sock_addr(connect6)]
+fn redirect_connect6(ctx: SockAddrContext) -> i32 {
+    connect::connect(&SockAddr::new(ctx, Family::V6))
+}
+
+#[macros::cgroup_sock_addr(getpeername4)]
+fn redirect_getpeername4(ctx: SockAddrContext) -> i32 {
+    names::getpeername(&SockAddr::new(ctx, Family::V4))
+}
+
+#[macros::cgroup_sock_addr(getpeername6)]
+fn redirect_getpeername6(ctx: SockAddrContext) -> i32 {
+    names::getpeername(&SockAddr::new(ctx, Family::V6))
+}
+
+#[macros::cgroup_sock_addr(getsockname4)]
+fn redirect_getsockname4(ctx: SockAddrContext) -> i32 {
+    names::getsockname(&SockAddr::new(ctx, Family::V4))
+}
+
+#[macros::cgroup_sock_addr(getsockname6)]
+fn redirect_getsockname6(ctx: SockAddrContext) -> i32 {
+    names::getsockname(&SockAddr::new(ctx, Family::V6))
+}
+
+#[macros::cgroup_sockopt(getsockopt)]
+fn redirect_getsockopt(ctx: SockoptContext) -> i32 {
+    original_dst::getsockopt(&SockOpt::new(ctx))
+}
+
+#[macros::sock_ops]
+fn redirect_sockops(ctx: SockOpsContext) -> u32 {
+    sockops::sockops(&SockOps::new(ctx))
+}
+
+#[macros::sk_lookup]
+fn redirect_sk_lookup(ctx: SkLookupContext) -> u32 {
+    sk_lookup::sk_lookup(&SockLookup::new(ctx))
+}
+
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo) -> ! {
+    loop {}
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,122 @@
+//! Every map, and safe look-ups in them. All are pinned by name and shared by all pods.
+
+use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
+use aya_ebpf::btf_maps::SkStorage;
+use aya_ebpf::macros::{btf_map, map};
+use aya_ebpf::maps::lpm_trie::Key;
+use aya_ebpf::maps::{HashMap, LpmTrie, LruHashMap, PerCpuHashMap, SockHash};
+use redirect_common::address::Address;
+use redirect_common::connection::{FlowKey, Original, SocketState};
+use redirect_common::listener::ListenerKey;
+use redirect_common::lists::{LIST_PREFIX_BITS, List, ListKey, Lists};
+use redirect_common::pod::PodConfig;
+use redirect_common::record::Record;
+use redirect_common::route::{ROUTE_LOCAL, ROUTE_PREFIX_BITS, ROUTE_UNREACHABLE, RouteInfo, RouteKey};
+use redirect_common::verdict::{COUNTERS, Rule};
+
+use crate::ctx::{lru_get, map_get, map_get_mut};
+
+const ADDRESS_BITS: u32 = 128;
+
+/// Not preallocated: elements are then freed only after an RCU grace period, so a program never
+/// reads half of an old and half of a new policy.
+#[map]
+pub static PODS: HashMap<u64, PodConfig> = HashMap::pinned(4096, BPF_F_NO_PREALLOC);
+
+#[map]
+pub static COUNTS: PerCpuHashMap<u64, [u64; COUNTERS]> =
+    PerCpuHashMap::pinned(4096, BPF_F_NO_PREALLOC);
+
+#[map]
+pub static LISTS: LpmTrie<ListKey, u8> = LpmTrie::pinned(1 << 18, BPF_F_NO_PREALLOC);
+
+#[map]
+pub static ROUTES: LpmTrie<RouteKey, RouteInfo> = LpmTrie::pinned(1 << 18, BPF_F_NO_PREALLOC);
+
+/// Holds connections only from SYN to the end of the handshake. LRU, so that attempts that never
+/// end cannot fill it.
+#[map]
+pub static FLOWS: LruHashMap<FlowKey, Original> = LruHashMap::pinned(1 << 16, 0);
+
+#[map]
+pub static LISTENERS: SockHash<ListenerKey> = SockHash::pinned(1 << 16, 0);
+
+/// Never read here: the loader's notes, which live and die with the other maps.
+#[map]
+pub static RECORDS: HashMap<u64, Record> = HashMap::pinned(4096, BPF_F_NO_PREALLOC);
+
+#[btf_map]
+pub static SOCKETS: SkStorage<SocketState> = SkStorage::new();
+
+#[inline(always)]
+pub fn pod(netns_cookie: u64) -> Option<&'static PodConfig> {
+    map_get(&PODS, &netns_cookie)
+}
+
+#[inline(always)]
+pub fn route(netns_cookie: u64, destination: &Address) -> Option<&'static RouteInfo> {
+    let key = Key::new(
+        ROUTE_PREFIX_BITS + ADDRESS_BITS,
+        RouteKey::new(netns_cookie, *destination),
+    );
+    ROUTES
+        .get(key)
+        .filter(|route| route.flags & ROUTE_UNREACHABLE == 0)
+}
+
+/// True if the address is one of the pod's own.
+#[inline(always)]
+pub fn is_local(netns_cookie: u64, address: &Address) -> bool {
+    address.is_loopback()
+        || route(netns_cookie, address).is_some_and(|route| route.flags & ROUTE_LOCAL != 0)
+}
+
+/// Publishes a captured connection before its SYN leaves. False if there is no room.
+#[inline(always)]
+pub fn publish_flow(key: &FlowKey, original: &Original) -> bool {
+    FLOWS.insert(key, original, 0).is_ok()
+}
+
+#[inline(always)]
+pub fn flow(key: &FlowKey) -> Option<&'static Original> {
+    lru_get(&FLOWS, key)
+}
+
+/// Removes a flow that has been handed over, or never will be.
+#[inline(always)]
+pub fn take_flow(key: &FlowKey) {
+    // An error means that it has gone already.
+    let _ = FLOWS.remove(key);
+}
+
+/// Adds one to the rule's counter of the pod.
+#[inline(always)]
+pub fn count(netns_cookie: u64, rule: Rule) {
+    if let Some(counters) = map_get_mut(&COUNTS, &netns_cookie) {
+        counters[rule as usize] += 1;
+    }
+}
+
+/// The lists of one policy.
+pub struct PolicyLists {
+    pub policy: u64,
+}
+
+impl Lists for PolicyLists {
+    #[inline(always)]
+    fn has_port(&self, list: List, port: u16) -> bool {
+        contains(ListKey::port(self.policy, list, port))
+    }
+
+    #[inline(always)]
+    fn has_address(&self, list: List, address: &Address) -> bool {
+        contains(ListKey::address(self.policy, list, *address))
+    }
+}
+
+#[inline(always)]
+fn contains(key: ListKey) -> bool {
+    LISTS
+        .get(Key::new(LIST_PREFIX_BITS + ADDRESS_BITS, key))
+        .is_some()
+}

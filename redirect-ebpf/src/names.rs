@@ -1,0 +1,34 @@
+//! getpeername() and getsockname(): the addresses that iptables REDIRECT would show.
+
+use redirect_common::connection::{ROLE_ACCEPTED_INBOUND, ROLE_ACCEPTED_OUTBOUND, ROLE_CLIENT};
+
+use crate::ctx::SockAddr;
+
+const ALLOW: i32 = 1;
+
+/// To the application, its peer is the original destination.
+#[inline(always)]
+pub fn getpeername(ctx: &SockAddr) -> i32 {
+    if let Some(state) = ctx.sock().and_then(|sock| sock.state())
+        && state.role == ROLE_CLIENT
+    {
+        ctx.set_address(&state.original.destination);
+        ctx.set_port(state.original.port);
+    }
+    ALLOW
+}
+
+/// To the proxy, its own end is its listener: on loopback for what the pod sent, on the pod's
+/// address for what the pod got (`nf_nat_redirect.c`).
+#[inline(always)]
+pub fn getsockname(ctx: &SockAddr) -> i32 {
+    if let Some(state) = ctx.sock().and_then(|sock| sock.state()) {
+        if state.role == ROLE_ACCEPTED_OUTBOUND {
+            ctx.set_address(&ctx.address().loopback_of_family());
+            ctx.set_port(state.original.proxy_port);
+        } else if state.role == ROLE_ACCEPTED_INBOUND {
+            ctx.set_port(state.original.proxy_port);
+        }
+    }
+    ALLOW
+}

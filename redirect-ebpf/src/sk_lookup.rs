@@ -1,0 +1,72 @@
+//! sk_lookup: steers new connections to the proxy's listeners. Packets are not changed, and those
+//! of established connections never come here.
+
+use redirect_common::address::Address;
+use redirect_common::connection::{FlowKey, is_steered_port};
+use redirect_common::decide;
+use redirect_common::verdict::{Action, Rule};
+
+use crate::ctx::SockLookup;
+use crate::globals;
+use crate::listeners;
+use crate::maps::{self, PolicyLists};
+
+const PASS: u32 = 1;
+const DROP: u32 = 0;
+
+#[inline(always)]
+pub fn sk_lookup(ctx: &SockLookup) -> u32 {
+    if !ctx.is_tcp() {
+        return PASS;
+    }
+    let netns_cookie = globals::netns_cookie();
+    let (local, remote) = ctx.addresses();
+    // By address, not by interface: a connection to the pod's own address has the interface of that
+    // address, although it never left. The kernel drops such sources when they come from outside.
+    if maps::is_local(netns_cookie, &remote) {
+        if !is_steered_port(ctx.local_port()) {
+            return PASS;
+        }
+        let flow = FlowKey {
+            netns_cookie,
+            client: remote,
+            steered: local,
+            client_port: ctx.remote_port(),
+            steered_port: ctx.local_port(),
+            _pad: 0,
+        };
+        return match maps::flow(&flow) {
+            Some(original) => to_listener(
+                ctx,
+                netns_cookie,
+                original.proxy_port,
+                &local.loopback_of_family(),
+            ),
+            None => PASS,
+        };
+    }
+    let Some(pod) = maps::pod(netns_cookie) else {
+        return PASS;
+    };
+    let lists = PolicyLists { policy: pod.policy };
+    let rule = decide::inbound(pod, &lists, &local, ctx.local_port());
+    match rule.action() {
+        Action::CaptureInbound => to_listener(ctx, netns_cookie, pod.inbound_port, &local),
+        Action::Pass | Action::CaptureOutbound => PASS,
+    }
+}
+
+#[inline(always)]
+fn to_listener(
+    ctx: &SockLookup,
+    netns_cookie: u64,
+    port: u16,
+    target: &Address,
+) -> u32 {
+    if listeners::assign(ctx, netns_cookie, port, target) {
+        PASS
+    } else {
+        maps::count(netns_cookie, Rule::NoListener);
+        DROP
+    }
+}

@@ -1,0 +1,269 @@
+//! Attaching a pod: everything is prepared first, then one map update begins the capture.
+//!
+//! State is a difference of wanted against observed, so that attaching for the first time, changing
+//! the policy, upgrading and repairing after a kill are the same steps.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use anyhow::{Context, Result, bail};
+use redirect_common::listener::{LISTENER_SLOTS, ListenerKey};
+use redirect_common::pod::PodConfig;
+
+use crate::collect;
+use crate::detach;
+use crate::kernel;
+use crate::observe::cgroup::Cgroup;
+use crate::observe::identity::UserNamespace;
+use crate::observe::listeners::{Listeners, listeners};
+use crate::observe::netns::NetworkNamespace;
+use crate::observe::routes::{Family, first_global_family, routing_table};
+use crate::options::{Ipv6, Policy};
+use crate::pins::Pins;
+use crate::programs::{self, HOOKS, Programs, SK_LOOKUP, Side};
+use crate::record::{self, Notes};
+use crate::settings;
+use crate::sys::bpf;
+use crate::tables::Tables;
+
+/// What to attach.
+#[derive(Debug)]
+pub struct Request {
+    /// Whose connections are captured.
+    pub cgroup: Cgroup,
+    /// Where the proxy runs: the same cgroup (None), or one above it.
+    pub proxy_cgroup: Option<File>,
+    /// The network namespace of both.
+    pub netns: NetworkNamespace,
+    /// What is captured.
+    pub policy: Policy,
+}
+
+/// What came of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Capture has begun.
+    Attached,
+    /// The pod was attached; its policy, addresses or programs have changed.
+    Changed,
+    /// The pod was attached just so.
+    Unchanged,
+}
+
+/// Attaches, or brings what is attached up to date.
+pub fn attach(request: &Request) -> Result<Outcome> {
+    kernel::require()?;
+    let ipv6 = captures_ipv6(request)?;
+    let ids = UserNamespace::owning(&request.netns)?.id_map()?;
+    let config = settings::pod_config(&request.policy, ipv6, &ids)?;
+    let notes = Notes {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        build: programs::build_id(),
+        cgroup: request.cgroup.path().to_owned(),
+        netns: request.netns.name().to_owned(),
+        netns_cookie: request.netns.cookie()?,
+        netns_inode: request.netns.inode(),
+        ipv6,
+        policy: request.policy.clone(),
+    };
+    let record = notes.encode()?;
+
+    let pins = Pins::open()?;
+    let programs = Programs::open_or_load(&pins)?;
+    let tables = Tables::open(&pins)?;
+    collect::gone(&pins, &tables)?;
+    refuse_overlap(&tables, request, &notes, &config)?;
+
+    let cgroup_id = request.cgroup.id();
+    let known = pins.pod(cgroup_id).is_dir();
+    let steps = || -> Result<Outcome> {
+        let mut changed = false;
+        for (key, value) in settings::list_entries(&request.policy) {
+            tables.lists.set(&key, &value).context("writing LISTS")?;
+        }
+        changed |= sync_routes(&tables, &notes, request)?;
+        tables.counts.insert_zeroed(&notes.netns_cookie).context("writing COUNTS")?;
+        let found = find_listeners(&tables, request, &notes)?;
+        changed |= link(&pins, &tables, &programs, request, &notes)?;
+        let before = tables.pods.get(&notes.netns_cookie)?;
+        if Notes::read(&tables, cgroup_id).ok().flatten().as_ref() != Some(&notes) {
+            tables.records.set(&cgroup_id, &record).context("writing RECORDS")?;
+            changed = true;
+        }
+        if before != Some(config) {
+            tables.pods.set(&notes.netns_cookie, &config).context("writing PODS")?;
+            changed = true;
+            // A proxy may have begun to listen before its port was known to the sockops program.
+            find_listeners(&tables, request, &notes)?;
+        }
+        warn_about_listeners(&found, &request.policy);
+        Ok(match (known && before.is_some(), changed) {
+            (false, _) => Outcome::Attached,
+            (true, true) => Outcome::Changed,
+            (true, false) => Outcome::Unchanged,
+        })
+    };
+    match steps() {
+        Ok(outcome) => {
+            if outcome == Outcome::Changed {
+                bpf::wait_for_running_programs().context("membarrier")?;
+                collect::unused_lists(&tables)?;
+                collect::retire_programs(&pins, &tables)?;
+            }
+            Ok(outcome)
+        }
+        Err(error) => {
+            if !known {
+                // Best effort: the error that matters is the first one.
+                if let Err(undo) = detach::one(&pins, &tables, cgroup_id) {
+                    tracing::warn!("undoing the attachment: {undo:#}");
+                }
+            }
+            Err(error)
+        }
+    }
+}
+
+fn captures_ipv6(request: &Request) -> Result<bool> {
+    Ok(match request.policy.ipv6 {
+        Ipv6::On => true,
+        Ipv6::Off => false,
+        Ipv6::Auto => first_global_family(&request.netns, false)? == Family::V6,
+        Ipv6::DualStack => first_global_family(&request.netns, true)? == Family::V6,
+    })
+}
+
+/// A connection must meet each program once, and a network namespace has one policy.
+fn refuse_overlap(
+    tables: &Tables,
+    request: &Request,
+    notes: &Notes,
+    config: &PodConfig,
+) -> Result<()> {
+    for (cgroup_id, other) in record::all(tables)? {
+        if cgroup_id == request.cgroup.id() {
+            continue;
+        }
+        let (ours, theirs) = (request.cgroup.path(), other.cgroup.as_path());
+        if ours.starts_with(theirs) || theirs.starts_with(ours) {
+            bail!(
+                "--cgroup {}: overlaps {}, which is attached; detach that first",
+                ours.display(),
+                theirs.display()
+            );
+        }
+        if other.netns_cookie == notes.netns_cookie
+            && tables.pods.get(&notes.netns_cookie)?.is_some_and(|attached| attached != *config)
+        {
+            bail!(
+                "network namespace {} is captured with other options for cgroup {}; use the same or detach that first",
+                request.netns,
+                theirs.display()
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Writes the namespace's routes and removes those that have gone. True if anything changed.
+fn sync_routes(tables: &Tables, notes: &Notes, request: &Request) -> Result<bool> {
+    let wanted: HashMap<_, _> =
+        settings::route_entries(notes.netns_cookie, &routing_table(&request.netns)?)
+            .into_iter()
+            .collect();
+    let observed: HashSet<_> = detach::routes_of(tables, notes.netns_cookie)?
+        .into_iter()
+        .collect();
+    let mut changed = false;
+    for (key, info) in &wanted {
+        if !observed.contains(key) || tables.routes.get(key)? != Some(*info) {
+            tables.routes.set(key, info).context("writing ROUTES")?;
+            changed = true;
+        }
+    }
+    for key in observed.iter().filter(|key| !wanted.contains_key(key)) {
+        tables.routes.remove(key).context("writing ROUTES")?;
+        changed = true;
+    }
+    Ok(changed)
+}
+
+/// Finds the listeners that were there before the sockops program was, and hands them over.
+fn find_listeners(tables: &Tables, request: &Request, notes: &Notes) -> Result<Listeners> {
+    let ports = [request.policy.outbound_port, request.policy.inbound_port];
+    let found = listeners(&request.netns, &ports)?;
+    for port in ports.into_iter().collect::<HashSet<_>>() {
+        let on_port = found.found.iter().filter(|listener| listener.address.port() == port);
+        for (slot, listener) in (0..LISTENER_SLOTS).zip(on_port) {
+            let key = ListenerKey {
+                netns_cookie: notes.netns_cookie,
+                port,
+                slot,
+                _pad: 0,
+            };
+            let fd = listener.fd.as_raw_fd() as u32;
+            if let Err(error) = tables.listeners.set(&key, &fd) {
+                tracing::warn!("cannot hand over the listener {}: {error}", listener.address);
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn warn_about_listeners(found: &Listeners, policy: &Policy) {
+    for listener in &found.unreachable {
+        tracing::warn!(
+            "the listener on {} cannot be reached: until it is opened again, connections to it are refused",
+            listener.address
+        );
+    }
+    for (port, what) in [(policy.outbound_port, "outbound"), (policy.inbound_port, "inbound")] {
+        if !found.found.iter().any(|listener| listener.address.port() == port) {
+            tracing::info!("no proxy listens on port {port} yet: captured {what} connections are refused until one does");
+        }
+    }
+}
+
+/// Attaches the programs, or updates those of another build. True if anything changed.
+fn link(
+    pins: &Pins,
+    tables: &Tables,
+    programs: &Programs,
+    request: &Request,
+    notes: &Notes,
+) -> Result<bool> {
+    let directory = pins.pod(request.cgroup.id());
+    if directory.is_dir() {
+        let attached = Notes::read(tables, request.cgroup.id()).ok().flatten();
+        if attached.is_some_and(|attached| attached.build == notes.build) {
+            return Ok(false);
+        }
+        for (index, hook) in HOOKS.iter().enumerate() {
+            programs.update(index, &open_link(&directory.join(hook.name))?)?;
+        }
+        let lookup = open_link(&directory.join(SK_LOOKUP))?;
+        let program = programs::load_sk_lookup(pins, notes.netns_cookie)?;
+        bpf::link_update(lookup.as_fd(), program.as_fd()).context("updating link sk_lookup")?;
+        return Ok(true);
+    }
+    let staged = pins.stage()?;
+    let pin = |link: OwnedFd, name: &str| {
+        bpf::pin(link.as_fd(), &staged.join(name)).with_context(|| format!("pinning link {name}"))
+    };
+    let program = programs::load_sk_lookup(pins, notes.netns_cookie)?;
+    pin(programs::attach_sk_lookup(&program, &request.netns)?, SK_LOOKUP)?;
+    for (index, hook) in HOOKS.iter().enumerate() {
+        let cgroup = match (hook.side, &request.proxy_cgroup) {
+            (Side::Proxy, Some(proxy_cgroup)) => proxy_cgroup.as_fd(),
+            _ => request.cgroup.as_fd(),
+        };
+        pin(programs.attach(index, cgroup)?, hook.name)?;
+    }
+    pins.publish(&staged, &directory)?;
+    Ok(true)
+}
+
+fn open_link(path: &std::path::Path) -> Result<OwnedFd> {
+    bpf::open_pinned(path).with_context(|| format!("opening {}", path.display()))
+}

@@ -1,0 +1,199 @@
+//! The command line.
+
+mod table;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::attach::{self, Outcome, Request};
+use crate::observe::cgroup::Cgroup;
+use crate::observe::netns::NetworkNamespace;
+use crate::options::{CaptureFlags, OptionError, process_env};
+use crate::{detach, run, status};
+
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage or a refused value; \
+                          `run` ends with the command's own.";
+
+/// Captures a pod's TCP traffic for its proxy, as istio-iptables does, with eBPF.
+#[derive(Debug, Parser)]
+#[command(name = "redirect", version, after_help = EXIT_CODES)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Subcommands,
+}
+
+#[derive(Debug, Subcommand)]
+enum Subcommands {
+    /// Capture a pod's traffic, or change how it is captured; outlives this process
+    Attach(Box<AttachArgs>),
+    /// Let new connections of a pod go where they were meant to; established ones live on
+    Detach(DetachArgs),
+    /// Show what is attached and what it has done
+    Status(StatusArgs),
+    /// Run a command with its outbound TCP captured, until it ends
+    Run(Box<RunArgs>),
+}
+
+#[derive(Debug, Args)]
+struct AttachArgs {
+    /// The pod's cgroup: a directory below the cgroup2 mount
+    #[arg(long, value_name = "DIR", required_unless_present = "pid")]
+    cgroup: Option<PathBuf>,
+    /// The pod's network namespace, such as /run/netns/NAME
+    #[arg(long, value_name = "PATH", conflicts_with = "pid", required_unless_present = "pid")]
+    netns: Option<PathBuf>,
+    /// A process of the pod: its network namespace and, without --cgroup, its cgroup
+    #[arg(long, value_name = "PID")]
+    pid: Option<i32>,
+    #[command(flatten)]
+    capture: CaptureFlags,
+}
+
+#[derive(Debug, Args)]
+struct DetachArgs {
+    /// The pod's cgroup
+    #[arg(long, value_name = "DIR", conflicts_with = "all", required_unless_present = "all")]
+    cgroup: Option<PathBuf>,
+    /// Every pod of this machine
+    #[arg(long)]
+    all: bool,
+}
+
+#[derive(Debug, Args)]
+struct StatusArgs {
+    /// A table for people, or JSON for programs
+    #[arg(short, long, value_enum, default_value_t = Format::Table)]
+    output: Format,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Format {
+    Table,
+    Json,
+}
+
+#[derive(Debug, Args)]
+struct RunArgs {
+    #[command(flatten)]
+    capture: CaptureFlags,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    command: Vec<OsString>,
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match cli.execute() {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("redirect: {error:#}");
+            if error.is::<OptionError>() {
+                ExitCode::from(2)
+            } else {
+                ExitCode::FAILURE
+            }
+        }
+    }
+}
+
+impl Cli {
+    fn execute(self) -> Result<ExitCode> {
+        match self.command {
+            Subcommands::Attach(args) => args.execute(),
+            Subcommands::Detach(args) => args.execute(),
+            Subcommands::Status(args) => args.execute(),
+            Subcommands::Run(args) => args.execute(),
+        }
+    }
+}
+
+impl AttachArgs {
+    fn execute(self) -> Result<ExitCode> {
+        let policy = self.capture.validate(&process_env)?;
+        let netns = match (&self.netns, self.pid) {
+            (Some(path), _) => NetworkNamespace::open(path).context("--netns")?,
+            (None, Some(pid)) => NetworkNamespace::of_process(pid).context("--pid")?,
+            (None, None) => bail!("--netns: missing; give --netns PATH or --pid PID"),
+        };
+        if netns.is_host()? {
+            bail!(
+                "{}: this is the host's own network namespace; allowed are those of pods (for a single command, use `redirect run`)",
+                netns.name()
+            );
+        }
+        let cgroup = match (&self.cgroup, self.pid) {
+            (Some(path), _) => Cgroup::open(path).context("--cgroup")?,
+            (None, Some(pid)) => Cgroup::of_process(pid).context("--pid")?,
+            (None, None) => bail!("--cgroup: missing; give --cgroup DIR or --pid PID"),
+        };
+        if let Some(pid) = cgroup.outsiders(&netns)?.first() {
+            bail!(
+                "--cgroup {}: process {pid} in it is not in network namespace {}; give the cgroup and the namespace of one pod",
+                cgroup.path().display(),
+                netns.name()
+            );
+        }
+        let name = cgroup.path().display().to_string();
+        let outcome = attach::attach(&Request {
+            cgroup,
+            proxy_cgroup: None,
+            netns,
+            policy,
+        })?;
+        let what = match outcome {
+            Outcome::Attached => "attached",
+            Outcome::Changed => "changed",
+            Outcome::Unchanged => "unchanged",
+        };
+        println!("{what} {name}");
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl DetachArgs {
+    fn execute(self) -> Result<ExitCode> {
+        crate::kernel::require()?;
+        match self.cgroup {
+            Some(path) => {
+                let cgroup = Cgroup::open(&path).context("--cgroup")?;
+                if detach::detach(cgroup.id())? {
+                    println!("detached {}", cgroup.path().display());
+                } else {
+                    println!("not attached {}", cgroup.path().display());
+                }
+            }
+            None => println!("detached {} pods", detach::detach_all()?),
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl StatusArgs {
+    fn execute(self) -> Result<ExitCode> {
+        let status = status::status()?;
+        match self.output {
+            Format::Json => println!("{}", serde_json::to_string_pretty(&status)?),
+            Format::Table => table::print(&status)?,
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl RunArgs {
+    fn execute(self) -> Result<ExitCode> {
+        let policy = self.capture.validate(&process_env)?;
+        let status = run::run(policy, &self.command)?;
+        let code = status.code().unwrap_or(128 + signal(status));
+        Ok(ExitCode::from(code as u8))
+    }
+}
+
+fn signal(status: std::process::ExitStatus) -> i32 {
+    use std::os::unix::process::ExitStatusExt;
+    status.signal().unwrap_or(0)
+}

@@ -1,0 +1,89 @@
+//! `redirect status` for people.
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+
+use anyhow::Result;
+use comfy_table::{Table, presets};
+use owo_colors::OwoColorize;
+
+use crate::options::Policy;
+use crate::status::{Pod, Status};
+
+/// Prints to standard output, coloured on a terminal.
+pub fn print(status: &Status) -> Result<()> {
+    let mut out = anstream::stdout();
+    writeln!(out, "redirect {} (programs {})", status.version, status.build)?;
+    if status.pods.is_empty() {
+        writeln!(out, "no pod is attached")?;
+        return Ok(());
+    }
+    for pod in &status.pods {
+        writeln!(out)?;
+        writeln!(out, "{}", pod.cgroup.display().bold())?;
+        let mut table = Table::new();
+        table.load_preset(presets::NOTHING);
+        for (name, value) in rows(pod) {
+            table.add_row([format!("  {name}"), value]);
+        }
+        writeln!(out, "{table}")?;
+    }
+    Ok(())
+}
+
+fn rows(pod: &Pod) -> Vec<(&'static str, String)> {
+    let capture = if pod.capturing {
+        "on".green().to_string()
+    } else {
+        "interrupted: run `redirect attach` again".red().to_string()
+    };
+    let addresses = match pod.routes_current {
+        Some(true) => "current".to_owned(),
+        Some(false) => "changed since: run `redirect attach` again".yellow().to_string(),
+        None => "unknown: the namespace cannot be opened by that path".to_owned(),
+    };
+    let mut rows = vec![
+        ("capture", capture),
+        ("namespace", format!("{} (cookie {})", pod.netns, pod.netns_cookie)),
+        ("addresses", addresses),
+        ("ipv6", if pod.ipv6 { "captured" } else { "not captured" }.to_owned()),
+    ];
+    for (port, count) in &pod.listeners {
+        let value = match count {
+            0 => format!("{port}: {}", "no listener".yellow()),
+            1 => format!("{port}: 1 listener"),
+            count => format!("{port}: {count} listeners"),
+        };
+        rows.push(("proxy", value));
+    }
+    rows.push(("policy", policy(&pod.policy)));
+    rows.push(("attached by", format!("{} (programs {})", pod.version, pod.build)));
+    for (rule, count) in &pod.connections {
+        rows.push(("connections", format!("{count:>8}  {rule}")));
+    }
+    rows
+}
+
+/// As istio-iptables' flags; those that are empty are left out.
+fn policy(policy: &Policy) -> String {
+    let mut text = format!("-p {} -z {}", policy.outbound_port, policy.inbound_port);
+    let lists = [
+        ("-u", join(&policy.proxy_uids)),
+        ("-g", join(&policy.proxy_gids)),
+        ("-i", policy.include_outbound_cidrs.to_string()),
+        ("-x", join(&policy.exclude_outbound_cidrs)),
+        ("-q", join(&policy.include_outbound_ports)),
+        ("-o", join(&policy.exclude_outbound_ports)),
+        ("-b", policy.inbound_ports.to_string()),
+        ("-d", join(&policy.exclude_inbound_ports)),
+    ];
+    for (flag, list) in lists.iter().filter(|(_, list)| !list.is_empty()) {
+        let _ = write!(text, " {flag} {list}");
+    }
+    text
+}
+
+fn join(items: &[impl ToString]) -> String {
+    let items: Vec<String> = items.iter().map(ToString::to_string).collect();
+    items.join(",")
+}

@@ -1,0 +1,64 @@
+//! Collecting what nothing refers to any more: the kernel keeps a pinned link whose cgroup or
+//! network namespace has gone.
+
+use std::collections::HashSet;
+use std::os::fd::AsFd;
+
+use anyhow::{Context, Result};
+
+use crate::detach;
+use crate::pins::Pins;
+use crate::programs::{self, Programs, SK_LOOKUP};
+use crate::record;
+use crate::sys::bpf;
+use crate::tables::Tables;
+
+/// Removes pods whose cgroup or network namespace has gone, and notes without links.
+pub(crate) fn gone(pins: &Pins, tables: &Tables) -> Result<()> {
+    let linked = pins.pods()?;
+    for cgroup_id in &linked {
+        if is_gone(pins, *cgroup_id) {
+            detach::one(pins, tables, *cgroup_id)?;
+        }
+    }
+    for cgroup_id in tables.records.keys().context("reading RECORDS")? {
+        if !linked.contains(&cgroup_id) {
+            detach::one(pins, tables, cgroup_id)?;
+        }
+    }
+    Ok(())
+}
+
+/// True if the kernel has cut the links off, or they are incomplete.
+fn is_gone(pins: &Pins, cgroup_id: u64) -> bool {
+    let directory = pins.pod(cgroup_id);
+    let target = |name: &str| bpf::open_pinned(&directory.join(name));
+    let cgroup = target("connect4").and_then(|link| bpf::cgroup_link(link.as_fd()));
+    let netns = target(SK_LOOKUP).and_then(|link| bpf::netns_link(link.as_fd()));
+    !matches!((cgroup, netns), (Ok(cgroup), Ok(netns)) if cgroup.target != 0 && netns.target != 0)
+}
+
+/// Removes lists of policies that no pod has.
+pub(crate) fn unused_lists(tables: &Tables) -> Result<()> {
+    let mut used = HashSet::new();
+    for cookie in tables.pods.keys().context("reading PODS")? {
+        if let Some(config) = tables.pods.get(&cookie)? {
+            used.insert([config.policy as u32, (config.policy >> 32) as u32]);
+        }
+    }
+    for key in tables.lists.keys().context("reading LISTS")? {
+        if !used.contains(&key.data.policy) {
+            tables.lists.remove(&key).context("writing LISTS")?;
+        }
+    }
+    Ok(())
+}
+
+/// Unpins programs of other builds once no pod is attached with them.
+pub(crate) fn retire_programs(pins: &Pins, tables: &Tables) -> Result<()> {
+    let build = programs::build_id();
+    if record::all(tables)?.iter().all(|(_, notes)| notes.build == build) {
+        Programs::retire_others(pins)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,129 @@
+//! Detaching: new connections are let alone first, then everything of the pod is removed.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use redirect_common::listener::{LISTENER_SLOTS, ListenerKey};
+
+use crate::collect;
+use crate::pins::{self, Pins};
+use crate::record::{self, Notes};
+use crate::sys::bpf;
+use crate::tables::{RoutePrefix, Tables};
+
+/// How long to wait for connections that are being handed to the proxy; a handshake inside the pod
+/// takes microseconds.
+const HANDSHAKES: Duration = Duration::from_millis(200);
+
+/// Detaches one cgroup. False if it was not attached.
+pub fn detach(cgroup_id: u64) -> Result<bool> {
+    let Some(pins) = Pins::open_existing()? else {
+        return Ok(false);
+    };
+    let tables = Tables::open(&pins)?;
+    collect::gone(&pins, &tables)?;
+    let was = pins.pod(cgroup_id).is_dir() || tables.records.get(&cgroup_id)?.is_some();
+    one(&pins, &tables, cgroup_id)?;
+    finish(&pins, &tables)?;
+    Ok(was)
+}
+
+/// Detaches everything; answers with the number of pods.
+pub fn detach_all() -> Result<usize> {
+    let Some(pins) = Pins::open_existing()? else {
+        return Ok(0);
+    };
+    let pods = pins.pods()?;
+    match Tables::open(&pins) {
+        Ok(tables) => {
+            for cgroup_id in &pods {
+                one(&pins, &tables, *cgroup_id)?;
+            }
+        }
+        // Capture ends with the links; what the maps hold goes with them.
+        Err(error) => tracing::warn!("removing pins without reading the maps: {error:#}"),
+    }
+    pins.remove_all()?;
+    Ok(pods.len())
+}
+
+/// Detaches a cgroup while holding the lock. Can be repeated after a kill at any point.
+pub(crate) fn one(pins: &Pins, tables: &Tables, cgroup_id: u64) -> Result<()> {
+    let notes = Notes::read(tables, cgroup_id).unwrap_or_else(|error| {
+        tracing::warn!("{error:#}");
+        None
+    });
+    let shared = match &notes {
+        Some(notes) => record::all(tables)?
+            .iter()
+            .any(|(id, other)| *id != cgroup_id && other.netns_cookie == notes.netns_cookie),
+        None => false,
+    };
+    let directory = pins.pod(cgroup_id);
+    if let Some(notes) = notes.as_ref().filter(|_| !shared) {
+        tables.pods.remove(&notes.netns_cookie).context("writing PODS")?;
+        bpf::wait_for_running_programs().context("membarrier")?;
+        wait_for_handshakes(tables, notes.netns_cookie)?;
+    }
+    // The links that capture go first: what is left then only serves what has been captured.
+    for name in ["connect4", "connect6"] {
+        let _ = fs::remove_file(directory.join(name));
+    }
+    pins::remove(&directory)?;
+    if let Some(notes) = notes.as_ref().filter(|_| !shared) {
+        forget_namespace(tables, notes)?;
+    }
+    tables.records.remove(&cgroup_id).context("writing RECORDS")
+}
+
+/// Removes what no pod uses any more.
+fn finish(pins: &Pins, tables: &Tables) -> Result<()> {
+    if pins.pods()?.is_empty() {
+        return pins.remove_all();
+    }
+    collect::unused_lists(tables)
+}
+
+fn wait_for_handshakes(tables: &Tables, netns_cookie: u64) -> Result<()> {
+    let deadline = Instant::now() + HANDSHAKES;
+    while Instant::now() < deadline {
+        let flows = tables.flows.keys().context("reading FLOWS")?;
+        if !flows.iter().any(|flow| flow.netns_cookie == netns_cookie) {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
+fn forget_namespace(tables: &Tables, notes: &Notes) -> Result<()> {
+    for key in routes_of(tables, notes.netns_cookie)? {
+        tables.routes.remove(&key).context("writing ROUTES")?;
+    }
+    for port in [notes.policy.outbound_port, notes.policy.inbound_port] {
+        for slot in 0..LISTENER_SLOTS {
+            let key = ListenerKey {
+                netns_cookie: notes.netns_cookie,
+                port,
+                slot,
+                _pad: 0,
+            };
+            tables.listeners.remove(&key).context("writing LISTENERS")?;
+        }
+    }
+    for flow in tables.flows.keys().context("reading FLOWS")? {
+        if flow.netns_cookie == notes.netns_cookie {
+            tables.flows.remove(&flow).context("writing FLOWS")?;
+        }
+    }
+    tables.counts.remove(&notes.netns_cookie).context("writing COUNTS")
+}
+
+/// Keys of a namespace's routes.
+pub(crate) fn routes_of(tables: &Tables, netns_cookie: u64) -> Result<Vec<RoutePrefix>> {
+    let own = redirect_common::route::RouteKey::new(netns_cookie, Default::default()).netns_cookie;
+    let mut keys = tables.routes.keys().context("reading ROUTES")?;
+    keys.retain(|key| key.data.netns_cookie == own);
+    Ok(keys)
+}

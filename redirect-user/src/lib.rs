@@ -1,0 +1,20 @@
+//! The loader: attaches, detaches and shows what is captured.
+//!
+//! [`options`] makes a policy of what the user typed, [`observe`] reads the pod, [`settings`] turns
+//! both into map entries, [`attach`] puts them in place.
+
+pub mod attach;
+pub mod cli;
+mod collect;
+pub mod detach;
+pub mod kernel;
+pub mod observe;
+pub mod options;
+mod pins;
+pub mod programs;
+pub mod record;
+pub mod run;
+mod settings;
+pub mod status;
+mod sys;
+mod tables;

@@ -1,0 +1,16 @@
+//! What the loader reads from a pod before it attaches.
+//!
+//! Everything here only looks: no socket is kept open in the pod's namespace and nothing of the pod is changed.
+//! All calls are synchronous; those that need the pod's network namespace run on a thread of their own
+//! ([`netns::NetworkNamespace::run_inside`]).
+
+pub mod cgroup;
+pub mod identity;
+pub mod listeners;
+pub mod netns;
+pub mod routes;
+
+mod netlink;
+mod proc;
+#[cfg(test)]
+mod testing;

@@ -1,0 +1,310 @@
+//! TCP listeners that were there before attach, with a duplicate of each one's descriptor.
+//!
+//! A listener that starts after attach is seen by the sockops hook (`TCP_LISTEN`); one that was there already has no
+//! such event, so the loader finds it by sock_diag and takes its descriptor with `pidfd_getfd`.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+
+use netlink_packet_sock_diag::SockDiagMessage;
+use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP};
+use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
+use netlink_sys::protocols::NETLINK_SOCK_DIAG;
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+
+use super::netlink::Netlink;
+use super::netns::{self, NetworkNamespace};
+use super::proc;
+
+/// Result of this module.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why the listeners of a namespace could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The namespace could not be entered.
+    #[error(transparent)]
+    Namespace(#[from] netns::Error),
+    /// sock_diag did not answer.
+    #[error(
+        "cannot list the TCP listeners of network namespace {name}: {source} (the kernel needs CONFIG_INET_DIAG)"
+    )]
+    SockDiag {
+        /// Display name of the namespace.
+        name: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// A listening TCP socket, with a descriptor of our own.
+#[derive(Debug)]
+pub struct Listener {
+    /// Where it listens. A dual-stack socket shows as `[::]`.
+    pub address: SocketAddr,
+    /// Inode of the socket in sockfs.
+    pub inode: u64,
+    /// A process that holds it.
+    pub pid: i32,
+    /// That process's `comm`.
+    pub command: String,
+    /// Owner of the socket, as an id of this process's user namespace.
+    pub uid: u32,
+    /// A duplicate of the process's descriptor: the same open socket. Close it soon: while it is open, the
+    /// address stays taken when the proxy closes its own.
+    pub fd: OwnedFd,
+}
+
+/// A listening TCP socket that no visible process holds, or whose descriptor was refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unreachable {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// Inode of the socket in sockfs.
+    pub inode: u64,
+    /// Owner of the socket, as an id of this process's user namespace.
+    pub uid: u32,
+}
+
+/// What listens on the ports asked for.
+#[derive(Debug, Default)]
+pub struct Listeners {
+    /// Ordered by address, then inode; every member of a `SO_REUSEPORT` group is there.
+    pub found: Vec<Listener>,
+    /// The caller should warn: inbound capture to these does not work until they are opened again.
+    pub unreachable: Vec<Unreachable>,
+}
+
+/// The TCP listeners (both families) of the namespace on any of `ports`.
+pub fn listeners(ns: &NetworkNamespace, ports: &[u16]) -> Result<Listeners> {
+    let list = || {
+        ns.run_inside(|| listening_sockets(ports))?
+            .map_err(|source| Error::SockDiag {
+                name: ns.to_string(),
+                source,
+            })
+    };
+    let mut wanted = list()?;
+    let mut listeners = Listeners::default();
+    if wanted.is_empty() {
+        return Ok(listeners);
+    }
+
+    // A listener is nearly always held by a process of its own namespace: look there first and stop early, since
+    // reading the descriptors of every process of a node takes long.
+    let (inside, outside): (Vec<_>, Vec<_>) = proc::pids()
+        .into_iter()
+        .partition(|&pid| ns.contains(pid) == Some(true));
+    for pid in inside.into_iter().chain(outside) {
+        if wanted.is_empty() {
+            break;
+        }
+        take_from(pid, &mut wanted, &mut listeners.found);
+    }
+    if !wanted.is_empty() {
+        // One that was closed while its process was looked for is no cause for a warning.
+        let still = list()?;
+        wanted.retain(|inode, _| still.contains_key(inode));
+    }
+    listeners.unreachable = wanted.into_values().collect();
+    listeners
+        .found
+        .sort_by_key(|listener| (listener.address, listener.inode));
+    listeners
+        .unreachable
+        .sort_by_key(|listener| (listener.address, listener.inode));
+    Ok(listeners)
+}
+
+/// Listening sockets of the calling thread's namespace, by inode.
+fn listening_sockets(ports: &[u16]) -> io::Result<HashMap<u64, Unreachable>> {
+    let netlink = Netlink::open(NETLINK_SOCK_DIAG)?;
+    let mut sockets = HashMap::new();
+    for (family, socket_id) in [
+        (AF_INET, SocketId::new_v4()),
+        (AF_INET6, SocketId::new_v6()),
+    ] {
+        let request = SockDiagMessage::InetRequest(InetRequest {
+            family,
+            protocol: IPPROTO_TCP,
+            extensions: ExtensionFlags::empty(),
+            states: StateFlags::LISTEN,
+            socket_id,
+        });
+        for answer in netlink.dump(&request)? {
+            let SockDiagMessage::InetResponse(response) = answer else {
+                continue;
+            };
+            let header = response.header;
+            let address = SocketAddr::new(
+                header.socket_id.source_address,
+                header.socket_id.source_port,
+            );
+            if ports.contains(&address.port()) {
+                let inode = u64::from(header.inode);
+                sockets.insert(
+                    inode,
+                    Unreachable {
+                        address,
+                        inode,
+                        uid: header.uid,
+                    },
+                );
+            }
+        }
+    }
+    Ok(sockets)
+}
+
+/// Moves what this process holds from `wanted` to `found`. A process that vanishes or refuses is passed over.
+fn take_from(pid: i32, wanted: &mut HashMap<u64, Unreachable>, found: &mut Vec<Listener>) {
+    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let Some((inode, number)) = socket_inode(&entry) else {
+            continue;
+        };
+        let Some(socket) = wanted.get(&inode) else {
+            continue;
+        };
+        let Some(fd) = duplicate(pid, number, inode) else {
+            continue;
+        };
+        found.push(Listener {
+            address: socket.address,
+            inode,
+            pid,
+            command: proc::command(pid),
+            uid: socket.uid,
+            fd,
+        });
+        wanted.remove(&inode);
+    }
+}
+
+/// Inode and descriptor number of a `/proc/PID/fd` entry that is a socket.
+fn socket_inode(entry: &fs::DirEntry) -> Option<(u64, i32)> {
+    let link = fs::read_link(entry.path()).ok()?;
+    let inode = link
+        .to_str()?
+        .strip_prefix("socket:[")?
+        .strip_suffix(']')?
+        .parse()
+        .ok()?;
+    Some((inode, entry.file_name().to_str()?.parse().ok()?))
+}
+
+/// A duplicate of another process's descriptor, if it still is the socket that was seen.
+fn duplicate(pid: i32, number: i32, inode: u64) -> Option<OwnedFd> {
+    let process = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
+    let fd = pidfd_getfd(&process, number, PidfdGetfdFlags::empty()).ok()?;
+    // Pid and descriptor number may both have been reused since /proc was read.
+    (rustix::fs::fstat(&fd).ok()?.st_ino == inode).then_some(fd)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
+    use std::process::{Command, Stdio};
+
+    use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, sockopt};
+    use nix::sys::socket::{bind, getsockopt, listen, setsockopt, socket};
+
+    use super::*;
+    use crate::observe::testing::TestNamespace;
+
+    fn reuseport_listener(address: SocketAddr) -> OwnedFd {
+        let family = if address.is_ipv4() {
+            AddressFamily::Inet
+        } else {
+            AddressFamily::Inet6
+        };
+        let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        setsockopt(&fd, sockopt::ReusePort, &true).unwrap();
+        bind(
+            std::os::fd::AsRawFd::as_raw_fd(&fd),
+            &SockaddrStorage::from(address),
+        )
+        .unwrap();
+        listen(&fd, Backlog::new(8).unwrap()).unwrap();
+        fd
+    }
+
+    fn inode(fd: &impl std::os::fd::AsFd) -> u64 {
+        rustix::fs::fstat(fd).unwrap().st_ino
+    }
+
+    #[test]
+    fn listeners_both_families_and_whole_reuseport_group_are_found() {
+        let pod = TestNamespace::new();
+        let ns = pod.open();
+        let open = ns
+            .run_inside(|| {
+                [
+                    reuseport_listener((Ipv4Addr::UNSPECIFIED, 15006).into()),
+                    reuseport_listener((Ipv4Addr::UNSPECIFIED, 15006).into()),
+                    reuseport_listener((Ipv6Addr::LOCALHOST, 15001).into()),
+                    reuseport_listener((Ipv4Addr::LOCALHOST, 8080).into()),
+                ]
+            })
+            .unwrap();
+        let listeners = listeners(&ns, &[15001, 15006]).unwrap();
+        assert_eq!(listeners.unreachable, []);
+        let mut expected: Vec<u64> = open[..3].iter().map(inode).collect();
+        let mut found: Vec<u64> = listeners
+            .found
+            .iter()
+            .map(|listener| listener.inode)
+            .collect();
+        expected.sort_unstable();
+        found.sort_unstable();
+        assert_eq!(found, expected);
+        for listener in &listeners.found {
+            assert_eq!(inode(&listener.fd), listener.inode);
+            assert_eq!(listener.pid, i32::try_from(std::process::id()).unwrap());
+            assert_eq!(listener.uid, 0);
+            assert!(getsockopt(&listener.fd, sockopt::AcceptConn).unwrap());
+        }
+        assert_eq!(listeners.found[2].address, "[::1]:15001".parse().unwrap());
+    }
+
+    #[test]
+    fn listeners_held_by_another_process_outlive_it_through_our_descriptor() {
+        let pod = TestNamespace::new();
+        let ns = pod.open();
+        let open = ns
+            .run_inside(|| reuseport_listener((Ipv4Addr::UNSPECIFIED, 15006).into()))
+            .unwrap();
+        let wanted = inode(&open);
+        // The child stays in our namespace and holds the pod's socket as its standard input.
+        let mut child = Command::new("sleep")
+            .arg("60")
+            .stdin(Stdio::from(open))
+            .spawn()
+            .unwrap();
+        let listeners = listeners(&ns, &[15006]).unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let [listener] = &listeners.found[..] else {
+            panic!("{listeners:?}")
+        };
+        assert_eq!(listener.pid, i32::try_from(child.id()).unwrap());
+        assert_eq!(listener.command, "sleep");
+        assert_eq!(inode(&listener.fd), wanted);
+        assert!(getsockopt(&listener.fd, sockopt::AcceptConn).unwrap());
+    }
+
+    #[test]
+    fn listeners_of_another_namespace_are_not_seen() {
+        let (pod, other) = (TestNamespace::new(), TestNamespace::new());
+        let _open = other
+            .open()
+            .run_inside(|| TcpListener::bind("0.0.0.0:15006").unwrap())
+            .unwrap();
+        assert!(listeners(&pod.open(), &[15006]).unwrap().found.is_empty());
+    }
+}

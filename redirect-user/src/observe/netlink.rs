@@ -1,0 +1,94 @@
+//! One blocking netlink request at a time.
+
+use std::io;
+
+use netlink_packet_core::{
+    NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader,
+    NetlinkMessage, NetlinkPayload, NetlinkSerializable,
+};
+use netlink_sys::{Socket, SocketAddr};
+
+/// How often a dump is repeated when the table changes under it.
+const DUMP_ATTEMPTS: u32 = 5;
+
+/// A netlink socket of the namespace of the thread that opened it.
+pub(super) struct Netlink(Socket);
+
+impl Netlink {
+    /// Opens a socket of the family (`NETLINK_ROUTE`, …) in the calling thread's network namespace.
+    pub(super) fn open(family: isize) -> io::Result<Self> {
+        let mut socket = Socket::new(family)?;
+        socket.bind_auto()?;
+        socket.connect(&SocketAddr::new(0, 0))?;
+        Ok(Self(socket))
+    }
+
+    /// Every message of a dump, of one consistent state of the table when the kernel allows it.
+    pub(super) fn dump<M>(&self, request: &M) -> io::Result<Vec<M>>
+    where
+        M: NetlinkSerializable + NetlinkDeserializable + Clone,
+    {
+        let mut answers = Vec::new();
+        for _ in 0..DUMP_ATTEMPTS {
+            let (collected, interrupted) = self.exchange(request, NLM_F_DUMP)?;
+            answers = collected;
+            if !interrupted {
+                break;
+            }
+        }
+        Ok(answers)
+    }
+
+    /// The first message that answers a single request.
+    pub(super) fn ask<M>(&self, request: &M) -> io::Result<M>
+    where
+        M: NetlinkSerializable + NetlinkDeserializable + Clone,
+    {
+        self.exchange(request, 0)?
+            .0
+            .pop()
+            .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+    }
+
+    fn exchange<M>(&self, request: &M, flags: u16) -> io::Result<(Vec<M>, bool)>
+    where
+        M: NetlinkSerializable + NetlinkDeserializable + Clone,
+    {
+        let mut header = NetlinkHeader::default();
+        header.flags = NLM_F_REQUEST | flags;
+        let mut message =
+            NetlinkMessage::new(header, NetlinkPayload::InnerMessage(request.clone()));
+        message.finalize();
+        let mut bytes = vec![0; message.buffer_len()];
+        message.serialize(&mut bytes);
+        self.0.send(&bytes, 0)?;
+
+        let (mut answers, mut interrupted) = (Vec::new(), false);
+        loop {
+            let (datagram, _) = self.0.recv_from_full()?;
+            let mut rest = datagram.as_slice();
+            while !rest.is_empty() {
+                let message = NetlinkMessage::<M>::deserialize(rest)
+                    .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+                interrupted |= message.header.flags & NLM_F_DUMP_INTR != 0;
+                // Messages are padded to four bytes; the last one may lack its padding.
+                let length = (message.header.length as usize).next_multiple_of(4);
+                match message.payload {
+                    NetlinkPayload::InnerMessage(answer) => answers.push(answer),
+                    NetlinkPayload::Done(done) if done.code < 0 => {
+                        return Err(io::Error::from_raw_os_error(-done.code));
+                    }
+                    NetlinkPayload::Done(_) => return Ok((answers, interrupted)),
+                    NetlinkPayload::Error(error) if error.code.is_some() => {
+                        return Err(error.to_io());
+                    }
+                    _ => {}
+                }
+                rest = rest.get(length..).unwrap_or_default();
+            }
+            if flags & NLM_F_DUMP == 0 {
+                return Ok((answers, interrupted));
+            }
+        }
+    }
+}

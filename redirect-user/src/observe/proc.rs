@@ -1,0 +1,30 @@
+//! The few things read from `/proc` by more than one observer.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+/// Every process id visible in `/proc`, in no particular order. Empty when `/proc` is not mounted.
+pub(super) fn pids() -> Vec<i32> {
+    let Ok(entries) = fs::read_dir("/proc") else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect()
+}
+
+/// Inode of a process's namespace (`net`, `user`, …), or `None` when the process is gone, a zombie or not ours to see.
+pub(super) fn namespace_inode(pid: i32, kind: &str) -> Option<u64> {
+    fs::metadata(format!("/proc/{pid}/ns/{kind}"))
+        .ok()
+        .map(|metadata| metadata.ino())
+}
+
+/// The process's `comm` (at most 15 bytes), or `?` when it is gone.
+pub(super) fn command(pid: i32) -> String {
+    fs::read_to_string(format!("/proc/{pid}/comm")).map_or_else(
+        |_| "?".to_owned(),
+        |comm| comm.trim_end_matches('\n').to_owned(),
+    )
+}

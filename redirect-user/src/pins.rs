@@ -1,0 +1,184 @@
+//! The pin directory: where maps, programs and links live when no process of ours does.
+//!
+//! ```text
+//! /sys/fs/bpf/redirect/v1/maps/NAME               shared by all pods
+//!                         programs-HASH/NAME      shared by all pods, one directory per build
+//!                         pods/CGROUP_ID/NAME     one link per hook
+//! ```
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use nix::fcntl::{Flock, FlockArg};
+use nix::mount::{MsFlags, mount};
+use nix::sys::statfs::{FsType, statfs};
+use redirect_common::LAYOUT_VERSION;
+
+const BPFFS: &str = "/sys/fs/bpf";
+const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+const STAGING: &str = ".staging";
+
+/// The pin directory, locked: one loader changes things at a time.
+#[derive(Debug)]
+pub struct Pins {
+    root: PathBuf,
+    _lock: Flock<File>,
+}
+
+impl Pins {
+    /// Opens the directory, making it (and mounting bpffs) if needed, and waits for the lock.
+    pub fn open() -> Result<Self> {
+        mount_bpffs()?;
+        let root = root();
+        for directory in [&root, &root.join("maps"), &root.join("pods")] {
+            make(directory)?;
+        }
+        Self::lock(root)
+    }
+
+    /// Opens the directory if it is there.
+    pub fn open_existing() -> Result<Option<Self>> {
+        let root = root();
+        if root.join("maps").is_dir() {
+            Self::lock(root).map(Some)
+        } else {
+            Ok(None)
+        }
+    }
+
+    fn lock(root: PathBuf) -> Result<Self> {
+        let file = File::open(&root).with_context(|| format!("opening {}", root.display()))?;
+        let lock = Flock::lock(file, FlockArg::LockExclusive)
+            .map_err(|(_, errno)| errno)
+            .with_context(|| format!("locking {}", root.display()))?;
+        let pins = Self { root, _lock: lock };
+        pins.remove_staging()?;
+        Ok(pins)
+    }
+
+    /// Where a map is pinned.
+    pub fn map(&self, name: &str) -> PathBuf {
+        self.root.join("maps").join(name)
+    }
+
+    /// Where the programs of one build are pinned.
+    pub fn programs(&self, build: u64) -> PathBuf {
+        self.root.join(format!("programs-{build:016x}"))
+    }
+
+    /// Directories of other builds' programs.
+    pub fn other_programs(&self, build: u64) -> Result<Vec<PathBuf>> {
+        let own = self.programs(build);
+        Ok(entries(&self.root)?
+            .into_iter()
+            .filter(|path| *path != own && file_name(path).starts_with("programs-"))
+            .collect())
+    }
+
+    /// Where a pod's links are pinned.
+    pub fn pod(&self, cgroup_id: u64) -> PathBuf {
+        self.root.join("pods").join(format!("{cgroup_id:016x}"))
+    }
+
+    /// Cgroup ids of all pods with links.
+    pub fn pods(&self) -> Result<Vec<u64>> {
+        Ok(entries(&self.root.join("pods"))?
+            .iter()
+            .filter_map(|path| u64::from_str_radix(&file_name(path), 16).ok())
+            .collect())
+    }
+
+    /// A fresh directory beside the others, not yet visible as a pod's or a build's.
+    pub fn stage(&self) -> Result<PathBuf> {
+        let path = self.root.join(STAGING);
+        make(&path)?;
+        Ok(path)
+    }
+
+    /// Makes a staged directory visible under its name, in one step.
+    pub fn publish(&self, staged: &Path, name: &Path) -> Result<()> {
+        fs::rename(staged, name)
+            .with_context(|| format!("renaming {} to {}", staged.display(), name.display()))
+    }
+
+    fn remove_staging(&self) -> Result<()> {
+        remove(&self.root.join(STAGING))
+    }
+
+    /// Removes everything once no pod is left. Another loader may wait for the lock of the directory
+    /// that goes away; it then finds nothing, and makes a new one.
+    pub fn remove_all(&self) -> Result<()> {
+        for path in entries(&self.root)? {
+            remove(&path)?;
+        }
+        Ok(())
+    }
+}
+
+/// Removes a directory of pins; it may be absent.
+pub fn remove(directory: &Path) -> Result<()> {
+    match fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("removing {}", directory.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn root() -> PathBuf {
+    Path::new(BPFFS)
+        .join("redirect")
+        .join(format!("v{LAYOUT_VERSION}"))
+}
+
+fn make(path: &Path) -> Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .with_context(|| format!("making {}", path.display()))
+}
+
+fn entries(directory: &Path) -> Result<Vec<PathBuf>> {
+    let read = || -> io::Result<Vec<PathBuf>> {
+        fs::read_dir(directory)?
+            .map(|entry| entry.map(|entry| entry.path()))
+            .collect()
+    };
+    read().with_context(|| format!("reading {}", directory.display()))
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name()
+        .map(|name| name.to_string_lossy().into_owned())
+        .unwrap_or_default()
+}
+
+fn mount_bpffs() -> Result<()> {
+    if is_bpffs()? {
+        return Ok(());
+    }
+    mount(
+        Some("bpf"),
+        BPFFS,
+        Some("bpf"),
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
+        Some("mode=0700"),
+    )
+    .with_context(|| format!("mounting the BPF file system at {BPFFS}"))?;
+    tracing::info!("mounted the BPF file system at {BPFFS}");
+    if is_bpffs()? {
+        Ok(())
+    } else {
+        bail!("{BPFFS} is no BPF file system although mounting one succeeded")
+    }
+}
+
+fn is_bpffs() -> Result<bool> {
+    let stat = statfs(BPFFS)
+        .with_context(|| format!("{BPFFS}: this kernel has no sysfs there, or no CONFIG_BPF_SYSCALL"))?;
+    Ok(stat.filesystem_type() == FsType(BPF_FS_MAGIC))
+}

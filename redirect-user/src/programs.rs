@@ -1,0 +1,182 @@
+//! The eBPF programs: loaded once per build of redirect, pinned, and shared by all pods.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use aya::programs::Program;
+use aya::{Ebpf, EbpfLoader};
+use aya_obj::generated::bpf_attach_type;
+
+use crate::kernel::{self, Offsets};
+use crate::pins::{self, Pins};
+use crate::sys::bpf;
+use crate::tables;
+
+/// The object that the build script made.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/redirect-ebpf"));
+
+/// What a program hangs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The cgroup whose connections are captured.
+    Client,
+    /// The cgroup of the proxy: the same, or an ancestor of it.
+    Proxy,
+}
+
+/// A cgroup hook.
+#[derive(Clone, Copy, Debug)]
+pub struct Hook {
+    /// Name of the link's pin.
+    pub name: &'static str,
+    /// Name of the program in the object.
+    pub program: &'static str,
+    /// Where it is attached.
+    pub side: Side,
+    attach_type: bpf_attach_type,
+}
+
+/// The cgroup hooks, in the order in which they are attached: `connect` comes last, when all that
+/// it relies on is there.
+pub const HOOKS: &[Hook] = &[
+    hook("sockops", "redirect_sockops", Side::Proxy, bpf_attach_type::BPF_CGROUP_SOCK_OPS),
+    hook("getsockopt", "redirect_getsockopt", Side::Proxy, bpf_attach_type::BPF_CGROUP_GETSOCKOPT),
+    hook("getsockname4", "redirect_getsockname4", Side::Proxy, bpf_attach_type::BPF_CGROUP_INET4_GETSOCKNAME),
+    hook("getsockname6", "redirect_getsockname6", Side::Proxy, bpf_attach_type::BPF_CGROUP_INET6_GETSOCKNAME),
+    hook("getpeername4", "redirect_getpeername4", Side::Client, bpf_attach_type::BPF_CGROUP_INET4_GETPEERNAME),
+    hook("getpeername6", "redirect_getpeername6", Side::Client, bpf_attach_type::BPF_CGROUP_INET6_GETPEERNAME),
+    hook("connect4", "redirect_connect4", Side::Client, bpf_attach_type::BPF_CGROUP_INET4_CONNECT),
+    hook("connect6", "redirect_connect6", Side::Client, bpf_attach_type::BPF_CGROUP_INET6_CONNECT),
+];
+
+/// Name of the pin of a pod's `sk_lookup` link.
+pub const SK_LOOKUP: &str = "sk_lookup";
+const SK_LOOKUP_PROGRAM: &str = "redirect_sk_lookup";
+
+const fn hook(
+    name: &'static str,
+    program: &'static str,
+    side: Side,
+    attach_type: bpf_attach_type,
+) -> Hook {
+    Hook { name, program, side, attach_type }
+}
+
+/// The shared programs of this build.
+#[derive(Debug)]
+pub struct Programs {
+    fds: Vec<OwnedFd>,
+}
+
+/// Names this build's programs.
+pub fn build_id() -> u64 {
+    use sha2::{Digest, Sha256};
+    let hash = Sha256::digest(OBJECT);
+    hash.iter().take(8).fold(0, |id, byte| id << 8 | u64::from(*byte))
+}
+
+impl Programs {
+    /// Opens the pinned programs, or loads and pins them.
+    pub fn open_or_load(pins: &Pins) -> Result<Self> {
+        let directory = pins.programs(build_id());
+        if directory.is_dir() {
+            return Self::open(&directory);
+        }
+        let offsets = Offsets::of_running_kernel()?;
+        let has_set_retval = u32::from(kernel::version()? >= (5, 18));
+        let mut object = EbpfLoader::new();
+        object
+            .override_global("OFFSET_SOCK_SOCKET", &offsets.sock_socket, true)
+            .override_global("OFFSET_SOCKET_FILE", &offsets.socket_file, true)
+            .override_global("OFFSET_FILE_CRED", &offsets.file_cred, true)
+            .override_global("OFFSET_CRED_FSUID", &offsets.cred_fsuid, true)
+            .override_global("OFFSET_CRED_FSGID", &offsets.cred_fsgid, true)
+            .override_global("HAS_SET_RETVAL", &has_set_retval, true);
+        let mut object = load_object(&mut object, pins)?;
+        let staged = pins.stage()?;
+        for hook in HOOKS {
+            let fd = load_program(&mut object, hook.program)?;
+            bpf::pin(fd.as_fd(), &staged.join(hook.program))
+                .with_context(|| format!("pinning program {}", hook.program))?;
+        }
+        pins.publish(&staged, &directory)?;
+        Self::open(&directory)
+    }
+
+    fn open(directory: &Path) -> Result<Self> {
+        let fds = HOOKS
+            .iter()
+            .map(|hook| {
+                let path = directory.join(hook.program);
+                bpf::open_pinned(&path).with_context(|| format!("opening {}", path.display()))
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self { fds })
+    }
+
+    /// Attaches one hook.
+    pub fn attach(&self, hook: usize, cgroup: impl AsFd) -> Result<OwnedFd> {
+        let name = HOOKS[hook].name;
+        bpf::link_create(self.fds[hook].as_fd(), cgroup.as_fd(), HOOKS[hook].attach_type)
+            .with_context(|| format!("attaching {name}"))
+    }
+
+    /// Puts this build's program behind an existing link, if another one is there.
+    pub fn update(&self, hook: usize, link: &OwnedFd) -> Result<bool> {
+        let name = HOOKS[hook].name;
+        let wanted = bpf::program_id(self.fds[hook].as_fd())?;
+        let observed = bpf::cgroup_link(link.as_fd())
+            .with_context(|| format!("reading link {name}"))?;
+        if observed.program_id == wanted {
+            return Ok(false);
+        }
+        bpf::link_update(link.as_fd(), self.fds[hook].as_fd())
+            .with_context(|| format!("updating link {name}"))?;
+        Ok(true)
+    }
+
+    /// Unpins the programs of other builds; links that still run them keep them.
+    pub fn retire_others(pins: &Pins) -> Result<()> {
+        pins.other_programs(build_id())?
+            .iter()
+            .try_for_each(|directory| pins::remove(directory))
+    }
+}
+
+/// Loads a pod's own `sk_lookup` program: it learns its network namespace from a constant, since
+/// no helper tells it.
+pub fn load_sk_lookup(pins: &Pins, netns_cookie: u64) -> Result<OwnedFd> {
+    let mut object = EbpfLoader::new();
+    object.override_global("NETNS_COOKIE", &netns_cookie, true);
+    load_program(&mut load_object(&mut object, pins)?, SK_LOOKUP_PROGRAM)
+}
+
+/// Attaches a pod's `sk_lookup` program.
+pub fn attach_sk_lookup(program: &OwnedFd, netns: impl AsFd) -> Result<OwnedFd> {
+    bpf::link_create(program.as_fd(), netns.as_fd(), bpf_attach_type::BPF_SK_LOOKUP)
+        .context("attaching sk_lookup")
+}
+
+fn load_object(loader: &mut EbpfLoader<'_>, pins: &Pins) -> Result<Ebpf> {
+    for name in tables::NAMES {
+        loader.map_pin_path(name, pins.map(name));
+    }
+    loader.load(OBJECT).context("loading the eBPF object")
+}
+
+fn load_program(object: &mut Ebpf, name: &str) -> Result<OwnedFd> {
+    let program = object
+        .program_mut(name)
+        .with_context(|| format!("the eBPF object has no program {name}"))?;
+    let loaded = match program {
+        Program::CgroupSockAddr(program) => program.load(),
+        Program::CgroupSockopt(program) => program.load(),
+        Program::SockOps(program) => program.load(),
+        Program::SkLookup(program) => program.load(),
+        _ => bail!("program {name} is of an unexpected type"),
+    };
+    loaded.with_context(|| format!("loading program {name}"))?;
+    let fd = program.fd().with_context(|| format!("program {name}"))?;
+    Ok(fd.as_fd().try_clone_to_owned()?)
+}

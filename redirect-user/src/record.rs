@@ -1,0 +1,75 @@
+//! The loader's notes about an attached pod.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use bytemuck::Zeroable;
+use redirect_common::record::{RECORD_BYTES, Record};
+use serde::{Deserialize, Serialize};
+
+use crate::options::Policy;
+use crate::tables::Tables;
+
+/// What is written down when a pod is attached.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Notes {
+    /// Version of redirect that wrote it.
+    pub version: String,
+    /// [`build_id`](crate::programs::build_id) of the programs that are attached.
+    pub build: u64,
+    /// The cgroup's directory.
+    pub cgroup: PathBuf,
+    /// Path the network namespace was opened by; it may have gone since.
+    pub netns: String,
+    /// Network namespace cookie.
+    pub netns_cookie: u64,
+    /// Network namespace inode.
+    pub netns_inode: u64,
+    /// Whether IPv6 is captured.
+    pub ipv6: bool,
+    /// What is captured.
+    pub policy: Policy,
+}
+
+impl Notes {
+    /// Reads the notes on a cgroup.
+    pub fn read(tables: &Tables, cgroup_id: u64) -> Result<Option<Self>> {
+        let Some(record) = tables.records.get(&cgroup_id)? else {
+            return Ok(None);
+        };
+        let json = record
+            .json
+            .get(..record.length as usize)
+            .with_context(|| format!("record of cgroup {cgroup_id}: length {} is too large", record.length))?;
+        serde_json::from_slice(json)
+            .with_context(|| format!("record of cgroup {cgroup_id} is corrupt"))
+            .map(Some)
+    }
+
+    /// As stored. An error if it does not fit.
+    pub fn encode(&self) -> Result<Record> {
+        let json = serde_json::to_vec(self)?;
+        ensure!(
+            json.len() <= RECORD_BYTES,
+            "the policy is too long: it takes {} bytes to write down, allowed are {RECORD_BYTES}",
+            json.len()
+        );
+        let mut record = Record::zeroed();
+        record.length = json.len() as u32;
+        record.json[..json.len()].copy_from_slice(&json);
+        Ok(record)
+    }
+}
+
+/// The notes on every attached pod, by cgroup id. A corrupt record is passed over with a warning.
+pub fn all(tables: &Tables) -> Result<Vec<(u64, Notes)>> {
+    let mut all = Vec::new();
+    for cgroup_id in tables.records.keys()? {
+        match Notes::read(tables, cgroup_id) {
+            Ok(Some(notes)) => all.push((cgroup_id, notes)),
+            Ok(None) => {}
+            Err(error) => tracing::warn!("{error:#}"),
+        }
+    }
+    Ok(all)
+}

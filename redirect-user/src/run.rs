@@ -1,0 +1,83 @@
+//! `redirect run`: a command in a cgroup of its own, its outbound TCP captured.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+
+use anyhow::{Context, Result};
+
+use crate::attach::{self, Request};
+use crate::detach;
+use crate::observe::cgroup::{self, Cgroup};
+use crate::observe::netns::NetworkNamespace;
+use crate::options::{Policy, Scope};
+
+/// Runs the command and waits for it. The proxy may be any process on this machine that listens in
+/// the same network namespace; capture ends with the command.
+pub fn run(mut policy: Policy, command: &[OsString]) -> Result<ExitStatus> {
+    if policy.include_outbound_cidrs == Scope::Listed(Vec::new())
+        && policy.include_outbound_ports.is_empty()
+    {
+        policy.include_outbound_cidrs = Scope::All;
+    }
+    // Everything else in this namespace is not the command's.
+    policy.inbound_ports = Scope::Listed(Vec::new());
+
+    let mountpoint = cgroup::mountpoint()?;
+    let own = RunCgroup::create(&mountpoint)?;
+    let cgroup = Cgroup::open(&own.path)?;
+    let cgroup_id = cgroup.id();
+    attach::attach(&Request {
+        cgroup,
+        proxy_cgroup: Some(File::open(&mountpoint)?),
+        netns: NetworkNamespace::open(Path::new("/proc/self/ns/net"))?,
+        policy,
+    })?;
+    let result = spawn(&own, &mountpoint, command);
+    let detached = detach::detach(cgroup_id);
+    let status = result?;
+    detached?;
+    Ok(status)
+}
+
+/// A child is born into its parent's cgroup: move there, start it, move back.
+fn spawn(own: &RunCgroup, mountpoint: &Path, command: &[OsString]) -> Result<ExitStatus> {
+    let (program, arguments) = command.split_first().context("no command given")?;
+    let before = Cgroup::of_process(std::process::id() as i32)
+        .map_or_else(|_| mountpoint.to_owned(), |cgroup| cgroup.path().to_owned());
+    enter(&own.path)?;
+    let child = Command::new(program).args(arguments).spawn();
+    enter(&before)?;
+    child
+        .with_context(|| format!("starting {}", program.to_string_lossy()))?
+        .wait()
+        .context("waiting for the command")
+}
+
+fn enter(cgroup: &Path) -> Result<()> {
+    let procs = cgroup.join("cgroup.procs");
+    fs::write(&procs, "0").with_context(|| format!("writing {}", procs.display()))
+}
+
+/// Removed when dropped, with what the command left running.
+struct RunCgroup {
+    path: PathBuf,
+}
+
+impl RunCgroup {
+    fn create(mountpoint: &Path) -> Result<Self> {
+        let path = mountpoint.join(format!("redirect-run-{}", std::process::id()));
+        fs::create_dir(&path).with_context(|| format!("making cgroup {}", path.display()))?;
+        Ok(Self { path })
+    }
+}
+
+impl Drop for RunCgroup {
+    fn drop(&mut self) {
+        // Fails while a process that the command left behind lives on there, uncaptured from now on.
+        if let Err(error) = fs::remove_dir(&self.path) {
+            tracing::warn!("cgroup {} stays: {error}", self.path.display());
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! What is attached, and what it has done.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use redirect_common::listener::ListenerKey;
+use redirect_common::verdict::Rule;
+use serde::Serialize;
+
+use crate::observe::netns::NetworkNamespace;
+use crate::observe::routes::routing_table;
+use crate::options::Policy;
+use crate::pins::Pins;
+use crate::programs;
+use crate::record::{self, Notes};
+use crate::settings;
+use crate::tables::Tables;
+
+/// The state of this machine.
+#[derive(Debug, Serialize)]
+pub struct Status {
+    /// Version of this binary.
+    pub version: String,
+    /// Build of the programs in this binary.
+    pub build: String,
+    /// Attached pods, by cgroup path.
+    pub pods: Vec<Pod>,
+}
+
+/// An attached pod.
+#[derive(Debug, Serialize)]
+pub struct Pod {
+    /// The cgroup's directory.
+    pub cgroup: PathBuf,
+    /// The cgroup's inode, which names the pins.
+    pub cgroup_id: u64,
+    /// Network namespace.
+    pub netns: String,
+    /// Its cookie.
+    pub netns_cookie: u64,
+    /// Version of redirect that attached it.
+    pub version: String,
+    /// Build of the programs attached.
+    pub build: String,
+    /// False if an attach was interrupted: nothing is captured until it is repeated.
+    pub capturing: bool,
+    /// Whether the addresses and routes known here are those of the namespace; None if it cannot be
+    /// opened by the path it was attached with.
+    pub routes_current: Option<bool>,
+    /// Whether IPv6 is captured.
+    pub ipv6: bool,
+    /// Sockets known to listen, by the proxy's ports.
+    pub listeners: BTreeMap<u16, usize>,
+    /// What is captured.
+    pub policy: Policy,
+    /// Connections by rule; rules that never decided are left out.
+    pub connections: BTreeMap<&'static str, u64>,
+}
+
+/// Reads the state of this machine.
+pub fn status() -> Result<Status> {
+    let mut pods = Vec::new();
+    if let Some(pins) = Pins::open_existing()? {
+        let tables = Tables::open(&pins)?;
+        for (cgroup_id, notes) in record::all(&tables)? {
+            pods.push(pod(&tables, cgroup_id, notes)?);
+        }
+    }
+    pods.sort_by(|a, b| a.cgroup.cmp(&b.cgroup));
+    Ok(Status {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        build: format!("{:016x}", programs::build_id()),
+        pods,
+    })
+}
+
+fn pod(tables: &Tables, cgroup_id: u64, notes: Notes) -> Result<Pod> {
+    // A map of sockets has keys to list, but no values to read.
+    let known = tables.listeners.keys()?;
+    let on_port = |port| {
+        let here = |key: &&ListenerKey| key.netns_cookie == notes.netns_cookie && key.port == port;
+        (port, known.iter().filter(here).count())
+    };
+    let listeners = [notes.policy.outbound_port, notes.policy.inbound_port]
+        .map(on_port)
+        .into();
+    Ok(Pod {
+        capturing: tables.pods.get(&notes.netns_cookie)?.is_some(),
+        routes_current: routes_current(tables, &notes),
+        connections: connections(tables, notes.netns_cookie)?,
+        listeners,
+        cgroup_id,
+        cgroup: notes.cgroup,
+        netns: notes.netns,
+        netns_cookie: notes.netns_cookie,
+        version: notes.version,
+        build: format!("{:016x}", notes.build),
+        ipv6: notes.ipv6,
+        policy: notes.policy,
+    })
+}
+
+fn connections(tables: &Tables, netns_cookie: u64) -> Result<BTreeMap<&'static str, u64>> {
+    let per_cpu = tables.counts.get(&netns_cookie)?;
+    Ok(Rule::ALL
+        .iter()
+        .map(|rule| (rule.label(), per_cpu.iter().map(|cpu| cpu[*rule as usize]).sum()))
+        .filter(|(_, count)| *count > 0)
+        .collect())
+}
+
+fn routes_current(tables: &Tables, notes: &Notes) -> Option<bool> {
+    let netns = NetworkNamespace::open(notes.netns.as_ref()).ok()?;
+    if netns.inode() != notes.netns_inode {
+        return None;
+    }
+    let wanted = settings::route_entries(notes.netns_cookie, &routing_table(&netns).ok()?);
+    let known = crate::detach::routes_of(tables, notes.netns_cookie).ok()?;
+    Some(
+        wanted.len() == known.len()
+            && wanted
+                .iter()
+                .all(|(key, info)| tables.routes.get(key).ok().flatten() == Some(*info)),
+    )
+}

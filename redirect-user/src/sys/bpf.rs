@@ -1,0 +1,321 @@
+//! The `bpf(2)` commands for maps, pins and links, on typed keys and values.
+//!
+//! aya 0.14 loads the object; it cannot pin or update every kind of link, and it opens a pinned map
+//! without comparing its layout.
+
+#![expect(unsafe_code, reason = "bpf(2) takes a union of pointers and numbers")]
+
+use std::ffi::CString;
+use std::io;
+use std::marker::PhantomData;
+use std::mem::{size_of, zeroed};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use aya_obj::generated::{
+    bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_map_info, bpf_prog_info,
+};
+use bytemuck::{Pod, Zeroable};
+
+/// Calls `bpf(2)`.
+///
+/// # Safety
+///
+/// Every pointer in `attr` that the command uses must be valid for what the command does with it.
+unsafe fn bpf(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i64> {
+    // SAFETY: `attr` is a valid union of that size; the caller vouches for the pointers in it.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command as libc::c_long,
+            std::ptr::from_mut(attr),
+            size_of::<bpf_attr>(),
+        )
+    };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+fn empty() -> bpf_attr {
+    // SAFETY: all members are integers or arrays of them; the kernel demands zero where unused.
+    unsafe { zeroed() }
+}
+
+/// # Safety
+///
+/// As for [`bpf`], and the command must answer with a new descriptor.
+unsafe fn bpf_fd(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<OwnedFd> {
+    // SAFETY: the caller vouches for `attr`.
+    let fd = unsafe { bpf(command, attr) }?;
+    // SAFETY: the kernel has just opened it for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)
+}
+
+/// Opens a pinned object.
+pub fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    let mut attr = empty();
+    attr.__bindgen_anon_4.pathname = path.as_ptr() as u64;
+    // SAFETY: `path` lives through the call.
+    unsafe { bpf_fd(bpf_cmd::BPF_OBJ_GET, &mut attr) }
+}
+
+/// Pins an object; fails if something is there.
+pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = c_path(path)?;
+    let mut attr = empty();
+    attr.__bindgen_anon_4.pathname = path.as_ptr() as u64;
+    attr.__bindgen_anon_4.bpf_fd = object.as_raw_fd() as u32;
+    // SAFETY: `path` lives through the call.
+    unsafe { bpf(bpf_cmd::BPF_OBJ_PIN, &mut attr) }.map(drop)
+}
+
+/// Attaches a program to a cgroup or a network namespace.
+pub fn link_create(
+    program: BorrowedFd<'_>,
+    target: BorrowedFd<'_>,
+    attach_type: bpf_attach_type,
+) -> io::Result<OwnedFd> {
+    let mut attr = empty();
+    attr.link_create.__bindgen_anon_1.prog_fd = program.as_raw_fd() as u32;
+    attr.link_create.__bindgen_anon_2.target_fd = target.as_raw_fd() as u32;
+    attr.link_create.attach_type = attach_type as u32;
+    // SAFETY: no pointers.
+    unsafe { bpf_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr) }
+}
+
+/// Replaces a link's program in one step.
+pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = empty();
+    attr.link_update.link_fd = link.as_raw_fd() as u32;
+    attr.link_update.__bindgen_anon_1.new_prog_fd = program.as_raw_fd() as u32;
+    // SAFETY: no pointers.
+    unsafe { bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr) }.map(drop)
+}
+
+/// # Safety
+///
+/// `T` must be the kernel's info structure for this kind of object.
+unsafe fn info<T>(object: BorrowedFd<'_>) -> io::Result<T> {
+    // SAFETY: info structures are integers and arrays of them.
+    let mut info: T = unsafe { zeroed() };
+    let mut attr = empty();
+    attr.info.bpf_fd = object.as_raw_fd() as u32;
+    attr.info.info_len = size_of::<T>() as u32;
+    attr.info.info = (&raw mut info) as u64;
+    // SAFETY: `info` is writable for `info_len` bytes and asks for no arrays.
+    unsafe { bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr) }?;
+    Ok(info)
+}
+
+/// What a link hangs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkTarget {
+    /// The attached program.
+    pub program_id: u32,
+    /// Inode of the cgroup or of the network namespace; 0 if it is gone and with it the attachment.
+    pub target: u64,
+}
+
+/// Reads what a cgroup link hangs on.
+pub fn cgroup_link(link: BorrowedFd<'_>) -> io::Result<LinkTarget> {
+    // SAFETY: `bpf_link_info` belongs to links; the union member is that of cgroup links.
+    unsafe {
+        let info: bpf_link_info = info(link)?;
+        Ok(LinkTarget {
+            program_id: info.prog_id,
+            target: info.__bindgen_anon_1.cgroup.cgroup_id,
+        })
+    }
+}
+
+/// Reads what a network namespace link hangs on.
+pub fn netns_link(link: BorrowedFd<'_>) -> io::Result<LinkTarget> {
+    // SAFETY: as above, with the member of network namespace links.
+    unsafe {
+        let info: bpf_link_info = info(link)?;
+        Ok(LinkTarget {
+            program_id: info.prog_id,
+            target: u64::from(info.__bindgen_anon_1.netns.netns_ino),
+        })
+    }
+}
+
+/// The kernel's number of a program.
+pub fn program_id(program: BorrowedFd<'_>) -> io::Result<u32> {
+    // SAFETY: `bpf_prog_info` belongs to programs.
+    let info: bpf_prog_info = unsafe { info(program) }?;
+    Ok(info.id)
+}
+
+/// Waits until every program that runs now has ended, so that nothing still uses what it found in
+/// a map before the call (`membarrier(2)`, `MEMBARRIER_CMD_GLOBAL` is `synchronize_rcu()`).
+pub fn wait_for_running_programs() -> io::Result<()> {
+    const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
+    // SAFETY: takes numbers only.
+    let result = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// A map with keys `K` and values `V`, which are exactly the kernel's bytes.
+#[derive(Debug)]
+pub struct Table<K, V> {
+    fd: OwnedFd,
+    _types: PhantomData<fn() -> (K, V)>,
+}
+
+impl<K: Pod, V: Pod> Table<K, V> {
+    /// Opens a pinned map. An `InvalidData` error if its keys or values are of another size.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let fd = open_pinned(path)?;
+        // SAFETY: if it is no map the kernel fills less of the structure or fails; the sizes are
+        // compared below.
+        let info: bpf_map_info = unsafe { info(fd.as_fd()) }?;
+        if info.key_size as usize != size_of::<K>() || info.value_size as usize != size_of::<V>() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!(
+                    "{} has keys of {} and values of {} bytes, not {} and {}: another version of redirect left it",
+                    path.display(), info.key_size, info.value_size, size_of::<K>(), size_of::<V>(),
+                ),
+            ));
+        }
+        Ok(Self {
+            fd,
+            _types: PhantomData,
+        })
+    }
+
+    fn attr(&self, key: *const K, value: u64, flags: u64) -> bpf_attr {
+        let mut attr = empty();
+        attr.__bindgen_anon_2.map_fd = self.fd.as_raw_fd() as u32;
+        attr.__bindgen_anon_2.key = key as u64;
+        attr.__bindgen_anon_2.__bindgen_anon_1.value = value;
+        attr.__bindgen_anon_2.flags = flags;
+        attr
+    }
+
+    /// The value of a key.
+    pub fn get(&self, key: &K) -> io::Result<Option<V>> {
+        let mut value = V::zeroed();
+        let mut attr = self.attr(key, (&raw mut value) as u64, 0);
+        // SAFETY: key and value have the sizes that `open` compared.
+        match unsafe { bpf(bpf_cmd::BPF_MAP_LOOKUP_ELEM, &mut attr) } {
+            Ok(_) => Ok(Some(value)),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Inserts or replaces.
+    pub fn set(&self, key: &K, value: &V) -> io::Result<()> {
+        self.update(key, value, 0)
+    }
+
+    /// Inserts; false if the key was there.
+    pub fn insert(&self, key: &K, value: &V) -> io::Result<bool> {
+        const BPF_NOEXIST: u64 = 1;
+        match self.update(key, value, BPF_NOEXIST) {
+            Ok(()) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn update(&self, key: &K, value: &V, flags: u64) -> io::Result<()> {
+        let mut attr = self.attr(key, std::ptr::from_ref(value) as u64, flags);
+        // SAFETY: key and value have the sizes that `open` compared.
+        unsafe { bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr) }.map(drop)
+    }
+
+    /// Removes a key; it may be absent.
+    pub fn remove(&self, key: &K) -> io::Result<()> {
+        let mut attr = self.attr(key, 0, 0);
+        // SAFETY: the key has the size that `open` compared.
+        match unsafe { bpf(bpf_cmd::BPF_MAP_DELETE_ELEM, &mut attr) } {
+            Err(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// All keys, in the map's own order.
+    pub fn keys(&self) -> io::Result<Vec<K>> {
+        let mut keys = Vec::new();
+        let mut current: Option<K> = None;
+        loop {
+            let mut next = K::zeroed();
+            let key = current.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+            let mut attr = self.attr(key, (&raw mut next) as u64, 0);
+            // SAFETY: null or a key, and room for a key.
+            match unsafe { bpf(bpf_cmd::BPF_MAP_GET_NEXT_KEY, &mut attr) } {
+                Ok(_) => keys.push(next),
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(keys),
+                Err(error) => return Err(error),
+            }
+            current = Some(next);
+        }
+    }
+}
+
+/// A map with one value per possible CPU.
+#[derive(Debug)]
+pub struct PerCpuTable<K, V> {
+    table: Table<K, V>,
+    cpus: usize,
+}
+
+impl<K: Pod, V: Pod + Zeroable> PerCpuTable<K, V> {
+    /// Opens a pinned map; `cpus` is the number of possible CPUs.
+    pub fn open(path: &Path, cpus: usize) -> io::Result<Self> {
+        // The kernel pads each CPU's value to eight bytes.
+        const { assert!(size_of::<V>().is_multiple_of(8)) };
+        let table = Table::open(path)?;
+        Ok(Self { table, cpus })
+    }
+
+    /// One value per CPU; empty if the key is absent.
+    pub fn get(&self, key: &K) -> io::Result<Vec<V>> {
+        let mut values = vec![V::zeroed(); self.cpus];
+        let mut attr = self.table.attr(key, values.as_mut_ptr() as u64, 0);
+        // SAFETY: there is room for a value of every possible CPU.
+        match unsafe { bpf(bpf_cmd::BPF_MAP_LOOKUP_ELEM, &mut attr) } {
+            Ok(_) => Ok(values),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Inserts zeroes; does nothing if the key is there.
+    pub fn insert_zeroed(&self, key: &K) -> io::Result<()> {
+        const BPF_NOEXIST: u64 = 1;
+        let values = vec![V::zeroed(); self.cpus];
+        let mut attr = self.table.attr(key, values.as_ptr() as u64, BPF_NOEXIST);
+        // SAFETY: there is a value for every possible CPU.
+        match unsafe { bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr) } {
+            Err(error) if error.raw_os_error() != Some(libc::EEXIST) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes a key; it may be absent.
+    pub fn remove(&self, key: &K) -> io::Result<()> {
+        self.table.remove(key)
+    }
+
+    /// All keys.
+    pub fn keys(&self) -> io::Result<Vec<K>> {
+        self.table.keys()
+    }
+}

@@ -1,0 +1,82 @@
+//! The pinned maps, with their types.
+
+use anyhow::{Context, Result};
+use bytemuck::{Pod, Zeroable};
+use redirect_common::connection::{FlowKey, Original};
+use redirect_common::listener::ListenerKey;
+use redirect_common::lists::ListKey;
+use redirect_common::pod::PodConfig;
+use redirect_common::record::Record;
+use redirect_common::route::{RouteInfo, RouteKey};
+use redirect_common::verdict::COUNTERS;
+
+use crate::pins::Pins;
+use crate::sys::bpf::{PerCpuTable, Table};
+
+/// Every map a loader reads or writes.
+pub struct Tables {
+    /// Settings, by network namespace cookie.
+    pub pods: Table<u64, PodConfig>,
+    /// Counters, by network namespace cookie.
+    pub counts: PerCpuTable<u64, [u64; COUNTERS]>,
+    /// Membership lists of all policies.
+    pub lists: Table<ListPrefix, u8>,
+    /// Routes of all pods.
+    pub routes: Table<RoutePrefix, RouteInfo>,
+    /// Connections on their way to the proxy.
+    pub flows: Table<FlowKey, Original>,
+    /// The proxies' listeners; the value is a descriptor.
+    pub listeners: Table<ListenerKey, u32>,
+    /// The loader's notes, by cgroup id.
+    pub records: Table<u64, Record>,
+}
+
+/// Key of `LISTS`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct ListPrefix {
+    /// Bits of `data` that count.
+    pub prefix_bits: u32,
+    /// What is matched.
+    pub data: ListKey,
+}
+
+/// Key of `ROUTES`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct RoutePrefix {
+    /// Bits of `data` that count.
+    pub prefix_bits: u32,
+    /// What is matched.
+    pub data: RouteKey,
+}
+
+/// Names of the maps in the object, which are those of their pins.
+pub const NAMES: &[&str] = &[
+    "PODS", "COUNTS", "LISTS", "ROUTES", "FLOWS", "LISTENERS", "SOCKETS", "RECORDS",
+];
+
+impl Tables {
+    /// Opens the pinned maps.
+    pub fn open(pins: &Pins) -> Result<Self> {
+        Ok(Self {
+            pods: open(pins, "PODS")?,
+            counts: PerCpuTable::open(&pins.map("COUNTS"), possible_cpus()?)
+                .context("opening map COUNTS")?,
+            lists: open(pins, "LISTS")?,
+            routes: open(pins, "ROUTES")?,
+            flows: open(pins, "FLOWS")?,
+            listeners: open(pins, "LISTENERS")?,
+            records: open(pins, "RECORDS")?,
+        })
+    }
+}
+
+fn open<K: Pod, V: Pod>(pins: &Pins, name: &str) -> Result<Table<K, V>> {
+    let path = pins.map(name);
+    Table::open(&path).with_context(|| format!("opening map {}", path.display()))
+}
+
+fn possible_cpus() -> Result<usize> {
+    aya::util::nr_cpus().map_err(|(path, error)| anyhow::anyhow!("reading {path}: {error}"))
+}
