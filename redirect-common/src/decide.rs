@@ -51,10 +51,22 @@ pub fn outbound(pod: &PodConfig, lists: &impl Lists, to: &Outbound) -> Rule {
     let to_self = to.local && !loopback && to.port != pod.tunnel_port;
     let pass_local = to.local && !pod.has(FLAG_LOOPBACK_INCLUDED);
     let owner = to.owner;
-    if let Some(rule) = by_proxy_id(&pod.proxy_uids, pod.proxy_uid_count, owner.map(|o| o.uid), to_self, pass_local) {
+    if let Some(rule) = by_proxy_id(
+        &pod.proxy_uids,
+        pod.proxy_uid_count,
+        owner.map(|o| o.uid),
+        to_self,
+        pass_local,
+    ) {
         return rule;
     }
-    if let Some(rule) = by_proxy_id(&pod.proxy_gids, pod.proxy_gid_count, owner.map(|o| o.gid), to_self, pass_local) {
+    if let Some(rule) = by_proxy_id(
+        &pod.proxy_gids,
+        pod.proxy_gid_count,
+        owner.map(|o| o.gid),
+        to_self,
+        pass_local,
+    ) {
         return rule;
     }
     if owner_group_left_out(pod, owner) {
@@ -120,7 +132,11 @@ fn by_proxy_id(
             None => false,
         };
         if matches {
-            return Some(if to_self { Rule::ProxyToSelf } else { Rule::Proxy });
+            return Some(if to_self {
+                Rule::ProxyToSelf
+            } else {
+                Rule::Proxy
+            });
         }
         if pass_local {
             return Some(Rule::PodLocal);

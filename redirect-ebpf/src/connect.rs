@@ -80,7 +80,13 @@ pub fn connect(ctx: &SockAddr) -> i32 {
 }
 
 #[inline(always)]
-fn capture(ctx: &SockAddr, sock: Sock, connection: &Outbound, steered: &Address, proxy_port: u16) -> i32 {
+fn capture(
+    ctx: &SockAddr,
+    sock: Sock,
+    connection: &Outbound,
+    steered: &Address,
+    proxy_port: u16,
+) -> i32 {
     let state = SocketState {
         original: Original {
             destination: connection.destination,

@@ -57,6 +57,17 @@ macro_rules! read_words {
     };
 }
 
+/// Takes the address of the family. Both are read before the choice is made: a choice of what to
+/// read would become arithmetic on the pointer.
+#[inline(always)]
+fn by_family(family: u32, v4_be: u32, v6: Address) -> Address {
+    if family == AF_INET {
+        Address::from_v4_be(v4_be)
+    } else {
+        v6
+    }
+}
+
 /// Reads a value that the loader may have replaced after compilation.
 #[inline(always)]
 pub fn read_global<T: Copy>(global: &T) -> T {
@@ -123,11 +134,11 @@ impl Sock {
 
     #[inline(always)]
     pub fn source(self) -> Address {
-        if self.family() == AF_INET {
-            Address::from_v4_be(read!(self.0, src_ip4))
-        } else {
-            read_words!(self.0, src_ip6)
-        }
+        by_family(
+            self.family(),
+            read!(self.0, src_ip4),
+            read_words!(self.0, src_ip6),
+        )
     }
 
     /// Host order.
@@ -138,11 +149,11 @@ impl Sock {
 
     #[inline(always)]
     pub fn destination(self) -> Address {
-        if self.family() == AF_INET {
-            Address::from_v4_be(read!(self.0, dst_ip4))
-        } else {
-            read_words!(self.0, dst_ip6)
-        }
+        by_family(
+            self.family(),
+            read!(self.0, dst_ip4),
+            read_words!(self.0, dst_ip6),
+        )
     }
 
     /// Host order; 0 if not connected.
@@ -318,15 +329,19 @@ impl SockOps {
     /// unset while it connects: its IPv4 fields are right.
     #[inline(always)]
     pub fn addresses(&self) -> (Address, Address) {
-        if read!(self.pointer, family) == AF_INET6 {
-            let remote = read_words!(self.pointer, remote_ip6);
-            if !remote.is_v4() {
-                return (read_words!(self.pointer, local_ip6), remote);
-            }
-        }
+        let remote6 = read_words!(self.pointer, remote_ip6);
+        let family = if read!(self.pointer, family) == AF_INET6 && !remote6.is_v4() {
+            AF_INET6
+        } else {
+            AF_INET
+        };
         (
-            Address::from_v4_be(read!(self.pointer, local_ip4)),
-            Address::from_v4_be(read!(self.pointer, remote_ip4)),
+            by_family(
+                family,
+                read!(self.pointer, local_ip4),
+                read_words!(self.pointer, local_ip6),
+            ),
+            by_family(family, read!(self.pointer, remote_ip4), remote6),
         )
     }
 
@@ -444,17 +459,19 @@ impl SockLookup {
     /// Local and remote address.
     #[inline(always)]
     pub fn addresses(&self) -> (Address, Address) {
-        if read!(self.pointer, family) == AF_INET {
-            (
-                Address::from_v4_be(read!(self.pointer, local_ip4)),
-                Address::from_v4_be(read!(self.pointer, remote_ip4)),
-            )
-        } else {
-            (
+        let family = read!(self.pointer, family);
+        (
+            by_family(
+                family,
+                read!(self.pointer, local_ip4),
                 read_words!(self.pointer, local_ip6),
+            ),
+            by_family(
+                family,
+                read!(self.pointer, remote_ip4),
                 read_words!(self.pointer, remote_ip6),
-            )
-        }
+            ),
+        )
     }
 
     /// Host order.

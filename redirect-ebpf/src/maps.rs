@@ -11,7 +11,9 @@ use redirect_common::listener::ListenerKey;
 use redirect_common::lists::{LIST_PREFIX_BITS, List, ListKey, Lists};
 use redirect_common::pod::PodConfig;
 use redirect_common::record::Record;
-use redirect_common::route::{ROUTE_LOCAL, ROUTE_PREFIX_BITS, ROUTE_UNREACHABLE, RouteInfo, RouteKey};
+use redirect_common::route::{
+    ROUTE_LOCAL, ROUTE_PREFIX_BITS, ROUTE_UNREACHABLE, RouteInfo, RouteKey,
+};
 use redirect_common::verdict::{COUNTERS, Rule};
 
 use crate::ctx::{lru_get, map_get, map_get_mut};

@@ -57,12 +57,7 @@ pub fn sk_lookup(ctx: &SockLookup) -> u32 {
 }
 
 #[inline(always)]
-fn to_listener(
-    ctx: &SockLookup,
-    netns_cookie: u64,
-    port: u16,
-    target: &Address,
-) -> u32 {
+fn to_listener(ctx: &SockLookup, netns_cookie: u64, port: u16, target: &Address) -> u32 {
     if listeners::assign(ctx, netns_cookie, port, target) {
         PASS
     } else {

@@ -83,16 +83,25 @@ pub fn attach(request: &Request) -> Result<Outcome> {
             tables.lists.set(&key, &value).context("writing LISTS")?;
         }
         changed |= sync_routes(&tables, &notes, request)?;
-        tables.counts.insert_zeroed(&notes.netns_cookie).context("writing COUNTS")?;
+        tables
+            .counts
+            .insert_zeroed(&notes.netns_cookie)
+            .context("writing COUNTS")?;
         let found = find_listeners(&tables, request, &notes)?;
         changed |= link(&pins, &tables, &programs, request, &notes)?;
         let before = tables.pods.get(&notes.netns_cookie)?;
         if Notes::read(&tables, cgroup_id).ok().flatten().as_ref() != Some(&notes) {
-            tables.records.set(&cgroup_id, &record).context("writing RECORDS")?;
+            tables
+                .records
+                .set(&cgroup_id, &record)
+                .context("writing RECORDS")?;
             changed = true;
         }
         if before != Some(config) {
-            tables.pods.set(&notes.netns_cookie, &config).context("writing PODS")?;
+            tables
+                .pods
+                .set(&notes.netns_cookie, &config)
+                .context("writing PODS")?;
             changed = true;
             // A proxy may have begun to listen before its port was known to the sockops program.
             find_listeners(&tables, request, &notes)?;
@@ -154,7 +163,10 @@ fn refuse_overlap(
             );
         }
         if other.netns_cookie == notes.netns_cookie
-            && tables.pods.get(&notes.netns_cookie)?.is_some_and(|attached| attached != *config)
+            && tables
+                .pods
+                .get(&notes.netns_cookie)?
+                .is_some_and(|attached| attached != *config)
         {
             bail!(
                 "network namespace {} is captured with other options for cgroup {}; use the same or detach that first",
@@ -194,7 +206,10 @@ fn find_listeners(tables: &Tables, request: &Request, notes: &Notes) -> Result<L
     let ports = [request.policy.outbound_port, request.policy.inbound_port];
     let found = listeners(&request.netns, &ports)?;
     for port in ports.into_iter().collect::<HashSet<_>>() {
-        let on_port = found.found.iter().filter(|listener| listener.address.port() == port);
+        let on_port = found
+            .found
+            .iter()
+            .filter(|listener| listener.address.port() == port);
         for (slot, listener) in (0..LISTENER_SLOTS).zip(on_port) {
             let key = ListenerKey {
                 netns_cookie: notes.netns_cookie,
@@ -204,7 +219,10 @@ fn find_listeners(tables: &Tables, request: &Request, notes: &Notes) -> Result<L
             };
             let fd = listener.fd.as_raw_fd() as u32;
             if let Err(error) = tables.listeners.set(&key, &fd) {
-                tracing::warn!("cannot hand over the listener {}: {error}", listener.address);
+                tracing::warn!(
+                    "cannot hand over the listener {}: {error}",
+                    listener.address
+                );
             }
         }
     }
@@ -218,9 +236,18 @@ fn warn_about_listeners(found: &Listeners, policy: &Policy) {
             listener.address
         );
     }
-    for (port, what) in [(policy.outbound_port, "outbound"), (policy.inbound_port, "inbound")] {
-        if !found.found.iter().any(|listener| listener.address.port() == port) {
-            tracing::info!("no proxy listens on port {port} yet: captured {what} connections are refused until one does");
+    for (port, what) in [
+        (policy.outbound_port, "outbound"),
+        (policy.inbound_port, "inbound"),
+    ] {
+        if !found
+            .found
+            .iter()
+            .any(|listener| listener.address.port() == port)
+        {
+            tracing::info!(
+                "no proxy listens on port {port} yet: captured {what} connections are refused until one does"
+            );
         }
     }
 }
@@ -252,7 +279,10 @@ fn link(
         bpf::pin(link.as_fd(), &staged.join(name)).with_context(|| format!("pinning link {name}"))
     };
     let program = programs::load_sk_lookup(pins, notes.netns_cookie)?;
-    pin(programs::attach_sk_lookup(&program, &request.netns)?, SK_LOOKUP)?;
+    pin(
+        programs::attach_sk_lookup(&program, &request.netns)?,
+        SK_LOOKUP,
+    )?;
     for (index, hook) in HOOKS.iter().enumerate() {
         let cgroup = match (hook.side, &request.proxy_cgroup) {
             (Side::Proxy, Some(proxy_cgroup)) => proxy_cgroup.as_fd(),

@@ -44,7 +44,12 @@ struct AttachArgs {
     #[arg(long, value_name = "DIR", required_unless_present = "pid")]
     cgroup: Option<PathBuf>,
     /// The pod's network namespace, such as /run/netns/NAME
-    #[arg(long, value_name = "PATH", conflicts_with = "pid", required_unless_present = "pid")]
+    #[arg(
+        long,
+        value_name = "PATH",
+        conflicts_with = "pid",
+        required_unless_present = "pid"
+    )]
     netns: Option<PathBuf>,
     /// A process of the pod: its network namespace and, without --cgroup, its cgroup
     #[arg(long, value_name = "PID")]
@@ -56,7 +61,12 @@ struct AttachArgs {
 #[derive(Debug, Args)]
 struct DetachArgs {
     /// The pod's cgroup
-    #[arg(long, value_name = "DIR", conflicts_with = "all", required_unless_present = "all")]
+    #[arg(
+        long,
+        value_name = "DIR",
+        conflicts_with = "all",
+        required_unless_present = "all"
+    )]
     cgroup: Option<PathBuf>,
     /// Every pod of this machine
     #[arg(long)]

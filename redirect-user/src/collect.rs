@@ -57,7 +57,10 @@ pub(crate) fn unused_lists(tables: &Tables) -> Result<()> {
 /// Unpins programs of other builds once no pod is attached with them.
 pub(crate) fn retire_programs(pins: &Pins, tables: &Tables) -> Result<()> {
     let build = programs::build_id();
-    if record::all(tables)?.iter().all(|(_, notes)| notes.build == build) {
+    if record::all(tables)?
+        .iter()
+        .all(|(_, notes)| notes.build == build)
+    {
         Programs::retire_others(pins)?;
     }
     Ok(())

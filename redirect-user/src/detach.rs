@@ -62,7 +62,10 @@ pub(crate) fn one(pins: &Pins, tables: &Tables, cgroup_id: u64) -> Result<()> {
     };
     let directory = pins.pod(cgroup_id);
     if let Some(notes) = notes.as_ref().filter(|_| !shared) {
-        tables.pods.remove(&notes.netns_cookie).context("writing PODS")?;
+        tables
+            .pods
+            .remove(&notes.netns_cookie)
+            .context("writing PODS")?;
         bpf::wait_for_running_programs().context("membarrier")?;
         wait_for_handshakes(tables, notes.netns_cookie)?;
     }
@@ -117,7 +120,10 @@ fn forget_namespace(tables: &Tables, notes: &Notes) -> Result<()> {
             tables.flows.remove(&flow).context("writing FLOWS")?;
         }
     }
-    tables.counts.remove(&notes.netns_cookie).context("writing COUNTS")
+    tables
+        .counts
+        .remove(&notes.netns_cookie)
+        .context("writing COUNTS")
 }
 
 /// Keys of a namespace's routes.

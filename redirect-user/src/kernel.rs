@@ -62,7 +62,10 @@ impl Readable for Bytes {
                 buffer.copy_from_slice(bytes);
                 Ok(())
             }
-            None => Err(btfparse::Error::new(btfparse::ErrorKind::IOError, "past the end")),
+            None => Err(btfparse::Error::new(
+                btfparse::ErrorKind::IOError,
+                "past the end",
+            )),
         }
     }
 }
@@ -105,10 +108,7 @@ pub fn require() -> Result<()> {
     if missing.is_empty() {
         Ok(())
     } else {
-        bail!(
-            "missing capability {}: run as root",
-            missing.join(", ")
-        )
+        bail!("missing capability {}: run as root", missing.join(", "))
     }
 }
 

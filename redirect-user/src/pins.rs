@@ -19,7 +19,8 @@ use redirect_common::LAYOUT_VERSION;
 
 const BPFFS: &str = "/sys/fs/bpf";
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
-const STAGING: &str = ".staging";
+/// bpffs reserves names with dots.
+const STAGING: &str = "staging";
 
 /// The pin directory, locked: one loader changes things at a time.
 #[derive(Debug)]
@@ -178,7 +179,8 @@ fn mount_bpffs() -> Result<()> {
 }
 
 fn is_bpffs() -> Result<bool> {
-    let stat = statfs(BPFFS)
-        .with_context(|| format!("{BPFFS}: this kernel has no sysfs there, or no CONFIG_BPF_SYSCALL"))?;
+    let stat = statfs(BPFFS).with_context(|| {
+        format!("{BPFFS}: this kernel has no sysfs there, or no CONFIG_BPF_SYSCALL")
+    })?;
     Ok(stat.filesystem_type() == FsType(BPF_FS_MAGIC))
 }

@@ -40,14 +40,54 @@ pub struct Hook {
 /// The cgroup hooks, in the order in which they are attached: `connect` comes last, when all that
 /// it relies on is there.
 pub const HOOKS: &[Hook] = &[
-    hook("sockops", "redirect_sockops", Side::Proxy, bpf_attach_type::BPF_CGROUP_SOCK_OPS),
-    hook("getsockopt", "redirect_getsockopt", Side::Proxy, bpf_attach_type::BPF_CGROUP_GETSOCKOPT),
-    hook("getsockname4", "redirect_getsockname4", Side::Proxy, bpf_attach_type::BPF_CGROUP_INET4_GETSOCKNAME),
-    hook("getsockname6", "redirect_getsockname6", Side::Proxy, bpf_attach_type::BPF_CGROUP_INET6_GETSOCKNAME),
-    hook("getpeername4", "redirect_getpeername4", Side::Client, bpf_attach_type::BPF_CGROUP_INET4_GETPEERNAME),
-    hook("getpeername6", "redirect_getpeername6", Side::Client, bpf_attach_type::BPF_CGROUP_INET6_GETPEERNAME),
-    hook("connect4", "redirect_connect4", Side::Client, bpf_attach_type::BPF_CGROUP_INET4_CONNECT),
-    hook("connect6", "redirect_connect6", Side::Client, bpf_attach_type::BPF_CGROUP_INET6_CONNECT),
+    hook(
+        "sockops",
+        "redirect_sockops",
+        Side::Proxy,
+        bpf_attach_type::BPF_CGROUP_SOCK_OPS,
+    ),
+    hook(
+        "getsockopt",
+        "redirect_getsockopt",
+        Side::Proxy,
+        bpf_attach_type::BPF_CGROUP_GETSOCKOPT,
+    ),
+    hook(
+        "getsockname4",
+        "redirect_getsockname4",
+        Side::Proxy,
+        bpf_attach_type::BPF_CGROUP_INET4_GETSOCKNAME,
+    ),
+    hook(
+        "getsockname6",
+        "redirect_getsockname6",
+        Side::Proxy,
+        bpf_attach_type::BPF_CGROUP_INET6_GETSOCKNAME,
+    ),
+    hook(
+        "getpeername4",
+        "redirect_getpeername4",
+        Side::Client,
+        bpf_attach_type::BPF_CGROUP_INET4_GETPEERNAME,
+    ),
+    hook(
+        "getpeername6",
+        "redirect_getpeername6",
+        Side::Client,
+        bpf_attach_type::BPF_CGROUP_INET6_GETPEERNAME,
+    ),
+    hook(
+        "connect4",
+        "redirect_connect4",
+        Side::Client,
+        bpf_attach_type::BPF_CGROUP_INET4_CONNECT,
+    ),
+    hook(
+        "connect6",
+        "redirect_connect6",
+        Side::Client,
+        bpf_attach_type::BPF_CGROUP_INET6_CONNECT,
+    ),
 ];
 
 /// Name of the pin of a pod's `sk_lookup` link.
@@ -60,7 +100,12 @@ const fn hook(
     side: Side,
     attach_type: bpf_attach_type,
 ) -> Hook {
-    Hook { name, program, side, attach_type }
+    Hook {
+        name,
+        program,
+        side,
+        attach_type,
+    }
 }
 
 /// The shared programs of this build.
@@ -73,7 +118,9 @@ pub struct Programs {
 pub fn build_id() -> u64 {
     use sha2::{Digest, Sha256};
     let hash = Sha256::digest(OBJECT);
-    hash.iter().take(8).fold(0, |id, byte| id << 8 | u64::from(*byte))
+    hash.iter()
+        .take(8)
+        .fold(0, |id, byte| id << 8 | u64::from(*byte))
 }
 
 impl Programs {
@@ -118,16 +165,20 @@ impl Programs {
     /// Attaches one hook.
     pub fn attach(&self, hook: usize, cgroup: impl AsFd) -> Result<OwnedFd> {
         let name = HOOKS[hook].name;
-        bpf::link_create(self.fds[hook].as_fd(), cgroup.as_fd(), HOOKS[hook].attach_type)
-            .with_context(|| format!("attaching {name}"))
+        bpf::link_create(
+            self.fds[hook].as_fd(),
+            cgroup.as_fd(),
+            HOOKS[hook].attach_type,
+        )
+        .with_context(|| format!("attaching {name}"))
     }
 
     /// Puts this build's program behind an existing link, if another one is there.
     pub fn update(&self, hook: usize, link: &OwnedFd) -> Result<bool> {
         let name = HOOKS[hook].name;
         let wanted = bpf::program_id(self.fds[hook].as_fd())?;
-        let observed = bpf::cgroup_link(link.as_fd())
-            .with_context(|| format!("reading link {name}"))?;
+        let observed =
+            bpf::cgroup_link(link.as_fd()).with_context(|| format!("reading link {name}"))?;
         if observed.program_id == wanted {
             return Ok(false);
         }
@@ -154,8 +205,12 @@ pub fn load_sk_lookup(pins: &Pins, netns_cookie: u64) -> Result<OwnedFd> {
 
 /// Attaches a pod's `sk_lookup` program.
 pub fn attach_sk_lookup(program: &OwnedFd, netns: impl AsFd) -> Result<OwnedFd> {
-    bpf::link_create(program.as_fd(), netns.as_fd(), bpf_attach_type::BPF_SK_LOOKUP)
-        .context("attaching sk_lookup")
+    bpf::link_create(
+        program.as_fd(),
+        netns.as_fd(),
+        bpf_attach_type::BPF_SK_LOOKUP,
+    )
+    .context("attaching sk_lookup")
 }
 
 fn load_object(loader: &mut EbpfLoader<'_>, pins: &Pins) -> Result<Ebpf> {

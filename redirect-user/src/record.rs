@@ -37,10 +37,12 @@ impl Notes {
         let Some(record) = tables.records.get(&cgroup_id)? else {
             return Ok(None);
         };
-        let json = record
-            .json
-            .get(..record.length as usize)
-            .with_context(|| format!("record of cgroup {cgroup_id}: length {} is too large", record.length))?;
+        let json = record.json.get(..record.length as usize).with_context(|| {
+            format!(
+                "record of cgroup {cgroup_id}: length {} is too large",
+                record.length
+            )
+        })?;
         serde_json::from_slice(json)
             .with_context(|| format!("record of cgroup {cgroup_id} is corrupt"))
             .map(Some)

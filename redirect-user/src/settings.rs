@@ -66,7 +66,12 @@ fn translate(
     to: &mut [pod::IdRange],
     kernel_ids: impl Fn(&IdRange) -> Result<(u32, u32)>,
 ) -> Result<u32> {
-    ensure!(from.len() <= to.len(), "{} ids are more than {}", from.len(), to.len());
+    ensure!(
+        from.len() <= to.len(),
+        "{} ids are more than {}",
+        from.len(),
+        to.len()
+    );
     for (range, slot) in from.iter().zip(to) {
         let (first, last) = kernel_ids(range)?;
         *slot = pod::IdRange { first, last };
@@ -78,14 +83,29 @@ fn translate(
 pub fn list_entries(policy: &Policy) -> Vec<(ListPrefix, u8)> {
     let id = policy.digest();
     let cidrs = [
-        (List::IncludeOutboundCidrs, policy.include_outbound_cidrs.listed()),
-        (List::ExcludeOutboundCidrs, policy.exclude_outbound_cidrs.as_slice()),
+        (
+            List::IncludeOutboundCidrs,
+            policy.include_outbound_cidrs.listed(),
+        ),
+        (
+            List::ExcludeOutboundCidrs,
+            policy.exclude_outbound_cidrs.as_slice(),
+        ),
     ];
     let ports = [
-        (List::ExcludeOutboundPorts, policy.exclude_outbound_ports.as_slice()),
-        (List::IncludeOutboundPorts, policy.include_outbound_ports.as_slice()),
+        (
+            List::ExcludeOutboundPorts,
+            policy.exclude_outbound_ports.as_slice(),
+        ),
+        (
+            List::IncludeOutboundPorts,
+            policy.include_outbound_ports.as_slice(),
+        ),
         (List::IncludeInboundPorts, policy.inbound_ports.listed()),
-        (List::ExcludeInboundPorts, policy.exclude_inbound_ports.as_slice()),
+        (
+            List::ExcludeInboundPorts,
+            policy.exclude_inbound_ports.as_slice(),
+        ),
     ];
     let cidrs = cidrs.into_iter().flat_map(|(list, nets)| {
         nets.iter().map(move |net| {
@@ -169,7 +189,14 @@ mod tests {
 
     #[test]
     fn port_prefixes_cover_exactly_the_range() {
-        for (first, last) in [(0, 0), (0, 65535), (1, 65534), (80, 80), (8000, 9000), (65535, 65535)] {
+        for (first, last) in [
+            (0, 0),
+            (0, 65535),
+            (1, 65534),
+            (80, 80),
+            (8000, 9000),
+            (65535, 65535),
+        ] {
             let range = PortRange { first, last };
             let prefixes: Vec<_> = port_prefixes(range).collect();
             assert!(prefixes.len() <= 30);
@@ -177,7 +204,11 @@ mod tests {
                 let covered = prefixes
                     .iter()
                     .any(|(start, bits)| bits == &0 || (port ^ start) >> (16 - bits) == 0);
-                assert_eq!(covered, (first..=last).contains(&port), "{first}-{last}: {port}");
+                assert_eq!(
+                    covered,
+                    (first..=last).contains(&port),
+                    "{first}-{last}: {port}"
+                );
             }
         }
     }

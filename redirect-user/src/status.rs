@@ -105,7 +105,12 @@ fn connections(tables: &Tables, netns_cookie: u64) -> Result<BTreeMap<&'static s
     let per_cpu = tables.counts.get(&netns_cookie)?;
     Ok(Rule::ALL
         .iter()
-        .map(|rule| (rule.label(), per_cpu.iter().map(|cpu| cpu[*rule as usize]).sum()))
+        .map(|rule| {
+            (
+                rule.label(),
+                per_cpu.iter().map(|cpu| cpu[*rule as usize]).sum(),
+            )
+        })
         .filter(|(_, count)| *count > 0)
         .collect())
 }

@@ -53,7 +53,14 @@ pub struct RoutePrefix {
 
 /// Names of the maps in the object, which are those of their pins.
 pub const NAMES: &[&str] = &[
-    "PODS", "COUNTS", "LISTS", "ROUTES", "FLOWS", "LISTENERS", "SOCKETS", "RECORDS",
+    "PODS",
+    "COUNTS",
+    "LISTS",
+    "ROUTES",
+    "FLOWS",
+    "LISTENERS",
+    "SOCKETS",
+    "RECORDS",
 ];
 
 impl Tables {

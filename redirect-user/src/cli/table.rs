@@ -13,7 +13,11 @@ use crate::status::{Pod, Status};
 /// Prints to standard output, coloured on a terminal.
 pub fn print(status: &Status) -> Result<()> {
     let mut out = anstream::stdout();
-    writeln!(out, "redirect {} (programs {})", status.version, status.build)?;
+    writeln!(
+        out,
+        "redirect {} (programs {})",
+        status.version, status.build
+    )?;
     if status.pods.is_empty() {
         writeln!(out, "no pod is attached")?;
         return Ok(());
@@ -39,14 +43,22 @@ fn rows(pod: &Pod) -> Vec<(&'static str, String)> {
     };
     let addresses = match pod.routes_current {
         Some(true) => "current".to_owned(),
-        Some(false) => "changed since: run `redirect attach` again".yellow().to_string(),
+        Some(false) => "changed since: run `redirect attach` again"
+            .yellow()
+            .to_string(),
         None => "unknown: the namespace cannot be opened by that path".to_owned(),
     };
     let mut rows = vec![
         ("capture", capture),
-        ("namespace", format!("{} (cookie {})", pod.netns, pod.netns_cookie)),
+        (
+            "namespace",
+            format!("{} (cookie {})", pod.netns, pod.netns_cookie),
+        ),
         ("addresses", addresses),
-        ("ipv6", if pod.ipv6 { "captured" } else { "not captured" }.to_owned()),
+        (
+            "ipv6",
+            if pod.ipv6 { "captured" } else { "not captured" }.to_owned(),
+        ),
     ];
     for (port, count) in &pod.listeners {
         let value = match count {
@@ -57,7 +69,10 @@ fn rows(pod: &Pod) -> Vec<(&'static str, String)> {
         rows.push(("proxy", value));
     }
     rows.push(("policy", policy(&pod.policy)));
-    rows.push(("attached by", format!("{} (programs {})", pod.version, pod.build)));
+    rows.push((
+        "attached by",
+        format!("{} (programs {})", pod.version, pod.build),
+    ));
     for (rule, count) in &pod.connections {
         rows.push(("connections", format!("{count:>8}  {rule}")));
     }

@@ -4,8 +4,10 @@ use clap::Args;
 
 /// istio-iptables' capture flags, as typed.
 ///
-/// Every value is text: our own validation writes the messages. A flag given twice counts as its last, and takes the next word
-/// whatever it looks like, as with istio-iptables. Flatten it last: its help heading holds for what follows. clap reads no environment here, so that tests need not change the process'.
+/// Every value is text: our own validation writes the messages. A flag given twice counts as its
+/// last, and takes the next word whatever it looks like, as with istio-iptables. clap reads no
+/// environment here, so that tests need not change the process'. Flatten it as the last field: its
+/// help heading holds for what follows.
 #[derive(Args, Clone, Debug, Default, PartialEq, Eq)]
 #[command(next_help_heading = "Capture (as istio-iptables)")]
 pub struct CaptureFlags {

@@ -24,7 +24,7 @@ impl CaptureFlags {
     /// `env` answers what a variable is set to: [`process_env`](super::process_env), or a test's own.
     ///
     /// # Errors
-    /// The first option that is refused, in the order of `--help`.
+    /// The first option that is refused; those not supported yet come first.
     pub fn validate(&self, env: Env<'_>) -> Result<Policy, OptionError> {
         self.validate_with(env, &SystemNames)
     }

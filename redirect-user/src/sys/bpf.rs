@@ -188,7 +188,11 @@ impl<K: Pod, V: Pod> Table<K, V> {
                 io::ErrorKind::InvalidData,
                 format!(
                     "{} has keys of {} and values of {} bytes, not {} and {}: another version of redirect left it",
-                    path.display(), info.key_size, info.value_size, size_of::<K>(), size_of::<V>(),
+                    path.display(),
+                    info.key_size,
+                    info.value_size,
+                    size_of::<K>(),
+                    size_of::<V>(),
                 ),
             ));
         }
@@ -256,7 +260,9 @@ impl<K: Pod, V: Pod> Table<K, V> {
         let mut current: Option<K> = None;
         loop {
             let mut next = K::zeroed();
-            let key = current.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+            let key = current
+                .as_ref()
+                .map_or(std::ptr::null(), std::ptr::from_ref);
             let mut attr = self.attr(key, (&raw mut next) as u64, 0);
             // SAFETY: null or a key, and room for a key.
             match unsafe { bpf(bpf_cmd::BPF_MAP_GET_NEXT_KEY, &mut attr) } {
