@@ -89,6 +89,10 @@ pub fn lru_get<K, V>(map: &'static LruHashMap<K, V>, key: &K) -> Option<&'static
     unsafe { map.get(key) }
 }
 
+#[expect(
+    clippy::mut_from_ref,
+    reason = "the kernel owns the value; every CPU has its own"
+)]
 #[inline(always)]
 pub fn map_get_mut<K, V>(map: &'static PerCpuHashMap<K, V>, key: &K) -> Option<&'static mut V> {
     let value = map.get_ptr_mut(key)?;

@@ -1,0 +1,59 @@
+//! What a developer types: `cargo xtask setup | build | test | demo`.
+
+mod cargo;
+mod demo;
+mod preflight;
+mod setup;
+mod test;
+mod ui;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    about = "Sets up, builds, tests and shows redirect"
+)]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what is missing: packages, rust-src, bpf-linker, Envoy
+    Setup,
+    /// Build the eBPF object and every program
+    Build {
+        /// With optimisations
+        #[arg(long)]
+        release: bool,
+    },
+    /// Check formatting and lints, run unit, property and kernel-level tests (as root)
+    Test(test::Options),
+    /// Capture a pod with a real Envoy and show where its connections go (as root)
+    Demo(demo::Options),
+    /// The demo's processes inside the pod
+    #[command(flatten)]
+    Inside(demo::Inside),
+}
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().task {
+        Task::Setup => setup::run(),
+        Task::Build { release } => cargo::build(release),
+        Task::Test(options) => test::run(&options),
+        Task::Demo(options) => demo::run(&options),
+        Task::Inside(part) => part.run(),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            anstream::eprintln!("{style}error:{style:#} {error:#}", style = ui::BAD);
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,224 @@
+//! `cargo xtask test`: formatting, lints, then every test, and one summary at the end.
+
+mod skips;
+mod tally;
+
+use std::io::{BufRead as _, BufReader, IsTerminal as _};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use clap::Args;
+
+use crate::ui::{self, Mark};
+use crate::{cargo, preflight, setup};
+use skips::Skips;
+use tally::Tally;
+
+/// The crate whose tests make namespaces and attach programs.
+const KERNEL_TESTS: &str = "redirect-tests";
+
+#[derive(Args)]
+pub struct Options {
+    /// Run only tests whose name contains this
+    filter: Option<String>,
+    /// How many kernel-level tests run at once: they share the machine's global state
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    threads: usize,
+}
+
+/// What one step came to, for the summary.
+struct Outcome {
+    name: &'static str,
+    passed: bool,
+    took: Duration,
+    detail: String,
+}
+
+pub fn run(options: &Options) -> Result<()> {
+    preflight::check("test")?;
+    setup::run()?;
+    let skips = Skips::new(&cargo::workspace()?.root)?;
+
+    // Every step runs even after one has failed: one run then shows all there is to mend.
+    let mut outcomes = vec![
+        step("format", fmt()?)?,
+        step("lints", clippy()?)?,
+        step("eBPF lints", clippy_ebpf()?)?,
+        step("tests", unit_tests(options, &skips)?)?,
+        step("build", build()?)?,
+    ];
+    // Except these: they run the built programs, and the last build's would answer for this one's.
+    let built = outcomes.iter().any(|o| o.name == "build" && o.passed);
+    outcomes.push(if built {
+        step("kernel tests", kernel_tests(options, &skips)?)?
+    } else {
+        not_run("kernel tests", "not run: the build failed")
+    });
+    outcomes.push(skip_outcome(&skips)?);
+
+    ui::heading("summary");
+    for outcome in &outcomes {
+        let mark = if outcome.passed { Mark::Ok } else { Mark::Fail };
+        ui::step(
+            mark,
+            outcome.name,
+            &format!("{:>6.1} s  {}", outcome.took.as_secs_f32(), outcome.detail),
+        );
+    }
+    let failed: Vec<&str> = outcomes
+        .iter()
+        .filter(|o| !o.passed)
+        .map(|o| o.name)
+        .collect();
+    if !failed.is_empty() {
+        bail!("failed: {}", failed.join(", "));
+    }
+    Ok(())
+}
+
+fn fmt() -> Result<Command> {
+    let mut command = cargo::at_root()?;
+    command.args(["fmt", "--all", "--check"]);
+    Ok(command)
+}
+
+fn clippy() -> Result<Command> {
+    let mut command = cargo::at_root()?;
+    command.args([
+        "clippy",
+        "--workspace",
+        "--exclude",
+        cargo::EBPF_CRATE,
+        "--all-targets",
+        "--",
+        "-D",
+        "warnings",
+    ]);
+    Ok(command)
+}
+
+/// The eBPF crate is linted as it is built: for the BPF target, with `core` from source on a stable compiler.
+fn clippy_ebpf() -> Result<Command> {
+    let mut command = cargo::at_root()?;
+    command.args([
+        "clippy",
+        "--package",
+        cargo::EBPF_CRATE,
+        "-Z",
+        "build-std=core",
+        "--target",
+        "bpfel-unknown-none",
+    ]);
+    // Its own directory: other RUSTFLAGS in a shared one would rebuild everything each time.
+    command
+        .arg("--target-dir")
+        .arg(cargo::workspace()?.target.join("ebpf-clippy"));
+    command.args(["--", "-D", "warnings"]);
+    command.env("RUSTC_BOOTSTRAP", "1");
+    command.env(
+        "RUSTFLAGS",
+        format!("--cfg bpf_target_arch=\"{}\"", std::env::consts::ARCH),
+    );
+    Ok(command)
+}
+
+/// `cargo test` alone would not build the `redirect` program that kernel tests call.
+fn build() -> Result<Command> {
+    let mut command = cargo::at_root()?;
+    command.arg("build");
+    Ok(command)
+}
+
+fn unit_tests(options: &Options, skips: &Skips) -> Result<Command> {
+    let mut command = test_command(skips)?;
+    command.args([
+        "--workspace",
+        "--exclude",
+        cargo::EBPF_CRATE,
+        "--exclude",
+        KERNEL_TESTS,
+        "--no-fail-fast",
+        "--",
+    ]);
+    command.args(&options.filter);
+    Ok(command)
+}
+
+fn kernel_tests(options: &Options, skips: &Skips) -> Result<Command> {
+    let mut command = test_command(skips)?;
+    command.args(["--package", KERNEL_TESTS, "--no-fail-fast", "--"]);
+    command
+        .arg(format!("--test-threads={}", options.threads))
+        .args(&options.filter);
+    Ok(command)
+}
+
+fn test_command(skips: &Skips) -> Result<Command> {
+    let mut command = cargo::at_root()?;
+    command.arg("test").env(skips::LOG_VARIABLE, skips.log());
+    let envoy = setup::envoy_binary()?;
+    if envoy.is_file() {
+        command.env("REDIRECT_ENVOY", envoy);
+    }
+    Ok(command)
+}
+
+/// Runs a command with its output passed on line by line, and reads cargo's "test result:" lines in passing.
+fn step(name: &'static str, mut command: Command) -> Result<Outcome> {
+    ui::heading(name);
+    ui::command(&command);
+    if std::io::stdout().is_terminal() {
+        command.env("CARGO_TERM_COLOR", "always");
+    }
+    let started = Instant::now();
+    let mut child = command
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot run cargo")?;
+    let mut tally = Tally::default();
+    let output = child.stdout.take().context("cargo has no output")?;
+    for line in BufReader::new(output).split(b'\n') {
+        let line = line?;
+        let line = String::from_utf8_lossy(&line);
+        anstream::println!("{line}");
+        tally.read(&anstream::adapter::strip_str(&line).to_string());
+    }
+    let status = child.wait()?;
+    let detail = if tally.found_nothing() {
+        String::new()
+    } else {
+        tally.to_string()
+    };
+    Ok(Outcome {
+        name,
+        passed: status.success(),
+        took: started.elapsed(),
+        detail,
+    })
+}
+
+fn not_run(name: &'static str, why: &str) -> Outcome {
+    Outcome {
+        name,
+        passed: false,
+        took: Duration::ZERO,
+        detail: why.to_owned(),
+    }
+}
+
+fn skip_outcome(skips: &Skips) -> Result<Outcome> {
+    let (allowed, forbidden) = skips.collect()?;
+    for skip in &forbidden {
+        ui::warn(&format!(
+            "skipped, and not listed in {}: {skip}",
+            skips::ALLOWED_FILE
+        ));
+    }
+    Ok(Outcome {
+        name: "skips",
+        passed: forbidden.is_empty(),
+        took: Duration::ZERO,
+        detail: format!("{} allowed, {} not", allowed.len(), forbidden.len()),
+    })
+}
