@@ -78,10 +78,11 @@ fn cargo_home() -> Option<PathBuf> {
         .or_else(by_default)
 }
 
-/// Builds the workspace; redirect-user's build script builds the eBPF object on the way.
+/// Builds what the demo and the tests run; redirect-user's build script builds the eBPF object on
+/// the way. Not this program, which is running.
 pub fn build(release: bool) -> Result<()> {
     let mut command = at_root()?;
-    command.arg("build");
+    command.args(["build", "--package=redirect-user", "--package=redirect-tests"]);
     if release {
         command.arg("--release");
     }
