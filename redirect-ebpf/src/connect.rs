@@ -102,8 +102,21 @@ fn capture(
         return REFUSE;
     }
     ctx.set_address(steered);
-    ctx.set_port(STEERED_PORT_FIRST + (random() % u32::from(STEERED_PORTS)) as u16);
+    ctx.set_port(steered_port(sock.source_port()));
     ALLOW
+}
+
+/// A random steered port, but not the socket's own: it would connect to itself.
+#[inline(always)]
+fn steered_port(source_port: u16) -> u16 {
+    let port = STEERED_PORT_FIRST + (random() % u32::from(STEERED_PORTS)) as u16;
+    if port != source_port {
+        port
+    } else if port == STEERED_PORT_FIRST {
+        port + 1
+    } else {
+        port - 1
+    }
 }
 
 /// connect() to the unspecified address means this host (`ip_route_output_key_hash`, `tcp_v6_connect`).

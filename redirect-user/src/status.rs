@@ -63,7 +63,15 @@ pub fn status() -> Result<Status> {
     let mut pods = Vec::new();
     if let Some(pins) = Pins::open_existing()? {
         let tables = Tables::open(&pins)?;
-        for (cgroup_id, notes) in record::all(&tables)? {
+        let records = record::all(&tables)?;
+        for cgroup_id in pins.pods()? {
+            if !records.iter().any(|(known, _)| *known == cgroup_id) {
+                tracing::warn!(
+                    "attaching cgroup {cgroup_id} was interrupted and nothing of it is captured: attach it again, or detach it"
+                );
+            }
+        }
+        for (cgroup_id, notes) in records {
             pods.push(pod(&tables, cgroup_id, notes)?);
         }
     }

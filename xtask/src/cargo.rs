@@ -82,7 +82,11 @@ fn cargo_home() -> Option<PathBuf> {
 /// the way. Not this program, which is running.
 pub fn build(release: bool) -> Result<()> {
     let mut command = at_root()?;
-    command.args(["build", "--package=redirect-user", "--package=redirect-tests"]);
+    command.args([
+        "build",
+        "--package=redirect-user",
+        "--package=redirect-tests",
+    ]);
     if release {
         command.arg("--release");
     }

@@ -182,8 +182,7 @@ impl Stage {
         let shared = names.shared.clone();
         fs::create_dir(&shared).with_context(|| format!("cannot make {}", shared.display()))?;
         fs::set_permissions(&shared, fs::Permissions::from_mode(0o755))?;
-        // Not by its path: a build may have replaced the file meanwhile.
-        let this = Path::new("/proc/self/exe");
+        let this = std::env::current_exe().context("cannot find this program's own file")?;
         let this = process::reachable_by_all(&this, &shared)?;
 
         let pod = Pod::create(names)?;
