@@ -1,0 +1,787 @@
+//! The decision against the rules themselves: a small interpreter walks the chains that
+//! istio-iptables writes for the same options (REDIRECT mode, without DNS and interfaces).
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::sample::select;
+use redirect_common::address::Address;
+use redirect_common::decide::{self, Outbound, Owner};
+use redirect_common::lists::{List, Lists};
+use redirect_common::pod::{
+    FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6, FLAG_LOOPBACK_INCLUDED, FLAG_OUTBOUND_ALL,
+    IdRange, PodConfig,
+};
+use redirect_common::verdict::{Action, Rule};
+
+const CASES: u32 = 3_000;
+const CONNECTIONS_PER_CASE: usize = 8;
+
+const OUTBOUND_PORT: u16 = 15001;
+const INBOUND_PORT: u16 = 15006;
+
+type Ids = (u32, u32);
+type Ports = (u16, u16);
+
+/// istio-iptables' flags.
+#[derive(Clone, Debug)]
+struct Options {
+    tunnel_port: u16,
+    uids: Vec<Ids>,
+    gids: Vec<Ids>,
+    inbound: All<Vec<Ports>>,
+    exclude_inbound: Vec<Ports>,
+    outbound: All<Vec<Cidr>>,
+    exclude_outbound: Vec<Cidr>,
+    outbound_ports: Vec<Ports>,
+    exclude_outbound_ports: Vec<Ports>,
+    groups: All<Vec<Ids>>,
+    exclude_groups: Vec<Ids>,
+    loopback: Cidr,
+    ipv6: bool,
+}
+
+/// `*`, or a list.
+#[derive(Clone, Debug)]
+enum All<T> {
+    Star,
+    These(T),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Cidr {
+    address: IpAddr,
+    bits: u8,
+}
+
+impl Cidr {
+    fn contains(&self, address: IpAddr) -> bool {
+        let (ours, theirs, width) = match (self.address, address) {
+            (IpAddr::V4(a), IpAddr::V4(b)) => (u128::from(a.to_bits()), b.to_bits().into(), 32),
+            (IpAddr::V6(a), IpAddr::V6(b)) => (a.to_bits(), b.to_bits(), 128),
+            _ => return false,
+        };
+        let host_bits = width - u32::from(self.bits);
+        ours.checked_shr(host_bits).unwrap_or(0) == theirs.checked_shr(host_bits).unwrap_or(0)
+    }
+}
+
+/// The first packet of a TCP connection.
+#[derive(Clone, Copy, Debug)]
+struct Packet {
+    source: IpAddr,
+    destination: IpAddr,
+    port: u16,
+    out_lo: bool,
+    owner: Option<(u32, u32)>,
+}
+
+/// What a rule asks of a packet; `NotX` is iptables' `! X`.
+#[derive(Clone, Copy, Debug)]
+enum Match {
+    OutLo,
+    From(IpAddr),
+    To(Cidr),
+    NotTo(Cidr),
+    Port(Ports),
+    NotPort(u16),
+    Uid(Ids),
+    NotUid(Ids),
+    Gid(Ids),
+    NotGid(Ids),
+}
+
+impl Match {
+    fn holds(&self, packet: &Packet) -> bool {
+        let within = |ids: &Ids, id: u32| ids.0 <= id && id <= ids.1;
+        // xt_owner: no socket, no owner: only negated conditions hold.
+        let uid = |ids| packet.owner.is_some_and(|(uid, _)| within(ids, uid));
+        let gid = |ids| packet.owner.is_some_and(|(_, gid)| within(ids, gid));
+        match self {
+            Self::OutLo => packet.out_lo,
+            Self::From(address) => packet.source == *address,
+            Self::To(cidr) => cidr.contains(packet.destination),
+            Self::NotTo(cidr) => !cidr.contains(packet.destination),
+            Self::Port((first, last)) => (*first..=*last).contains(&packet.port),
+            Self::NotPort(port) => packet.port != *port,
+            Self::Uid(ids) => uid(ids),
+            Self::NotUid(ids) => !uid(ids),
+            Self::Gid(ids) => gid(ids),
+            Self::NotGid(ids) => !gid(ids),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Target {
+    Return,
+    Jump(&'static str),
+    Redirect(u16),
+}
+
+/// One line of the rules text. `name` is what this project calls a connection that it decides.
+#[derive(Clone, Debug)]
+struct Line {
+    chain: &'static str,
+    matches: Vec<Match>,
+    target: Target,
+    name: Option<Rule>,
+}
+
+/// The nat table of one family.
+#[derive(Debug, Default)]
+struct Table {
+    lines: Vec<Line>,
+}
+
+impl Table {
+    fn add(&mut self, chain: &'static str, matches: &[Match], target: Target, name: Option<Rule>) {
+        self.lines.push(Line {
+            chain,
+            matches: matches.to_vec(),
+            target,
+            name,
+        });
+    }
+
+    /// semantics.md 2.1, lines 4 to 17.
+    fn of(options: &Options, v6: bool) -> Self {
+        use Match::{Gid, NotGid, NotPort, NotTo, NotUid, OutLo, Port, To, Uid};
+        use Target::{Jump, Redirect, Return};
+        let mut table = Self::default();
+        if v6 && !options.ipv6 {
+            return table;
+        }
+        let loopback = if v6 {
+            Cidr {
+                address: Ipv6Addr::LOCALHOST.into(),
+                bits: 128,
+            }
+        } else {
+            options.loopback
+        };
+        let own6: IpAddr = if v6 {
+            Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6).into()
+        } else {
+            Ipv4Addr::new(127, 0, 0, 6).into()
+        };
+        let of_family = |cidrs: &[Cidr]| -> Vec<Cidr> {
+            let ours = cidrs.iter().filter(|c| c.address.is_ipv6() == v6);
+            ours.copied().collect()
+        };
+        let tunnel = (options.tunnel_port, options.tunnel_port);
+
+        // 4 and 5
+        let name = Some(Rule::TunnelPort);
+        table.add("ISTIO_INBOUND", &[Port(tunnel)], Return, name);
+        table.add("ISTIO_REDIRECT", &[], Redirect(OUTBOUND_PORT), None);
+        table.add("ISTIO_IN_REDIRECT", &[], Redirect(INBOUND_PORT), None);
+        // 6
+        let capture = Jump("ISTIO_IN_REDIRECT");
+        let captured = Some(Rule::InboundCaptured);
+        match &options.inbound {
+            All::These(ports) if ports.is_empty() => {}
+            All::These(ports) => {
+                table.add("PREROUTING", &[], Jump("ISTIO_INBOUND"), None);
+                for ports in ports {
+                    table.add("ISTIO_INBOUND", &[Port(*ports)], capture, captured);
+                }
+            }
+            All::Star => {
+                table.add("PREROUTING", &[], Jump("ISTIO_INBOUND"), None);
+                for ports in &options.exclude_inbound {
+                    let name = Some(Rule::InboundPortExcluded);
+                    table.add("ISTIO_INBOUND", &[Port(*ports)], Return, name);
+                }
+                table.add("ISTIO_INBOUND", &[], capture, captured);
+            }
+        }
+        // 7
+        table.add("OUTPUT", &[], Jump("ISTIO_OUTPUT"), None);
+        let mut output = |matches: &[Match], target, name| {
+            table.add("ISTIO_OUTPUT", matches, target, Some(name));
+        };
+        // 8 and 9
+        for ports in &options.exclude_outbound_ports {
+            output(&[Port(*ports)], Return, Rule::ExcludedPort);
+        }
+        output(&[OutLo, Match::From(own6)], Return, Rule::ProxyPassthrough);
+        // 10 and 11
+        let loopback_included = options.loopback_included();
+        let to_self = [OutLo, NotTo(loopback), NotPort(options.tunnel_port)];
+        for uid in &options.uids {
+            let [a, b, c] = to_self;
+            output(&[a, b, c, Uid(*uid)], capture, Rule::ProxyToSelf);
+            if !loopback_included {
+                output(&[OutLo, NotUid(*uid)], Return, Rule::PodLocal);
+            }
+            output(&[Uid(*uid)], Return, Rule::Proxy);
+        }
+        for gid in &options.gids {
+            let [a, b, c] = to_self;
+            output(&[a, b, c, Gid(*gid)], capture, Rule::ProxyToSelf);
+            if !loopback_included {
+                output(&[OutLo, NotGid(*gid)], Return, Rule::PodLocal);
+            }
+            output(&[Gid(*gid)], Return, Rule::Proxy);
+        }
+        // 12
+        match &options.groups {
+            All::Star => {
+                for gid in &options.exclude_groups {
+                    output(&[Gid(*gid)], Return, Rule::OwnerGroup);
+                }
+            }
+            All::These(groups) => {
+                let none_of: Vec<_> = groups.iter().map(|gid| NotGid(*gid)).collect();
+                output(&none_of, Return, Rule::OwnerGroup);
+            }
+        }
+        // 14 to 17
+        let redirect = Jump("ISTIO_REDIRECT");
+        output(&[To(loopback)], Return, Rule::Loopback);
+        for cidr in of_family(&options.exclude_outbound) {
+            output(&[To(cidr)], Return, Rule::ExcludedCidr);
+        }
+        for ports in &options.outbound_ports {
+            output(&[Port(*ports)], redirect, Rule::IncludedPort);
+        }
+        match &options.outbound {
+            All::Star => output(&[], redirect, Rule::IncludedCidr),
+            All::These(cidrs) => {
+                for cidr in of_family(cidrs) {
+                    output(&[To(cidr)], redirect, Rule::IncludedCidr);
+                }
+            }
+        }
+        table
+    }
+
+    /// Walks a chain as the kernel does. The port redirected to, and the line that led there.
+    fn walk(&self, chain: &str, packet: &Packet) -> (Option<u16>, Option<Rule>) {
+        for line in self.lines.iter().filter(|line| line.chain == chain) {
+            if !line.matches.iter().all(|m| m.holds(packet)) {
+                continue;
+            }
+            match line.target {
+                Target::Return => return (None, line.name),
+                Target::Redirect(port) => return (Some(port), line.name),
+                Target::Jump(to) => {
+                    let (port, name) = self.walk(to, packet);
+                    if port.is_some() || name.is_some() {
+                        return (port, line.name.or(name));
+                    }
+                }
+            }
+        }
+        (None, None)
+    }
+}
+
+impl Options {
+    fn loopback_included(&self) -> bool {
+        match &self.outbound {
+            All::Star => false,
+            All::These(cidrs) => cidrs.iter().any(|cidr| cidr.address.is_loopback()),
+        }
+    }
+
+    /// What the Kubernetes injector passes.
+    fn injected() -> Self {
+        Self {
+            tunnel_port: 15008,
+            uids: vec![(1337, 1337)],
+            gids: vec![(1337, 1337)],
+            inbound: All::Star,
+            exclude_inbound: [15090, 15021, 15020].map(|port| (port, port)).to_vec(),
+            outbound: All::Star,
+            exclude_outbound: vec![],
+            outbound_ports: vec![],
+            exclude_outbound_ports: vec![],
+            groups: All::Star,
+            exclude_groups: vec![],
+            loopback: cidr("127.0.0.1", 32),
+            ipv6: true,
+        }
+    }
+
+    /// As the loader would write them into the maps.
+    fn pod(&self) -> PodConfig {
+        let IpAddr::V4(loopback) = self.loopback.address else {
+            panic!("the loopback CIDR is IPv4")
+        };
+        let mask = u32::MAX << (32 - u32::from(self.loopback.bits));
+        let flag = |on: bool, flag: u32| if on { flag } else { 0 };
+        let any = |list: List| flag(!self.list_is_empty(list), list.bit());
+        let groups = match &self.groups {
+            All::Star => &self.exclude_groups,
+            All::These(groups) => groups,
+        };
+        PodConfig {
+            policy: 7,
+            flags: flag(self.ipv6, FLAG_IPV6)
+                | flag(matches!(self.outbound, All::Star), FLAG_OUTBOUND_ALL)
+                | flag(matches!(self.inbound, All::Star), FLAG_INBOUND_ALL)
+                | flag(self.loopback_included(), FLAG_LOOPBACK_INCLUDED)
+                | flag(matches!(self.groups, All::These(_)), FLAG_GROUPS_INCLUDE),
+            lists: EVERY_LIST.map(any).iter().sum(),
+            outbound_port: OUTBOUND_PORT,
+            inbound_port: INBOUND_PORT,
+            tunnel_port: self.tunnel_port,
+            _pad: 0,
+            loopback_be: (loopback.to_bits() & mask).to_be(),
+            loopback_mask_be: mask.to_be(),
+            proxy_uid_count: self.uids.len() as u32,
+            proxy_gid_count: self.gids.len() as u32,
+            group_count: groups.len() as u32,
+            _pad2: 0,
+            proxy_uids: filled(&self.uids),
+            proxy_gids: filled(&self.gids),
+            groups: filled(groups),
+        }
+    }
+
+    fn ports(&self, list: List) -> &[Ports] {
+        match (list, &self.inbound) {
+            (List::ExcludeOutboundPorts, _) => &self.exclude_outbound_ports,
+            (List::IncludeOutboundPorts, _) => &self.outbound_ports,
+            (List::IncludeInboundPorts, All::These(ports)) => ports,
+            (List::ExcludeInboundPorts, _) => &self.exclude_inbound,
+            _ => &[],
+        }
+    }
+
+    fn cidrs(&self, list: List) -> &[Cidr] {
+        match (list, &self.outbound) {
+            (List::ExcludeOutboundCidrs, _) => &self.exclude_outbound,
+            (List::IncludeOutboundCidrs, All::These(cidrs)) => cidrs,
+            _ => &[],
+        }
+    }
+
+    fn list_is_empty(&self, list: List) -> bool {
+        self.ports(list).is_empty() && self.cidrs(list).is_empty()
+    }
+}
+
+const EVERY_LIST: [List; 6] = [
+    List::ExcludeOutboundPorts,
+    List::ExcludeOutboundCidrs,
+    List::IncludeOutboundPorts,
+    List::IncludeOutboundCidrs,
+    List::IncludeInboundPorts,
+    List::ExcludeInboundPorts,
+];
+
+impl Lists for Options {
+    fn has_port(&self, list: List, port: u16) -> bool {
+        let ports = self.ports(list);
+        assert!(!ports.is_empty(), "an empty list was searched");
+        ports.iter().any(|(a, b)| (*a..=*b).contains(&port))
+    }
+
+    fn has_address(&self, list: List, address: &Address) -> bool {
+        let cidrs = self.cidrs(list);
+        assert!(!cidrs.is_empty(), "an empty list was searched");
+        cidrs.iter().any(|cidr| cidr.contains((*address).into()))
+    }
+}
+
+/// Unused entries hold what would match everything, if they were looked at.
+fn filled<const N: usize>(ids: &[Ids]) -> [IdRange; N] {
+    let everything = (0, u32::MAX);
+    std::array::from_fn(|i| {
+        let (first, last) = ids.get(i).copied().unwrap_or(everything);
+        IdRange { first, last }
+    })
+}
+
+fn by_the_rules_out(options: &Options, packet: &Packet) -> Rule {
+    // An IPv4-mapped IPv6 socket sends IPv4 packets.
+    let packet = Packet {
+        source: packet.source.to_canonical(),
+        destination: packet.destination.to_canonical(),
+        ..*packet
+    };
+    let v6 = packet.destination.is_ipv6();
+    let (port, name) = Table::of(options, v6).walk("OUTPUT", &packet);
+    let rule = match name {
+        Some(rule) => rule,
+        None if v6 && !options.ipv6 => Rule::Ipv6Off,
+        None => Rule::NotIncluded,
+    };
+    assert_eq!(port, port_of(rule), "the interpreter contradicts itself");
+    rule
+}
+
+fn by_the_rules_in(options: &Options, packet: &Packet) -> Rule {
+    let destination = packet.destination.to_canonical();
+    let v6 = destination.is_ipv6();
+    let packet = Packet {
+        destination,
+        owner: None,
+        ..*packet
+    };
+    let (port, name) = Table::of(options, v6).walk("PREROUTING", &packet);
+    let rule = match (name, &options.inbound) {
+        (Some(rule), _) => rule,
+        (None, _) if v6 && !options.ipv6 => Rule::InboundIpv6Off,
+        (None, All::These(ports)) if ports.is_empty() => Rule::InboundOff,
+        (None, _) => Rule::InboundPortNotIncluded,
+    };
+    assert_eq!(port, port_of(rule), "the interpreter contradicts itself");
+    rule
+}
+
+fn port_of(rule: Rule) -> Option<u16> {
+    match rule.action() {
+        Action::Pass => None,
+        Action::CaptureOutbound => Some(OUTBOUND_PORT),
+        Action::CaptureInbound => Some(INBOUND_PORT),
+    }
+}
+
+fn decided_out(options: &Options, packet: &Packet) -> Rule {
+    let connection = Outbound {
+        source: packet.source.into(),
+        destination: packet.destination.into(),
+        port: packet.port,
+        local: packet.out_lo,
+        owner: packet.owner.map(|(uid, gid)| Owner { uid, gid }),
+    };
+    decide::outbound(&options.pod(), options, &connection)
+}
+
+fn decided_in(options: &Options, packet: &Packet) -> Rule {
+    let destination = packet.destination.into();
+    decide::inbound(&options.pod(), options, &destination, packet.port)
+}
+
+fn cidr(address: &str, bits: u8) -> Cidr {
+    Cidr {
+        address: ip(address),
+        bits,
+    }
+}
+
+fn ip(text: &str) -> IpAddr {
+    text.parse()
+        .unwrap_or_else(|_| panic!("{text} is no address"))
+}
+
+/// Few values, close to each other: they must meet in lists and connections.
+const PORTS: [u16; 16] = [
+    0, 1, 53, 79, 80, 81, 443, 8080, 8081, 15001, 15006, 15007, 15008, 15009, 15020, 65535,
+];
+const IDS: [u32; 12] = [
+    0,
+    1,
+    3,
+    4,
+    5,
+    1000,
+    1336,
+    1337,
+    1338,
+    65534,
+    u32::MAX - 1,
+    u32::MAX,
+];
+const ADDRESSES: [&str; 26] = [
+    "127.0.0.0",
+    "127.0.0.1",
+    "127.0.0.2",
+    "127.0.0.5",
+    "127.0.0.6",
+    "127.0.0.7",
+    "127.1.2.3",
+    "127.255.255.255",
+    "126.255.255.255",
+    "128.0.0.0",
+    "0.0.0.0",
+    "10.0.0.5",
+    "10.0.0.6",
+    "10.255.0.1",
+    "203.0.113.10",
+    "255.255.255.255",
+    "::",
+    "::1",
+    "::6",
+    "::7",
+    "::ffff:127.0.0.1",
+    "::ffff:127.0.0.6",
+    "::ffff:10.0.0.5",
+    "::fffe:7f00:1",
+    "fd00::5",
+    "2001:db8::10",
+];
+
+fn any_address() -> impl Strategy<Value = IpAddr> {
+    prop_oneof![
+        8 => select(&ADDRESSES[..]).prop_map(ip),
+        1 => any::<u32>().prop_map(|bits| Ipv4Addr::from_bits(bits).into()),
+        1 => any::<u128>().prop_map(|bits| Ipv6Addr::from_bits(bits).into()),
+    ]
+}
+
+fn any_cidr() -> impl Strategy<Value = Cidr> {
+    (any_address(), 0..=128_u8, any::<bool>()).prop_map(|(address, bits, whole)| {
+        let address = address.to_canonical();
+        let width = if address.is_ipv4() { 32 } else { 128 };
+        let bits = if whole { width } else { bits % (width + 1) };
+        Cidr { address, bits }
+    })
+}
+
+fn any_loopback() -> impl Strategy<Value = Cidr> {
+    let addresses = select(&["127.0.0.1", "127.0.0.6", "127.1.2.3", "127.0.0.0"][..]);
+    prop_oneof![
+        2 => Just(cidr("127.0.0.1", 32)),
+        3 => (addresses, 8..=32_u8).prop_map(|(address, bits)| cidr(address, bits)),
+    ]
+}
+
+fn any_ports() -> impl Strategy<Value = Vec<Ports>> {
+    let range = |(a, b): Ports, single: bool| if single { (a, a) } else { (a.min(b), a.max(b)) };
+    let ports = (select(&PORTS[..]), select(&PORTS[..]));
+    let entry = (ports, prop::bool::weighted(0.8));
+    vec(
+        entry.prop_map(move |(ports, single)| range(ports, single)),
+        0..4,
+    )
+}
+
+fn any_ids(longest: usize) -> impl Strategy<Value = Vec<Ids>> {
+    let range = |(a, b): Ids, single: bool| if single { (a, a) } else { (a.min(b), a.max(b)) };
+    let ids = (select(&IDS[..]), select(&IDS[..]));
+    let entry = || (ids.clone(), prop::bool::weighted(0.8));
+    prop_oneof![
+        9 => vec(entry().prop_map(move |(ids, single)| range(ids, single)), 0..4),
+        1 => vec(entry().prop_map(move |(ids, single)| range(ids, single)), longest..=longest),
+    ]
+}
+
+fn all_or<T: std::fmt::Debug + Clone>(
+    list: impl Strategy<Value = T>,
+) -> impl Strategy<Value = All<T>> {
+    (any::<bool>(), list).prop_map(|(all, list)| if all { All::Star } else { All::These(list) })
+}
+
+fn any_options() -> impl Strategy<Value = Options> {
+    // gids as uids is what the injector writes, and where their order matters most.
+    let ids = (any_ids(16), any_ids(16), any::<bool>());
+    let inbound = (all_or(any_ports()), any_ports());
+    let outbound = (all_or(vec(any_cidr(), 0..4)), vec(any_cidr(), 0..3));
+    let ports = (any_ports(), any_ports(), select(&[15008_u16, 80][..]));
+    let groups = (all_or(any_ids(64)), any_ids(64));
+    let rest = (any_loopback(), prop::bool::weighted(0.8));
+    (ids, inbound, outbound, ports, groups, rest).prop_map(
+        |(ids, inbound, outbound, ports, groups, rest)| Options {
+            tunnel_port: ports.2,
+            gids: if ids.2 { ids.0.clone() } else { ids.1 },
+            uids: ids.0,
+            inbound: inbound.0,
+            exclude_inbound: inbound.1,
+            outbound: outbound.0,
+            exclude_outbound: outbound.1,
+            outbound_ports: ports.0,
+            exclude_outbound_ports: ports.1,
+            groups: groups.0,
+            exclude_groups: groups.1,
+            loopback: rest.0,
+            ipv6: rest.1,
+        },
+    )
+}
+
+fn any_packet() -> impl Strategy<Value = Packet> {
+    let port = prop_oneof![9 => select(&PORTS[..]), 1 => any::<u16>()];
+    let id = || prop_oneof![9 => select(&IDS[..]), 1 => any::<u32>()];
+    let owner = prop::option::weighted(0.9, (id(), id()));
+    (any_address(), any_address(), port, any::<bool>(), owner).prop_map(
+        |(source, destination, port, out_lo, owner)| Packet {
+            source: as_family_of(destination, source),
+            destination,
+            port,
+            out_lo,
+            owner,
+        },
+    )
+}
+
+/// No packet has addresses of two families: the last byte is kept, as in 127.0.0.6 and ::6.
+fn as_family_of(destination: IpAddr, source: IpAddr) -> IpAddr {
+    let last = |octets: &[u8]| octets.last().copied().unwrap_or_default();
+    match (destination.to_canonical(), source.to_canonical()) {
+        (IpAddr::V4(_), IpAddr::V6(v6)) => Ipv4Addr::new(127, 0, 0, last(&v6.octets())).into(),
+        (IpAddr::V6(_), IpAddr::V4(v4)) => Ipv6Addr::from_bits(last(&v4.octets()).into()).into(),
+        _ => source,
+    }
+}
+
+fn any_packets() -> impl Strategy<Value = Vec<Packet>> {
+    vec(any_packet(), CONNECTIONS_PER_CASE)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(CASES) })]
+
+    #[test]
+    fn outbound_decides_as_the_rules_do(options in any_options(), packets in any_packets()) {
+        for packet in &packets {
+            let wanted = by_the_rules_out(&options, packet);
+            prop_assert_eq!(decided_out(&options, packet), wanted, "{:?}", packet);
+        }
+    }
+
+    #[test]
+    fn inbound_decides_as_the_rules_do(options in any_options(), packets in any_packets()) {
+        for packet in &packets {
+            let wanted = by_the_rules_in(&options, packet);
+            prop_assert_eq!(decided_in(&options, packet), wanted, "{:?}", packet);
+        }
+    }
+}
+
+const APP: (u32, u32) = (1000, 1000);
+const PROXY: (u32, u32) = (1337, 1337);
+const POD_IP: &str = "10.0.0.5";
+const ELSEWHERE: &str = "203.0.113.10";
+
+#[test]
+fn cases_that_people_trip_over() {
+    let injected = Options::injected;
+    let wide_loopback = Options {
+        loopback: cidr("127.0.0.1", 8),
+        ..injected()
+    };
+    let two_uids = Options {
+        uids: vec![(3, 3), (4, 4)],
+        gids: vec![(3, 3), (4, 4)],
+        ..injected()
+    };
+    let loopback_included = Options {
+        outbound: All::These(vec![cidr("127.1.2.3", 32)]),
+        ..injected()
+    };
+    let pod_and_loopback_included = Options {
+        outbound: All::These(vec![cidr("127.1.2.3", 32), cidr("10.0.0.0", 24)]),
+        ..injected()
+    };
+    let no_groups = Options {
+        groups: All::These(vec![]),
+        ..injected()
+    };
+    let port_excluded = Options {
+        exclude_outbound_ports: vec![(53, 53)],
+        ..injected()
+    };
+    let (out, back) = (Some(OUTBOUND_PORT), Some(INBOUND_PORT));
+    let rows = [
+        ("app, elsewhere", injected(), APP, ELSEWHERE, 80, out),
+        ("app, own pod", injected(), APP, POD_IP, 8080, None),
+        ("app, 127.0.0.1", injected(), APP, "127.0.0.1", 80, None),
+        ("app, 127.0.0.5", injected(), APP, "127.0.0.5", 80, None),
+        ("app, ::1", injected(), APP, "::1", 80, None),
+        ("proxy, own pod", injected(), PROXY, POD_IP, 8080, back),
+        ("proxy, 127.0.0.1", injected(), PROXY, "127.0.0.1", 80, None),
+        ("proxy, 127.0.0.5", injected(), PROXY, "127.0.0.5", 80, back),
+        (
+            "the same, L=/8",
+            wide_loopback,
+            PROXY,
+            "127.0.0.5",
+            80,
+            None,
+        ),
+        ("proxy, tunnel", injected(), PROXY, POD_IP, 15008, None),
+        ("proxy, elsewhere", injected(), PROXY, ELSEWHERE, 80, None),
+        (
+            "gid, elsewhere",
+            injected(),
+            (1000, 1337),
+            ELSEWHERE,
+            80,
+            None,
+        ),
+        ("gid, own pod", injected(), (1000, 1337), POD_IP, 8080, None),
+        ("0:1337, own pod", injected(), (0, 1337), POD_IP, 8080, None),
+        (
+            "first of two",
+            two_uids.clone(),
+            (3, 1000),
+            POD_IP,
+            80,
+            back,
+        ),
+        ("second of two", two_uids, (4, 1000), POD_IP, 80, None),
+        (
+            "in -i",
+            loopback_included.clone(),
+            APP,
+            "127.1.2.3",
+            80,
+            out,
+        ),
+        ("not in -i", loopback_included, APP, POD_IP, 80, None),
+        (
+            "both in -i",
+            pod_and_loopback_included,
+            APP,
+            POD_IP,
+            80,
+            out,
+        ),
+        ("no groups", no_groups.clone(), APP, ELSEWHERE, 80, None),
+        ("-o", port_excluded, APP, ELSEWHERE, 53, None),
+        ("app, :15001", injected(), APP, "9.9.9.9", 15001, out),
+    ];
+    for (name, options, owner, destination, port, wanted) in rows {
+        let destination = ip(destination);
+        let packet = Packet {
+            source: ip(POD_IP),
+            destination,
+            port,
+            out_lo: destination.is_loopback() || destination == ip(POD_IP),
+            owner: Some(owner),
+        };
+        let rule = decided_out(&options, &packet);
+        assert_eq!(port_of(rule), wanted, "{name}: {rule:?}");
+        assert_eq!(by_the_rules_out(&options, &packet), rule, "{name}");
+    }
+}
+
+#[test]
+fn hop_from_the_proxy_to_its_application_passes() {
+    for (source, destination) in [("127.0.0.6", POD_IP), ("::6", "fd00::5")] {
+        let packet = Packet {
+            source: ip(source),
+            destination: ip(destination),
+            port: 8080,
+            out_lo: true,
+            owner: Some(PROXY),
+        };
+        let rule = decided_out(&Options::injected(), &packet);
+        assert_eq!(rule, Rule::ProxyPassthrough);
+    }
+}
+
+#[test]
+fn inbound_to_the_proxys_own_ports_is_captured_and_to_the_tunnel_is_not() {
+    let rows = [
+        (8080, Some(INBOUND_PORT)),
+        (OUTBOUND_PORT, Some(INBOUND_PORT)),
+        (INBOUND_PORT, Some(INBOUND_PORT)),
+        (15008, None),
+        (15020, None),
+        (15021, None),
+        (15090, None),
+    ];
+    for (port, wanted) in rows {
+        let destination = ip(POD_IP).into();
+        let options = Options::injected();
+        let rule = decide::inbound(&options.pod(), &options, &destination, port);
+        assert_eq!(port_of(rule), wanted, "port {port}: {rule:?}");
+    }
+}

@@ -1,0 +1,35 @@
+//! Kernel-level tests of the data plane: real pods (network namespace, cgroup), real sockets, real identities.
+//!
+//! A test builds a [`scene::Scene`], attaches a [`backend::Backend`] and dials. It always asks who answered, and compares what
+//! both ends of the connection see. The same expectations run against Istio's own iptables rules, so that the kernel itself vouches for them.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`namespace`], [`cgroup`], [`pod`] | a pod and its peer, removed again whatever happens |
+//! | [`protocol`], [`actor`] | a process with a chosen identity that dials and listens on request |
+//! | [`dial`], [`server`], [`sockopt`] | the code that runs inside such a process |
+//! | [`options`], [`loader`], [`iptables`], [`backend`] | the capture under test and the reference it is compared with |
+//! | [`envoy`], [`skip`] | a real Envoy in the pod, and what is said where there is none |
+//! | [`foreign`] | somebody else's eBPF program on the same hook |
+//! | [`scene`] | a pod with a proxy, an application and a service, and the check of one connection |
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test panics where it fails, so that the backtrace points at the line"
+)]
+
+pub mod actor;
+pub mod backend;
+pub mod cgroup;
+pub mod dial;
+pub mod envoy;
+pub mod foreign;
+pub mod iptables;
+pub mod loader;
+pub mod namespace;
+pub mod options;
+pub mod pod;
+pub mod protocol;
+pub mod scene;
+pub mod server;
+pub mod skip;
+pub mod sockopt;

@@ -1,0 +1,396 @@
+//! What a test and its actor say to each other: one JSON document per line, a request down, an answer up.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
+
+use serde::{Deserialize, Serialize};
+
+/// The user and group ids a process runs with.
+///
+/// Owner matches look at the *effective* ids (strictly: fsuid and fsgid) of whoever creates a socket.
+#[derive(Clone, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
+pub struct Identity {
+    /// Real user id.
+    pub ruid: u32,
+    /// Effective user id.
+    pub euid: u32,
+    /// Real group id.
+    pub rgid: u32,
+    /// Effective group id.
+    pub egid: u32,
+    /// Supplementary groups.
+    pub groups: Vec<u32>,
+}
+
+impl Identity {
+    /// The superuser.
+    pub const ROOT: Self = Self::new(0, 0);
+    /// An ordinary application.
+    pub const APP: Self = Self::new(1000, 1000);
+    /// The proxy, as Istio runs it.
+    pub const PROXY: Self = Self::new(1337, 1337);
+
+    /// `uid` and `gid`, real and effective, no supplementary groups.
+    pub const fn new(uid: u32, gid: u32) -> Self {
+        Self {
+            ruid: uid,
+            euid: uid,
+            rgid: gid,
+            egid: gid,
+            groups: Vec::new(),
+        }
+    }
+
+    /// Another effective user id.
+    pub const fn effective_user(mut self, uid: u32) -> Self {
+        self.euid = uid;
+        self
+    }
+
+    /// Another effective group id.
+    pub const fn effective_group(mut self, gid: u32) -> Self {
+        self.egid = gid;
+        self
+    }
+
+    /// The same ids as seen from outside a user namespace that begins at `offset`.
+    pub fn shifted(mut self, offset: u32) -> Self {
+        for id in [
+            &mut self.ruid,
+            &mut self.euid,
+            &mut self.rgid,
+            &mut self.egid,
+        ] {
+            *id += offset;
+        }
+        self.groups.iter_mut().for_each(|id| *id += offset);
+        self
+    }
+
+    /// One supplementary group.
+    pub fn supplementary(mut self, gid: u32) -> Self {
+        self.groups.push(gid);
+        self
+    }
+}
+
+/// Which kind of socket, and so which hook, a connection uses.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
+pub enum Family {
+    /// An `AF_INET` socket.
+    V4,
+    /// An `AF_INET6` socket and an IPv6 address.
+    V6,
+    /// An `AF_INET6` socket and an IPv4-mapped address: what most Java programs use.
+    Mapped,
+}
+
+impl Family {
+    /// Whether packets of this family are IPv4.
+    pub const fn is_ipv4(self) -> bool {
+        matches!(self, Self::V4 | Self::Mapped)
+    }
+}
+
+/// A connection to make.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Dial {
+    /// The kind of socket.
+    pub family: Family,
+    /// The destination; IPv4 addresses are mapped where `family` says so.
+    pub to: SocketAddr,
+    /// Address and port to bind before connecting. An unspecified address or port 0 leave that half to the kernel.
+    pub bind: Option<SocketAddr>,
+    /// Whether `connect` is asked for on a non-blocking socket.
+    pub nonblocking: bool,
+    /// How long connecting may take, and then reading, in milliseconds.
+    pub timeout_ms: u64,
+    /// Keep the connection under this name.
+    pub keep: Option<String>,
+    /// Buffer sizes with which the server is to repeat its `SO_ORIGINAL_DST` queries.
+    pub probe_lengths: Vec<usize>,
+    /// Whether to wait for the server's greeting.
+    pub greeting: bool,
+}
+
+impl Dial {
+    /// A blocking connection with three seconds of patience.
+    pub const fn new(family: Family, to: SocketAddr) -> Self {
+        Self {
+            family,
+            to,
+            bind: None,
+            nonblocking: false,
+            timeout_ms: 3000,
+            keep: None,
+            probe_lengths: Vec::new(),
+            greeting: true,
+        }
+    }
+
+    /// Bind to `source` first.
+    pub const fn bind(mut self, source: SocketAddr) -> Self {
+        self.bind = Some(source);
+        self
+    }
+
+    /// Keep the connection open under `name`.
+    pub fn keep(mut self, name: &str) -> Self {
+        self.keep = Some(name.to_owned());
+        self
+    }
+
+    /// Connect without blocking.
+    pub const fn nonblocking(mut self) -> Self {
+        self.nonblocking = true;
+        self
+    }
+
+    /// Give up after this many milliseconds.
+    pub const fn timeout_ms(mut self, timeout: u64) -> Self {
+        self.timeout_ms = timeout;
+        self
+    }
+
+    /// Repeat the server's `SO_ORIGINAL_DST` queries with these buffer sizes.
+    pub fn probe(mut self, lengths: &[usize]) -> Self {
+        self.probe_lengths = lengths.to_vec();
+        self
+    }
+}
+
+/// Where to listen.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Listen {
+    /// Who a client is told it has reached.
+    pub who: String,
+    /// Address and port.
+    pub at: SocketAddr,
+    /// How many `SO_REUSEPORT` sockets; 0 and 1 mean a plain socket without the option.
+    pub reuseport: usize,
+    /// `IPV6_V6ONLY`.
+    pub v6_only: bool,
+    /// Accept and hold connections without greeting them, all in one thread: for very many connections.
+    pub silent: bool,
+}
+
+impl Listen {
+    /// A plain listener; IPv6 ones serve IPv6 only.
+    pub fn new(who: &str, at: SocketAddr) -> Self {
+        Self {
+            who: who.to_owned(),
+            at,
+            reuseport: 0,
+            v6_only: true,
+            silent: false,
+        }
+    }
+
+    /// Serve IPv4 on an IPv6 socket too.
+    pub const fn dual_stack(mut self) -> Self {
+        self.v6_only = false;
+        self
+    }
+
+    /// Several sockets on the same port.
+    pub const fn reuseport(mut self, sockets: usize) -> Self {
+        self.reuseport = sockets;
+        self
+    }
+
+    /// Hold connections without a greeting.
+    pub const fn silent(mut self) -> Self {
+        self.silent = true;
+        self
+    }
+}
+
+/// One thing an actor is asked to do.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub enum Request {
+    /// Make a connection.
+    Dial(Dial),
+    /// Create a socket and keep it, unconnected.
+    Create {
+        /// Name to keep it under.
+        name: String,
+        /// Kind of socket.
+        family: Family,
+    },
+    /// Take another identity, for good.
+    Assume(Identity),
+    /// Connect a socket that was created before.
+    Connect {
+        /// Its name.
+        name: String,
+        /// How; `family` has to be the same as at creation.
+        dial: Dial,
+    },
+    /// Send a line on a kept connection and read the echo.
+    Ask {
+        /// Name of the connection.
+        name: String,
+        /// What to send.
+        line: String,
+    },
+    /// Look at a kept connection again.
+    Look {
+        /// Name of the connection.
+        name: String,
+    },
+    /// Close a kept connection.
+    Hang {
+        /// Name of the connection.
+        name: String,
+    },
+    /// Open a listener.
+    Listen(Listen),
+    /// Close every listener with this name.
+    Unlisten {
+        /// Its name.
+        who: String,
+    },
+    /// Dial over and over in a thread of its own, until [`Request::TrafficStop`].
+    TrafficStart(Dial),
+    /// Stop dialling and tell what happened.
+    TrafficStop,
+    /// Connect, read the greeting and reset, this many times.
+    Churn {
+        /// How.
+        dial: Dial,
+        /// How many connections.
+        count: u32,
+    },
+    /// Open this many connections and hold them, spread over destinations.
+    Crowd {
+        /// Destination of the first.
+        to: SocketAddr,
+        /// How many destinations: consecutive addresses.
+        addresses: u32,
+        /// How many connections.
+        count: u32,
+    },
+}
+
+/// What the actor answers.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub enum Answer {
+    /// Nothing to tell.
+    Done,
+    /// It could not be done: the errno's name.
+    Failed(String),
+    /// A connection was attempted.
+    Dialed(Box<Dialed>),
+    /// The echo.
+    Said(String),
+    /// What the traffic met.
+    Traffic(Traffic),
+    /// How long a connection took, in nanoseconds: the medians of the first and of the last tenth, and what answered.
+    Churned {
+        /// Of the first tenth.
+        first: u64,
+        /// Of the last tenth.
+        last: u64,
+        /// Counts by outcome.
+        traffic: Traffic,
+    },
+    /// How many connections are held, and the first error.
+    Crowd {
+        /// Connections held now.
+        held: u32,
+        /// What stopped it.
+        error: Option<String>,
+    },
+}
+
+/// The result of `getsockopt(SO_ORIGINAL_DST)`.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Probe {
+    /// The errno's name if the call failed.
+    pub errno: Option<String>,
+    /// The address it gave.
+    pub address: Option<SocketAddr>,
+    /// The length it gave back.
+    pub length: usize,
+}
+
+/// What a server says about a connection.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Greeting {
+    /// The listener's name.
+    pub who: String,
+    /// `getpeername`.
+    pub peer: SocketAddr,
+    /// `getsockname`.
+    pub local: SocketAddr,
+    /// `SO_ORIGINAL_DST` at `SOL_IP` with a `sockaddr_in`.
+    pub original: Probe,
+    /// `SO_ORIGINAL_DST` at `SOL_IPV6` with a `sockaddr_in6`.
+    pub original6: Probe,
+}
+
+/// What a client saw of a connection.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Dialed {
+    /// Name of the errno that ended it.
+    pub error: Option<String>,
+    /// Who answered.
+    pub greeting: Option<Greeting>,
+    /// `getsockname`.
+    pub local: Option<SocketAddr>,
+    /// `getpeername`.
+    pub peer: Option<SocketAddr>,
+    /// The client's own `SO_ORIGINAL_DST` at `SOL_IP`.
+    pub original: Option<Probe>,
+    /// The client's own `SO_ORIGINAL_DST` at `SOL_IPV6`.
+    pub original6: Option<Probe>,
+    /// The server's repeated queries: buffer length, `SOL_IP`, `SOL_IPV6`.
+    pub probes: Vec<(usize, Probe, Probe)>,
+}
+
+impl Dialed {
+    /// The name of whoever answered, or of the error, for messages and comparisons.
+    pub fn outcome(&self) -> &str {
+        match (&self.error, &self.greeting) {
+            (_, Some(greeting)) => &greeting.who,
+            (Some(error), None) => error,
+            (None, None) => "connected",
+        }
+    }
+}
+
+/// What continuous traffic met: counts by outcome.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+pub struct Traffic {
+    /// Who answered or which error came, in the order first met.
+    pub outcomes: Vec<(String, u64)>,
+}
+
+impl Traffic {
+    /// One more connection with that outcome.
+    pub fn count(&mut self, outcome: &str) {
+        match self.outcomes.iter_mut().find(|(name, _)| name == outcome) {
+            Some((_, count)) => *count += 1,
+            None => self.outcomes.push((outcome.to_owned(), 1)),
+        }
+    }
+}
+
+/// How an actor is started: the first line it reads.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Start {
+    /// The cgroup to join, if any.
+    pub cgroup: Option<PathBuf>,
+    /// The network namespace to enter.
+    pub netns: PathBuf,
+    /// The identity to take at last.
+    pub identity: Identity,
+}
+
+/// `address` without the IPv4-in-IPv6 mapping.
+pub const fn canonical(address: SocketAddr) -> SocketAddr {
+    let ip: IpAddr = address.ip().to_canonical();
+    SocketAddr::new(ip, address.port())
+}

@@ -1,0 +1,112 @@
+//! Named servers: each tells every client its name and what the connection looks like from its end, then echoes lines.
+
+use std::{
+    io::{BufRead as _, BufReader, Error, Write as _},
+    net::{Shutdown, TcpListener, TcpStream},
+    sync::Arc,
+    thread::{self, JoinHandle},
+};
+
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::{
+    protocol::{Greeting, Listen},
+    sockopt::{original_dst, original_dst6},
+};
+
+/// Listening sockets with one name, and their threads.
+pub struct Server {
+    /// What clients are told.
+    pub who: String,
+    sockets: Vec<Arc<TcpListener>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Binds, listens and starts answering.
+    pub fn open(listen: &Listen) -> Result<Self, Error> {
+        let mut server = Self {
+            who: listen.who.clone(),
+            sockets: Vec::new(),
+            threads: Vec::new(),
+        };
+        for _ in 0..listen.reuseport.max(1) {
+            let socket = Arc::new(TcpListener::from(bound(listen)?));
+            let (accepting, who, silent) = (Arc::clone(&socket), listen.who.clone(), listen.silent);
+            server.sockets.push(socket);
+            server
+                .threads
+                .push(thread::spawn(move || serve(&accepting, &who, silent)));
+        }
+        Ok(server)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        for socket in &self.sockets {
+            // Ends the listening and wakes accept(2) with EINVAL.
+            let _ignored = socket2::SockRef::from(&**socket).shutdown(Shutdown::Both);
+        }
+        for thread in self.threads.drain(..) {
+            let _ignored = thread.join();
+        }
+    }
+}
+
+fn bound(listen: &Listen) -> Result<Socket, Error> {
+    let socket = Socket::new(
+        Domain::for_address(listen.at),
+        Type::STREAM,
+        Some(Protocol::TCP),
+    )?;
+    if listen.at.is_ipv6() {
+        socket.set_only_v6(listen.v6_only)?;
+    }
+    socket.set_reuse_address(true)?;
+    if listen.reuseport > 1 {
+        socket.set_reuse_port(true)?;
+    }
+    socket.bind(&listen.at.into())?;
+    socket.listen(4096)?;
+    Ok(socket)
+}
+
+fn serve(listener: &TcpListener, who: &str, silent: bool) {
+    let mut held = Vec::new();
+    while let Ok((stream, _)) = listener.accept() {
+        if silent {
+            held.push(stream);
+            continue;
+        }
+        let who = who.to_owned();
+        // A client that hangs up early is its own business.
+        thread::spawn(move || drop(converse(&stream, who)));
+    }
+}
+
+fn converse(stream: &TcpStream, who: String) -> Result<(), Error> {
+    let greeting = Greeting {
+        who,
+        peer: stream.peer_addr()?,
+        local: stream.local_addr()?,
+        original: original_dst(stream, 16),
+        original6: original_dst6(stream, 28),
+    };
+    let mut writer = stream;
+    writeln!(writer, "{}", serde_json::to_string(&greeting)?)?;
+    for line in BufReader::new(stream).lines() {
+        let line = line?;
+        match line
+            .strip_prefix("probe ")
+            .and_then(|length| length.parse().ok())
+        {
+            Some(length) => {
+                let probes = (original_dst(stream, length), original_dst6(stream, length));
+                writeln!(writer, "{}", serde_json::to_string(&probes)?)?;
+            }
+            None => writeln!(writer, "{line}")?,
+        }
+    }
+    Ok(())
+}

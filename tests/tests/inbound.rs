@@ -1,0 +1,256 @@
+//! Which connections from outside are captured: semantics.md 2.5.
+#![allow(
+    missing_docs,
+    reason = "a test binary has no readers of its documentation"
+)]
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use redirect_tests::{
+    backend::Backend,
+    options::Options,
+    pod::Pod,
+    protocol::{Dial, Family, Identity},
+    scene::{Attempt, Lands, Scene, To, inward, out},
+};
+use rstest::rstest;
+
+use Backend::{Iptables, Redirect};
+use Family::{V4, V6};
+use Lands::{Direct, Inbound};
+
+fn table(backend: Backend, family: Family, options: Options, attempts: &[Attempt]) {
+    Scene::run(backend, family, &options, attempts);
+}
+
+#[rstest]
+fn wildcard_captures_all_but_excluded_ports_and_the_tunnel(
+    #[values(Redirect, Iptables)] backend: Backend,
+    #[values(V4, V6)] family: Family,
+) {
+    let attempts = [
+        inward(8080, Inbound),
+        inward(80, Inbound),
+        inward(53, Inbound),
+        inward(15001, Inbound),
+        inward(15006, Inbound),
+        inward(15007, Inbound),
+        inward(15008, Direct),
+        inward(15020, Direct),
+        inward(15021, Direct),
+        inward(15090, Direct),
+    ];
+    table(backend, family, Options::ISTIO, &attempts);
+}
+
+#[rstest]
+fn excluded_range_passes(
+    #[values(Redirect, Iptables)] backend: Backend,
+    #[values(V4, V6)] family: Family,
+) {
+    let options = Options {
+        exclude_inbound: "443,8000:8010",
+        ..Options::ISTIO
+    };
+    let attempts = [
+        inward(443, Direct),
+        inward(7999, Inbound),
+        inward(8000, Direct),
+        inward(8010, Direct),
+        inward(8011, Inbound),
+        inward(15020, Inbound),
+    ];
+    table(backend, family, options, &attempts);
+}
+
+#[rstest]
+fn listed_ports_are_captured_and_exclusions_ignored(
+    #[values(Redirect, Iptables)] backend: Backend,
+    #[values(V4, V6)] family: Family,
+) {
+    let options = Options {
+        include_inbound: "80,8000:8010,15008",
+        exclude_inbound: "80,8005",
+        ..Options::ISTIO
+    };
+    let attempts = [
+        inward(80, Inbound),
+        inward(8005, Inbound),
+        inward(8010, Inbound),
+        inward(8011, Direct),
+        inward(8080, Direct),
+        inward(15008, Direct),
+        inward(15006, Direct),
+        inward(15001, Direct),
+    ];
+    table(backend, family, options, &attempts);
+}
+
+#[rstest]
+fn no_list_captures_nothing(
+    #[values(Redirect, Iptables)] backend: Backend,
+    #[values(V4, V6)] family: Family,
+) {
+    let options = Options {
+        include_inbound: "",
+        ..Options::ISTIO
+    };
+    table(
+        backend,
+        family,
+        options,
+        &[inward(8080, Direct), inward(15006, Direct)],
+    );
+}
+
+#[rstest]
+fn custom_ports_move_listener_and_tunnel(
+    #[values(Redirect, Iptables)] backend: Backend,
+    #[values(V4, V6)] family: Family,
+) {
+    let options = Options {
+        proxy_port: "12001",
+        inbound_port: "12006",
+        tunnel_port: "9000",
+        ..Options::ISTIO
+    };
+    let attempts = [
+        inward(8080, Inbound),
+        inward(9000, Direct),
+        inward(15008, Inbound),
+    ];
+    table(backend, family, options, &attempts);
+}
+
+#[rstest]
+fn ipv6_off_captures_ipv4_only(
+    #[values(Redirect, Iptables)] backend: Backend,
+    #[values(V4, V6)] family: Family,
+) {
+    let lands = if family == V6 { Direct } else { Inbound };
+    table(
+        backend,
+        family,
+        Options {
+            ipv6: false,
+            ..Options::ISTIO
+        },
+        &[inward(8080, lands)],
+    );
+}
+
+#[rstest]
+fn outbound_options_do_not_touch_inbound(
+    #[values(Redirect, Iptables)] backend: Backend,
+    #[values(V4, V6)] family: Family,
+) {
+    let options = Options {
+        exclude_outbound: "8080",
+        exclude_cidrs: "0.0.0.0/0,::/0",
+        owner_groups: Some(""),
+        ..Options::ISTIO
+    };
+    table(backend, family, options, &[inward(8080, Inbound)]);
+}
+
+#[rstest]
+fn port_without_a_server_is_captured_all_the_same(
+    #[values(Redirect, Iptables)] backend: Backend,
+    #[values(V4, V6)] family: Family,
+) {
+    let mut scene = Scene::new();
+    let attempt = inward(12345, Inbound);
+    assert!(
+        scene
+            .attempt(family, &attempt)
+            .unwrap_err()
+            .contains("ECONNREFUSED")
+    );
+    scene.attach(backend, &Options::ISTIO);
+    scene.attempt(family, &attempt).unwrap();
+}
+
+#[rstest]
+fn connection_within_the_pod_is_never_inbound(
+    #[values(Redirect, Iptables)] backend: Backend,
+    #[values(V4, V6)] family: Family,
+) {
+    let attempts = [
+        out(Identity::APP, To::Own(8080), Direct),
+        out(Identity::APP, To::Localhost(8080), Direct),
+        out(Identity::ROOT, To::Own(8080), Direct),
+    ];
+    table(backend, family, Options::ISTIO, &attempts);
+}
+
+#[rstest]
+fn no_listener_refuses_the_peer(
+    #[values(Redirect, Iptables)] backend: Backend,
+    #[values(V4, V6)] family: Family,
+) {
+    let mut scene = Scene::without_proxy(Pod::new(), &Options::ISTIO);
+    scene.attempt(family, &inward(8080, Direct)).unwrap();
+    scene.attach(backend, &Options::ISTIO);
+    assert!(
+        scene
+            .attempt(family, &inward(8080, Inbound))
+            .unwrap_err()
+            .contains("ECONNREFUSED")
+    );
+    scene.attempt(family, &inward(15020, Direct)).unwrap();
+}
+
+#[rstest]
+fn second_address_and_second_link_are_captured(
+    #[values(Redirect, Iptables)] backend: Backend,
+    #[values(true, false)] before_attach: bool,
+) {
+    let mut scene = Scene::new();
+    let [a, b, c, _] = scene.pod.ipv4.octets();
+    let second = Ipv4Addr::new(a, b, c, 3);
+    let other = Ipv4Addr::new(192, 0, 2, 2);
+    let add = |scene: &Scene| {
+        scene
+            .pod
+            .netns
+            .ip(&format!("addr add {second}/24 dev eth0"));
+        scene.pod.netns.ip(&format!(
+            "link add net1 type veth peer name net1 netns {}",
+            scene.pod.peer.name()
+        ));
+        scene
+            .pod
+            .netns
+            .ip(&format!("addr add {other}/24 dev net1\nlink set net1 up"));
+        scene
+            .pod
+            .peer
+            .ip("addr add 192.0.2.1/24 dev net1\nlink set net1 up");
+    };
+    if before_attach {
+        add(&scene);
+    }
+    scene.attach(backend, &Options::ISTIO);
+    if !before_attach {
+        add(&scene);
+        if backend == Redirect {
+            // Documented: a second attach brings the address set up to date at the latest.
+            scene.attach(backend, &Options::ISTIO);
+        }
+    }
+    for address in [second, other] {
+        let to = (address, 8080).into();
+        let dialed = scene.outside.dial(&Dial::new(V4, to));
+        let greeting = dialed
+            .greeting
+            .unwrap_or_else(|| panic!("{address}: {:?}", dialed.error));
+        assert_eq!(greeting.who, "15006");
+        assert_eq!(dialed.peer, Some(to));
+        assert_eq!(greeting.original.address, Some(to));
+        // From inside, these are the pod's own: direct for the application, inbound for the proxy.
+        let to = To::Address(IpAddr::V4(address), 8080);
+        let inside = scene.address(V4, to);
+        assert_eq!(scene.app.dial(&Dial::new(V4, inside)).outcome(), "app");
+        assert_eq!(scene.proxy.dial(&Dial::new(V4, inside)).outcome(), "15006");
+    }
+}
