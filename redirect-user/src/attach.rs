@@ -13,7 +13,6 @@ use redirect_common::pod::PodConfig;
 
 use crate::collect;
 use crate::detach;
-use crate::kernel;
 use crate::observe::cgroup::Cgroup;
 use crate::observe::identity::UserNamespace;
 use crate::observe::listeners::{Listeners, listeners};
@@ -36,6 +35,8 @@ pub struct Request {
     pub proxy_cgroup: Option<File>,
     /// The network namespace of both.
     pub netns: NetworkNamespace,
+    /// The process that removes it again, if it is not to outlive that one.
+    pub run_by: Option<i32>,
     /// What is captured.
     pub policy: Policy,
 }
@@ -53,7 +54,6 @@ pub enum Outcome {
 
 /// Attaches, or brings what is attached up to date.
 pub fn attach(request: &Request) -> Result<Outcome> {
-    kernel::require()?;
     let ipv6 = captures_ipv6(request)?;
     let ids = UserNamespace::owning(&request.netns)?.id_map()?;
     let config = settings::pod_config(&request.policy, ipv6, &ids)?;
@@ -65,6 +65,7 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         netns_cookie: request.netns.cookie()?,
         netns_inode: request.netns.inode(),
         ipv6,
+        run_by: request.run_by,
         policy: request.policy.clone(),
     };
     let record = notes.encode()?;

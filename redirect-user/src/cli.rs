@@ -13,7 +13,7 @@ use crate::attach::{self, Outcome, Request};
 use crate::observe::cgroup::Cgroup;
 use crate::observe::netns::NetworkNamespace;
 use crate::options::{CaptureFlags, OptionError, process_env};
-use crate::{detach, run, status};
+use crate::{detach, kernel, run, status};
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage or a refused value; \
                           `run` ends with the command's own.";
@@ -101,7 +101,7 @@ pub fn main() -> ExitCode {
     match cli.execute() {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("redirect: {error:#}");
+            eprintln!("redirect: {}", describe(&error));
             if error.is::<OptionError>() {
                 ExitCode::from(2)
             } else {
@@ -109,6 +109,18 @@ pub fn main() -> ExitCode {
             }
         }
     }
+}
+
+/// The error and its causes in one line; some errors quote their cause already.
+fn describe(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |text, cause| {
+        let cause = cause.to_string();
+        match (text.is_empty(), text.contains(&cause)) {
+            (true, _) => cause,
+            (false, true) => text,
+            (false, false) => format!("{text}: {cause}"),
+        }
+    })
 }
 
 impl Cli {
@@ -125,6 +137,7 @@ impl Cli {
 impl AttachArgs {
     fn execute(self) -> Result<ExitCode> {
         let policy = self.capture.validate(&process_env)?;
+        kernel::require()?;
         let netns = match (&self.netns, self.pid) {
             (Some(path), _) => NetworkNamespace::open(path).context("--netns")?,
             (None, Some(pid)) => NetworkNamespace::of_process(pid).context("--pid")?,
@@ -153,6 +166,7 @@ impl AttachArgs {
             cgroup,
             proxy_cgroup: None,
             netns,
+            run_by: None,
             policy,
         })?;
         let what = match outcome {
@@ -167,7 +181,7 @@ impl AttachArgs {
 
 impl DetachArgs {
     fn execute(self) -> Result<ExitCode> {
-        crate::kernel::require()?;
+        kernel::require()?;
         match self.cgroup {
             Some(path) => {
                 let cgroup = Cgroup::open(&path).context("--cgroup")?;
@@ -185,6 +199,7 @@ impl DetachArgs {
 
 impl StatusArgs {
     fn execute(self) -> Result<ExitCode> {
+        kernel::require()?;
         let status = status::status()?;
         match self.output {
             Format::Json => println!("{}", serde_json::to_string_pretty(&status)?),
@@ -197,6 +212,7 @@ impl StatusArgs {
 impl RunArgs {
     fn execute(self) -> Result<ExitCode> {
         let policy = self.capture.validate(&process_env)?;
+        kernel::require()?;
         let status = run::run(policy, &self.command)?;
         let code = status.code().unwrap_or(128 + signal(status));
         Ok(ExitCode::from(code as u8))

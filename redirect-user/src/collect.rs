@@ -2,14 +2,16 @@
 //! network namespace has gone.
 
 use std::collections::HashSet;
+use std::fs;
 use std::os::fd::AsFd;
+use std::path::Path;
 
 use anyhow::{Context, Result};
 
 use crate::detach;
 use crate::pins::Pins;
 use crate::programs::{self, Programs, SK_LOOKUP};
-use crate::record;
+use crate::record::{self, Notes};
 use crate::sys::bpf;
 use crate::tables::Tables;
 
@@ -17,7 +19,7 @@ use crate::tables::Tables;
 pub(crate) fn gone(pins: &Pins, tables: &Tables) -> Result<()> {
     let linked = pins.pods()?;
     for cgroup_id in &linked {
-        if is_gone(pins, *cgroup_id) {
+        if is_gone(pins, *cgroup_id) || is_left_over(tables, *cgroup_id) {
             detach::one(pins, tables, *cgroup_id)?;
         }
     }
@@ -36,6 +38,19 @@ fn is_gone(pins: &Pins, cgroup_id: u64) -> bool {
     let cgroup = target("connect4").and_then(|link| bpf::cgroup_link(link.as_fd()));
     let netns = target(SK_LOOKUP).and_then(|link| bpf::netns_link(link.as_fd()));
     !matches!((cgroup, netns), (Ok(cgroup), Ok(netns)) if cgroup.target != 0 && netns.target != 0)
+}
+
+/// True for a command whose `redirect run` was killed, once the command itself has ended. Its empty
+/// cgroup goes too.
+fn is_left_over(tables: &Tables, cgroup_id: u64) -> bool {
+    let Ok(Some(notes)) = Notes::read(tables, cgroup_id) else {
+        return false;
+    };
+    let Some(pid) = notes.run_by else {
+        return false;
+    };
+    // Only an empty cgroup can be removed.
+    !Path::new("/proc").join(pid.to_string()).exists() && fs::remove_dir(&notes.cgroup).is_ok()
 }
 
 /// Removes lists of policies that no pod has.

@@ -31,7 +31,7 @@ pub fn detach(cgroup_id: u64) -> Result<bool> {
 
 /// Detaches everything; answers with the number of pods.
 pub fn detach_all() -> Result<usize> {
-    let Some(pins) = Pins::open_existing()? else {
+    let Some(pins) = Pins::open_any()? else {
         return Ok(0);
     };
     let pods = pins.pods()?;

@@ -17,6 +17,8 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{FsType, statfs};
 use redirect_common::LAYOUT_VERSION;
 
+use crate::tables;
+
 const BPFFS: &str = "/sys/fs/bpf";
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 /// bpffs reserves names with dots.
@@ -33,24 +35,35 @@ impl Pins {
     /// Opens the directory, making it (and mounting bpffs) if needed, and waits for the lock.
     pub fn open() -> Result<Self> {
         mount_bpffs()?;
-        let root = root();
-        for directory in [&root, &root.join("maps"), &root.join("pods")] {
-            make(directory)?;
-        }
-        Self::lock(root)
+        make(&root())?;
+        let pins = Self::lock()?;
+        // Under the lock: the last detach removes these.
+        make(&pins.root.join("maps"))?;
+        make(&pins.root.join("pods"))?;
+        Ok(pins)
     }
 
-    /// Opens the directory if it is there.
-    pub fn open_existing() -> Result<Option<Self>> {
-        let root = root();
-        if root.join("maps").is_dir() {
-            Self::lock(root).map(Some)
+    /// Opens the directory if it is there, in whatever state. Waits for the lock.
+    pub fn open_any() -> Result<Option<Self>> {
+        if root().is_dir() {
+            Self::lock().map(Some)
         } else {
             Ok(None)
         }
     }
 
-    fn lock(root: PathBuf) -> Result<Self> {
+    /// Opens the directory if anything can be attached. Waits for the lock.
+    pub fn open_existing() -> Result<Option<Self>> {
+        // Maps may be missing after a kill while they were made: nothing is attached then.
+        let complete = |pins: &Self| {
+            pins.root.join("pods").is_dir()
+                && tables::NAMES.iter().all(|name| pins.map(name).exists())
+        };
+        Ok(Self::open_any()?.filter(complete))
+    }
+
+    fn lock() -> Result<Self> {
+        let root = root();
         let file = File::open(&root).with_context(|| format!("opening {}", root.display()))?;
         let lock = Flock::lock(file, FlockArg::LockExclusive)
             .map_err(|(_, errno)| errno)
@@ -86,7 +99,11 @@ impl Pins {
 
     /// Cgroup ids of all pods with links.
     pub fn pods(&self) -> Result<Vec<u64>> {
-        Ok(entries(&self.root.join("pods"))?
+        let directory = self.root.join("pods");
+        if !directory.is_dir() {
+            return Ok(Vec::new());
+        }
+        Ok(entries(&directory)?
             .iter()
             .filter_map(|path| u64::from_str_radix(&file_name(path), 16).ok())
             .collect())
@@ -109,8 +126,7 @@ impl Pins {
         remove(&self.root.join(STAGING))
     }
 
-    /// Removes everything once no pod is left. Another loader may wait for the lock of the directory
-    /// that goes away; it then finds nothing, and makes a new one.
+    /// Removes everything once no pod is left, but for the directory itself: it holds the lock.
     pub fn remove_all(&self) -> Result<()> {
         for path in entries(&self.root)? {
             remove(&path)?;

@@ -27,6 +27,9 @@ pub struct Notes {
     pub netns_inode: u64,
     /// Whether IPv6 is captured.
     pub ipv6: bool,
+    /// The `redirect run` that removes it again; None if it was attached for good.
+    #[serde(default)]
+    pub run_by: Option<i32>,
     /// What is captured.
     pub policy: Policy,
 }

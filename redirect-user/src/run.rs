@@ -3,9 +3,11 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus};
+use std::process::ExitStatus;
 
 use anyhow::{Context, Result};
+use tokio::process::{Child, Command};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::attach::{self, Request};
 use crate::detach;
@@ -32,27 +34,52 @@ pub fn run(mut policy: Policy, command: &[OsString]) -> Result<ExitStatus> {
         cgroup,
         proxy_cgroup: Some(File::open(&mountpoint)?),
         netns: NetworkNamespace::open(Path::new("/proc/self/ns/net"))?,
+        run_by: Some(std::process::id() as i32),
         policy,
     })?;
-    let result = spawn(&own, &mountpoint, command);
+    let result = spawn_and_wait(&own, &mountpoint, command);
     let detached = detach::detach(cgroup_id);
     let status = result?;
     detached?;
     Ok(status)
 }
 
+/// Starts the command and waits for it. The terminal sends its signals to the command too; SIGTERM
+/// is passed on. This process stays until the command has ended, to detach it.
+fn spawn_and_wait(own: &RunCgroup, mountpoint: &Path, command: &[OsString]) -> Result<ExitStatus> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("starting the event loop")?;
+    runtime.block_on(async {
+        let mut interrupted = signal(SignalKind::interrupt())?;
+        let mut terminated = signal(SignalKind::terminate())?;
+        let mut child = spawn(own, mountpoint, command)?;
+        loop {
+            tokio::select! {
+                status = child.wait() => return status.context("waiting for the command"),
+                _ = interrupted.recv() => {}
+                _ = terminated.recv() => {
+                    if let Some(pid) = child.id() {
+                        let pid = nix::unistd::Pid::from_raw(pid as i32);
+                        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)
+                            .context("passing SIGTERM on to the command")?;
+                    }
+                }
+            }
+        }
+    })
+}
+
 /// A child is born into its parent's cgroup: move there, start it, move back.
-fn spawn(own: &RunCgroup, mountpoint: &Path, command: &[OsString]) -> Result<ExitStatus> {
+fn spawn(own: &RunCgroup, mountpoint: &Path, command: &[OsString]) -> Result<Child> {
     let (program, arguments) = command.split_first().context("no command given")?;
     let before = Cgroup::of_process(std::process::id() as i32)
         .map_or_else(|_| mountpoint.to_owned(), |cgroup| cgroup.path().to_owned());
     enter(&own.path)?;
     let child = Command::new(program).args(arguments).spawn();
     enter(&before)?;
-    child
-        .with_context(|| format!("starting {}", program.to_string_lossy()))?
-        .wait()
-        .context("waiting for the command")
+    child.with_context(|| format!("starting {}", program.to_string_lossy()))
 }
 
 fn enter(cgroup: &Path) -> Result<()> {

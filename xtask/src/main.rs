@@ -1,5 +1,6 @@
 //! What a developer types: `cargo xtask setup | build | test | demo`.
 
+mod bench;
 mod cargo;
 mod demo;
 mod preflight;
@@ -36,6 +37,10 @@ enum Task {
     Test(test::Options),
     /// Capture a pod with a real Envoy and show where its connections go (as root)
     Demo(demo::Options),
+    /// Measure what capture costs, beside Istio's iptables rules (as root)
+    Bench(bench::Options),
+    #[command(name = "bench-agent", hide = true)]
+    BenchAgent(bench::Agent),
     /// The demo's processes inside the pod
     #[command(flatten)]
     Inside(demo::Inside),
@@ -47,6 +52,8 @@ fn main() -> ExitCode {
         Task::Build { release } => cargo::build(release),
         Task::Test(options) => test::run(&options),
         Task::Demo(options) => demo::run(&options),
+        Task::Bench(options) => bench::run(&options),
+        Task::BenchAgent(agent) => agent.run(),
         Task::Inside(part) => part.run(),
     };
     match outcome {
