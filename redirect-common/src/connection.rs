@@ -64,8 +64,8 @@ pub struct SocketState {
     pub original: Original,
     /// One of the `ROLE_` constants.
     pub role: u32,
-    /// Padding, zero.
-    pub _pad: u32,
+    /// 1 while state changes of the socket are watched on our behalf.
+    pub watching: u32,
 }
 
 crate::assert_size!(SocketState, 32);

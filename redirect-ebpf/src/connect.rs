@@ -95,7 +95,7 @@ fn capture(
             scope_id: 0,
         },
         role: ROLE_CLIENT,
-        _pad: 0,
+        watching: 0,
     };
     if !sock.set_state(&state) {
         ctx.set_error(ENOMEM);

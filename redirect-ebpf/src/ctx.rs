@@ -7,7 +7,9 @@
 use core::ptr;
 
 use aya_ebpf::EbpfContext;
-use aya_ebpf::bindings::{bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_ops, bpf_sockopt};
+use aya_ebpf::bindings::{
+    BPF_SOCK_OPS_STATE_CB_FLAG, bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_ops, bpf_sockopt,
+};
 use aya_ebpf::helpers::generated as helpers;
 use aya_ebpf::maps::{HashMap, LruHashMap, PerCpuHashMap};
 use aya_ebpf::programs::{SkLookupContext, SockAddrContext, SockOpsContext, SockoptContext};
@@ -189,9 +191,9 @@ impl Sock {
 
     /// What was remembered about the socket.
     #[inline(always)]
-    pub fn state(self) -> Option<&'static SocketState> {
-        // SAFETY: null or a value that lives until the program ends.
-        unsafe { self.storage(ptr::null(), 0).as_ref() }
+    pub fn state(self) -> Option<&'static mut SocketState> {
+        // SAFETY: null or a value that lives until the program ends; the socket is locked.
+        unsafe { self.storage(ptr::null(), 0).as_mut() }
     }
 
     /// Remembers `state`, in place of what was known before. False if memory ran out.
@@ -361,11 +363,26 @@ impl SockOps {
         u32::from_be(read!(self.pointer, remote_port)) as u16
     }
 
-    /// Asks to be called for this socket's state changes, beside what others asked for.
+    /// Asks to be called for this socket's state changes. False if somebody else has asked already.
     #[inline(always)]
-    pub fn watch_state(&self) {
-        let flags = read!(self.pointer, bpf_sock_ops_cb_flags)
-            | aya_ebpf::bindings::BPF_SOCK_OPS_STATE_CB_FLAG;
+    pub fn watch_state(&self) -> bool {
+        let flags = read!(self.pointer, bpf_sock_ops_cb_flags);
+        if flags & BPF_SOCK_OPS_STATE_CB_FLAG != 0 {
+            return false;
+        }
+        self.set_callbacks(flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+        true
+    }
+
+    /// Takes [`watch_state`](Self::watch_state) back.
+    #[inline(always)]
+    pub fn unwatch_state(&self) {
+        let flags = read!(self.pointer, bpf_sock_ops_cb_flags);
+        self.set_callbacks(flags & !BPF_SOCK_OPS_STATE_CB_FLAG);
+    }
+
+    #[inline(always)]
+    fn set_callbacks(&self, flags: u32) {
         // SAFETY: the context is the kernel's.
         let _ = unsafe { helpers::bpf_sock_ops_cb_flags_set(self.pointer, flags as i32) };
     }

@@ -21,12 +21,8 @@ pub fn sk_lookup(ctx: &SockLookup) -> u32 {
     }
     let netns_cookie = globals::netns_cookie();
     let (local, remote) = ctx.addresses();
-    // By address, not by interface: a connection to the pod's own address has the interface of that
-    // address, although it never left. The kernel drops such sources when they come from outside.
-    if maps::is_local(netns_cookie, &remote) {
-        if !is_steered_port(ctx.local_port()) {
-            return PASS;
-        }
+    // Only the pod's own connect() publishes flows: what has one is on its way to the proxy.
+    if is_steered_port(ctx.local_port()) {
         let flow = FlowKey {
             netns_cookie,
             client: remote,
@@ -35,15 +31,15 @@ pub fn sk_lookup(ctx: &SockLookup) -> u32 {
             steered_port: ctx.local_port(),
             _pad: 0,
         };
-        return match maps::flow(&flow) {
-            Some(original) => to_listener(
-                ctx,
-                netns_cookie,
-                original.proxy_port,
-                &local.loopback_of_family(),
-            ),
-            None => PASS,
-        };
+        if let Some(original) = maps::flow(&flow) {
+            let target = local.loopback_of_family();
+            return to_listener(ctx, netns_cookie, original.proxy_port, &target);
+        }
+    }
+    // By address, not by interface: a connection to the pod's own address has the interface of that
+    // address, although it never left. The kernel drops such sources when they come from outside.
+    if maps::is_local(netns_cookie, &remote) {
+        return PASS;
     }
     let Some(pod) = maps::pod(netns_cookie) else {
         return PASS;

@@ -52,17 +52,27 @@ fn connecting(ctx: &SockOps) {
         _pad: 0,
     };
     if maps::publish_flow(&flow, &state.original) {
-        ctx.watch_state();
+        state.watching = u32::from(ctx.watch_state());
     } else {
         maps::count(flow.netns_cookie, Rule::FlowLost);
     }
 }
 
-/// A connection attempt has failed: nobody will take its flow.
+/// An attempt to connect has ended. If it failed, nobody will take its flow; if not, there is
+/// nothing more to watch.
 #[inline(always)]
 fn state_changed(ctx: &SockOps) {
     let (old, new) = ctx.old_and_new_state();
-    if old != TCP_SYN_SENT || new != TCP_CLOSE || !is_steered_port(ctx.remote_port()) {
+    if old != TCP_SYN_SENT || !is_steered_port(ctx.remote_port()) {
+        return;
+    }
+    if let Some(state) = ctx.sock().and_then(Sock::state)
+        && state.watching != 0
+    {
+        state.watching = 0;
+        ctx.unwatch_state();
+    }
+    if new != TCP_CLOSE {
         return;
     }
     let (local, remote) = ctx.addresses();
@@ -101,7 +111,7 @@ fn accepted(ctx: &SockOps) {
             sock.set_state(&SocketState {
                 original: *original,
                 role: ROLE_ACCEPTED_OUTBOUND,
-                _pad: 0,
+                watching: 0,
             });
             maps::take_flow(&flow);
             return;
@@ -113,7 +123,7 @@ fn accepted(ctx: &SockOps) {
     let mut state = SocketState {
         original: Original::default(),
         role: ROLE_ACCEPTED_DIRECT,
-        _pad: 0,
+        watching: 0,
     };
     if !maps::is_local(netns_cookie, &remote) {
         let lists = PolicyLists { policy: pod.policy };
