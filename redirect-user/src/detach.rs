@@ -35,6 +35,10 @@ pub fn detach_all() -> Result<usize> {
         return Ok(0);
     };
     let pods = pins.pods()?;
+    if pods.is_empty() {
+        pins.remove_all()?;
+        return Ok(0);
+    }
     match Tables::open(&pins) {
         Ok(tables) => {
             for cgroup_id in &pods {
