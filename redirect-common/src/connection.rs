@@ -50,8 +50,8 @@ pub struct Original {
     pub port: u16,
     /// The port the proxy listens on, host order.
     pub proxy_port: u16,
-    /// `sin6_scope_id` of the original destination.
-    pub scope_id: u32,
+    /// Padding, zero.
+    pub _pad: u32,
 }
 
 crate::assert_size!(Original, 24);

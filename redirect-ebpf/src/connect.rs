@@ -92,7 +92,7 @@ fn capture(
             destination: connection.destination,
             port: connection.port,
             proxy_port,
-            scope_id: 0,
+            _pad: 0,
         },
         role: ROLE_CLIENT,
         watching: 0,
