@@ -40,6 +40,21 @@ pub struct FlowKey {
 
 crate::assert_size!(FlowKey, 48);
 
+impl FlowKey {
+    /// Key of the connection from `client` to `steered`: addresses, and ports in host order.
+    #[inline(always)]
+    pub const fn new(netns_cookie: u64, client: (Address, u16), steered: (Address, u16)) -> Self {
+        Self {
+            netns_cookie,
+            client: client.0,
+            steered: steered.0,
+            client_port: client.1,
+            steered_port: steered.1,
+            _pad: 0,
+        }
+    }
+}
+
 /// What the application asked for, and who is to get the connection instead.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]

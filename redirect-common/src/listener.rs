@@ -25,6 +25,19 @@ pub struct ListenerKey {
 
 crate::assert_size!(ListenerKey, 16);
 
+impl ListenerKey {
+    /// Key of one slot of a port in host order.
+    #[inline(always)]
+    pub const fn new(netns_cookie: u64, port: u16, slot: u16) -> Self {
+        Self {
+            netns_cookie,
+            port,
+            slot,
+            _pad: 0,
+        }
+    }
+}
+
 /// Would iptables REDIRECT to `target` have reached a listener bound to `bound`?
 ///
 /// REDIRECT changes the destination address, and the socket look-up that follows is by address: a

@@ -12,12 +12,7 @@ const BPF_NOEXIST: u64 = 1;
 /// the newest must be there after the others have closed.
 #[inline(always)]
 pub fn record(ctx: &SockOps, netns_cookie: u64, port: u16) {
-    let mut key = ListenerKey {
-        netns_cookie,
-        port,
-        slot: 0,
-        _pad: 0,
-    };
+    let mut key = ListenerKey::new(netns_cookie, port, 0);
     for slot in 0..LISTENER_SLOTS {
         key.slot = slot;
         if ctx.record_listener(&mut key, BPF_NOEXIST) {
@@ -32,12 +27,7 @@ pub fn record(ctx: &SockOps, netns_cookie: u64, port: u16) {
 #[inline(always)]
 pub fn assign(ctx: &SockLookup, netns_cookie: u64, port: u16, target: &Address) -> bool {
     for slot in 0..LISTENER_SLOTS {
-        let key = ListenerKey {
-            netns_cookie,
-            port,
-            slot,
-            _pad: 0,
-        };
+        let key = ListenerKey::new(netns_cookie, port, slot);
         if ctx.assign(&key, |bound| listener_serves(bound, target)) {
             return true;
         }

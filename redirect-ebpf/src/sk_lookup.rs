@@ -23,14 +23,11 @@ pub fn sk_lookup(ctx: &SockLookup) -> u32 {
     let (local, remote) = ctx.addresses();
     // Only the pod's own connect() publishes flows: what has one is on its way to the proxy.
     if is_steered_port(ctx.local_port()) {
-        let flow = FlowKey {
+        let flow = FlowKey::new(
             netns_cookie,
-            client: remote,
-            steered: local,
-            client_port: ctx.remote_port(),
-            steered_port: ctx.local_port(),
-            _pad: 0,
-        };
+            (remote, ctx.remote_port()),
+            (local, ctx.local_port()),
+        );
         if let Some(original) = maps::flow(&flow) {
             let target = local.loopback_of_family();
             return to_listener(ctx, netns_cookie, original.proxy_port, &target);

@@ -42,15 +42,7 @@ fn connecting(ctx: &SockOps) {
     if state.role != ROLE_CLIENT || !is_steered_port(ctx.remote_port()) {
         return;
     }
-    let (local, remote) = ctx.addresses();
-    let flow = FlowKey {
-        netns_cookie: ctx.netns_cookie(),
-        client: local,
-        steered: remote,
-        client_port: ctx.local_port(),
-        steered_port: ctx.remote_port(),
-        _pad: 0,
-    };
+    let flow = own_flow(ctx);
     if maps::publish_flow(&flow, &state.original) {
         state.watching = u32::from(ctx.watch_state());
     } else {
@@ -75,15 +67,18 @@ fn state_changed(ctx: &SockOps) {
     if new != TCP_CLOSE {
         return;
     }
+    maps::take_flow(&own_flow(ctx));
+}
+
+/// The key under which a connecting socket's flow is published.
+#[inline(always)]
+fn own_flow(ctx: &SockOps) -> FlowKey {
     let (local, remote) = ctx.addresses();
-    maps::take_flow(&FlowKey {
-        netns_cookie: ctx.netns_cookie(),
-        client: local,
-        steered: remote,
-        client_port: ctx.local_port(),
-        steered_port: ctx.remote_port(),
-        _pad: 0,
-    });
+    FlowKey::new(
+        ctx.netns_cookie(),
+        (local, ctx.local_port()),
+        (remote, ctx.remote_port()),
+    )
 }
 
 /// The handshake is done on the accepting side, accept() has not returned yet.
@@ -99,14 +94,11 @@ fn accepted(ctx: &SockOps) {
     let netns_cookie = ctx.netns_cookie();
     let (local, remote) = ctx.addresses();
     if is_steered_port(ctx.local_port()) {
-        let flow = FlowKey {
+        let flow = FlowKey::new(
             netns_cookie,
-            client: remote,
-            steered: local,
-            client_port: ctx.remote_port(),
-            steered_port: ctx.local_port(),
-            _pad: 0,
-        };
+            (remote, ctx.remote_port()),
+            (local, ctx.local_port()),
+        );
         if let Some(original) = maps::flow(&flow) {
             sock.set_state(&SocketState {
                 original: *original,

@@ -212,12 +212,7 @@ fn find_listeners(tables: &Tables, request: &Request, notes: &Notes) -> Result<L
             .iter()
             .filter(|listener| listener.address.port() == port);
         for (slot, listener) in (0..LISTENER_SLOTS).zip(on_port) {
-            let key = ListenerKey {
-                netns_cookie: notes.netns_cookie,
-                port,
-                slot,
-                _pad: 0,
-            };
+            let key = ListenerKey::new(notes.netns_cookie, port, slot);
             let fd = listener.fd.as_raw_fd() as u32;
             if let Err(error) = tables.listeners.set(&key, &fd) {
                 tracing::warn!(

@@ -4,7 +4,6 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use redirect_common::listener::{LISTENER_SLOTS, ListenerKey};
 
 use crate::collect;
 use crate::pins::{self, Pins};
@@ -108,14 +107,9 @@ fn forget_namespace(tables: &Tables, notes: &Notes) -> Result<()> {
     for key in routes_of(tables, notes.netns_cookie)? {
         tables.routes.remove(&key).context("writing ROUTES")?;
     }
-    for port in [notes.policy.outbound_port, notes.policy.inbound_port] {
-        for slot in 0..LISTENER_SLOTS {
-            let key = ListenerKey {
-                netns_cookie: notes.netns_cookie,
-                port,
-                slot,
-                _pad: 0,
-            };
+    // By what is there: the ports may have been others before.
+    for key in tables.listeners.keys().context("reading LISTENERS")? {
+        if key.netns_cookie == notes.netns_cookie {
             tables.listeners.remove(&key).context("writing LISTENERS")?;
         }
     }

@@ -25,11 +25,7 @@ pub struct Offsets {
 impl Offsets {
     /// Reads them from the running kernel's BTF.
     pub fn of_running_kernel() -> Result<Self> {
-        let path = Path::new(BTF);
-        if !path.exists() {
-            bail!("this kernel has no BTF at {BTF}: redirect needs CONFIG_DEBUG_INFO_BTF=y");
-        }
-        let bytes = std::fs::read(path).with_context(|| format!("reading {BTF}"))?;
+        let bytes = std::fs::read(BTF).with_context(|| format!("reading {BTF}"))?;
         let types = TypeInformation::new(&Bytes(bytes))
             .map_err(|error| anyhow::anyhow!("reading {BTF}: {error:?}"))?;
         let offset = |name: &str, member: &str| -> Result<u32> {
