@@ -6,13 +6,15 @@
 
 use redirect_common::address::Address;
 use redirect_common::connection::{
-    Original, ROLE_CLIENT, STEERED_PORT_FIRST, STEERED_PORTS, SocketState,
+    Original, ROLE_CLIENT, ROLE_CLIENT_DIRECT, STEERED_PORT_FIRST, STEERED_PORTS, SocketState,
+    is_steered_port,
 };
 use redirect_common::decide::{self, Outbound};
 use redirect_common::route::ROUTE_LOCAL;
 use redirect_common::verdict::{Action, Rule};
 
 use crate::ctx::{Sock, SockAddr, random};
+use crate::destinations;
 use crate::maps::{self, PolicyLists};
 use crate::owner;
 
@@ -55,10 +57,7 @@ pub fn connect(ctx: &SockAddr) -> i32 {
     let proxy_port = match rule.action() {
         Action::Pass => {
             maps::count(netns_cookie, rule);
-            if sock.state().is_some() {
-                sock.forget();
-            }
-            return ALLOW;
+            return pass(ctx, sock, &connection);
         }
         Action::CaptureOutbound => pod.outbound_port,
         Action::CaptureInbound => pod.inbound_port,
@@ -76,46 +75,79 @@ pub fn connect(ctx: &SockAddr) -> i32 {
     } else {
         destination.loopback_of_family()
     };
-    capture(ctx, sock, &connection, &steered, proxy_port)
-}
-
-#[inline(always)]
-fn capture(
-    ctx: &SockAddr,
-    sock: Sock,
-    connection: &Outbound,
-    steered: &Address,
-    proxy_port: u16,
-) -> i32 {
-    let state = SocketState {
-        original: Original {
-            destination: connection.destination,
-            port: connection.port,
-            proxy_port,
-            _pad: 0,
-        },
-        role: ROLE_CLIENT,
-        watching: 0,
+    let original = Original {
+        destination,
+        port: connection.port,
+        proxy_port,
+        _pad: 0,
     };
-    if !sock.set_state(&state) {
+    let Some(port) = steered_port(netns_cookie, sock, &original) else {
         ctx.set_error(ENOMEM);
         return REFUSE;
-    }
-    ctx.set_address(steered);
-    ctx.set_port(steered_port(sock.source_port()));
+    };
+    ctx.set_address(&steered);
+    ctx.set_port(port);
     ALLOW
 }
 
-/// A random steered port, but not the socket's own: it would connect to itself.
+/// Lets the connection go where it is meant to. One to a steered port of the pod itself has to be
+/// remembered: it looks like a captured one otherwise.
 #[inline(always)]
-fn steered_port(source_port: u16) -> u16 {
+fn pass(ctx: &SockAddr, sock: Sock, connection: &Outbound) -> i32 {
+    if connection.local && is_steered_port(connection.port) {
+        let original = Original {
+            destination: connection.destination,
+            port: connection.port,
+            proxy_port: 0,
+            _pad: 0,
+        };
+        if !remember(sock, original, ROLE_CLIENT_DIRECT) {
+            ctx.set_error(ENOMEM);
+            return REFUSE;
+        }
+    } else {
+        forget(sock);
+    }
+    ALLOW
+}
+
+/// The port that the connection is sent to: the one that stands for its destination, or a random
+/// one if there is none, with the destination in the socket's memory. None if memory runs out.
+#[inline(always)]
+fn steered_port(netns_cookie: u64, sock: Sock, original: &Original) -> Option<u16> {
+    let source_port = sock.source_port();
+    if let Some(port) = destinations::port_of(netns_cookie, original, source_port) {
+        forget(sock);
+        return Some(port);
+    }
+    if !remember(sock, *original, ROLE_CLIENT) {
+        return None;
+    }
     let port = STEERED_PORT_FIRST + (random() % u32::from(STEERED_PORTS)) as u16;
-    if port != source_port {
+    // Not the socket's own: it would connect to itself.
+    Some(if port != source_port {
         port
     } else if port == STEERED_PORT_FIRST {
         port + 1
     } else {
         port - 1
+    })
+}
+
+#[inline(always)]
+fn remember(sock: Sock, original: Original, role: u32) -> bool {
+    sock.set_state(&SocketState {
+        original,
+        role,
+        watching: 0,
+    })
+}
+
+/// Forgets what the socket's connection before this one was.
+#[inline(always)]
+fn forget(sock: Sock) {
+    if sock.state().is_some() {
+        sock.forget();
     }
 }
 

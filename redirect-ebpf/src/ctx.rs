@@ -7,8 +7,10 @@
 use core::ptr;
 
 use aya_ebpf::EbpfContext;
+use aya_ebpf::bindings::bpf_map_type::BPF_MAP_TYPE_SK_STORAGE;
 use aya_ebpf::bindings::{
-    BPF_SOCK_OPS_STATE_CB_FLAG, bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_ops, bpf_sockopt,
+    BPF_F_CLONE, BPF_F_NO_PREALLOC, BPF_SOCK_OPS_STATE_CB_FLAG, bpf_sk_lookup, bpf_sock,
+    bpf_sock_addr, bpf_sock_ops, bpf_sockopt,
 };
 use aya_ebpf::helpers::generated as helpers;
 use aya_ebpf::maps::{HashMap, LruHashMap, PerCpuHashMap};
@@ -27,6 +29,32 @@ pub const AF_INET: u32 = 2;
 pub const AF_INET6: u32 = 10;
 pub const IPPROTO_TCP: u32 = 6;
 const BPF_SK_STORAGE_GET_F_CREATE: u64 = 1;
+
+/// Storage in sockets that accepted sockets inherit from their listener: aya-ebpf's `SkStorage` with
+/// one flag more. The loader reads the numbers from the types (BTF).
+#[repr(C)]
+pub struct InheritedSkStorage<T> {
+    r#type: *const [i32; BPF_MAP_TYPE_SK_STORAGE as usize],
+    key: *const i32,
+    value: *const T,
+    max_entries: *const [i32; 0],
+    map_flags: *const [i32; (BPF_F_NO_PREALLOC | BPF_F_CLONE) as usize],
+}
+
+// SAFETY: nothing is read through the pointers; the loader puts the map in this place.
+unsafe impl<T: Sync> Sync for InheritedSkStorage<T> {}
+
+impl<T> InheritedSkStorage<T> {
+    pub const fn new() -> Self {
+        Self {
+            r#type: ptr::null(),
+            key: ptr::null(),
+            value: ptr::null(),
+            max_entries: ptr::null(),
+            map_flags: ptr::null(),
+        }
+    }
+}
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Family {

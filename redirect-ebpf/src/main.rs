@@ -4,12 +4,14 @@
 
 mod connect;
 mod ctx;
+mod destinations;
 mod globals;
 mod listeners;
 mod maps;
 mod names;
 mod original_dst;
 mod owner;
+mod part;
 mod sk_lookup;
 mod sockops;
 

@@ -1,12 +1,11 @@
 //! Every map, and safe look-ups in them. All are pinned by name and shared by all pods.
 
-use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
-use aya_ebpf::btf_maps::SkStorage;
+use aya_ebpf::bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST};
 use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::maps::{HashMap, LpmTrie, LruHashMap, PerCpuHashMap, SockHash};
 use redirect_common::address::Address;
-use redirect_common::connection::{FlowKey, Original, SocketState};
+use redirect_common::connection::{DestinationKey, FlowKey, Original, SocketState};
 use redirect_common::listener::ListenerKey;
 use redirect_common::lists::{LIST_PREFIX_BITS, List, ListKey, Lists};
 use redirect_common::pod::PodConfig;
@@ -16,7 +15,7 @@ use redirect_common::route::{
 };
 use redirect_common::verdict::{COUNTERS, Rule};
 
-use crate::ctx::{lru_get, map_get, map_get_mut};
+use crate::ctx::{InheritedSkStorage, lru_get, map_get, map_get_mut};
 
 const ADDRESS_BITS: u32 = 128;
 
@@ -35,6 +34,11 @@ pub static LISTS: LpmTrie<ListKey, u8> = LpmTrie::pinned(1 << 18, BPF_F_NO_PREAL
 #[map]
 pub static ROUTES: LpmTrie<RouteKey, RouteInfo> = LpmTrie::pinned(1 << 18, BPF_F_NO_PREALLOC);
 
+/// What the steered ports stand for. Entries stay until the pod is detached.
+#[map]
+pub static DESTINATIONS: HashMap<DestinationKey, Original> =
+    HashMap::pinned(1 << 18, BPF_F_NO_PREALLOC);
+
 /// Holds connections only from SYN to the end of the handshake. LRU, so that attempts that never
 /// end cannot fill it.
 #[map]
@@ -48,7 +52,7 @@ pub static LISTENERS: SockHash<ListenerKey> = SockHash::pinned(1 << 16, 0);
 pub static RECORDS: HashMap<u64, Record> = HashMap::pinned(4096, BPF_F_NO_PREALLOC);
 
 #[btf_map]
-pub static SOCKETS: SkStorage<SocketState> = SkStorage::new();
+pub static SOCKETS: InheritedSkStorage<SocketState> = InheritedSkStorage::new();
 
 #[inline(always)]
 pub fn pod(netns_cookie: u64) -> Option<&'static PodConfig> {
@@ -71,6 +75,20 @@ pub fn route(netns_cookie: u64, destination: &Address) -> Option<&'static RouteI
 pub fn is_local(netns_cookie: u64, address: &Address) -> bool {
     address.is_loopback()
         || route(netns_cookie, address).is_some_and(|route| route.flags & ROUTE_LOCAL != 0)
+}
+
+/// The destination that a steered port stands for.
+#[inline(always)]
+pub fn destination(key: &DestinationKey) -> Option<&'static Original> {
+    map_get(&DESTINATIONS, key)
+}
+
+/// Lets a steered port stand for a destination. False if it stands for one, or if there is no room.
+#[inline(always)]
+pub fn add_destination(key: &DestinationKey, original: &Original) -> bool {
+    DESTINATIONS
+        .insert(key, original, u64::from(BPF_NOEXIST))
+        .is_ok()
 }
 
 /// Publishes a captured connection before its SYN leaves. False if there is no room.

@@ -3,13 +3,16 @@
 use redirect_common::connection::{ROLE_ACCEPTED_INBOUND, ROLE_ACCEPTED_OUTBOUND, ROLE_CLIENT};
 
 use crate::ctx::SockAddr;
+use crate::part;
 
 const ALLOW: i32 = 1;
 
 /// To the application, its peer is the original destination.
 #[inline(always)]
 pub fn getpeername(ctx: &SockAddr) -> i32 {
-    if let Some(state) = ctx.sock().and_then(|sock| sock.state())
+    if let Some(state) = ctx
+        .sock()
+        .and_then(|sock| part::of(sock, ctx.netns_cookie()))
         && state.role == ROLE_CLIENT
     {
         ctx.set_address(&state.original.destination);
@@ -22,7 +25,10 @@ pub fn getpeername(ctx: &SockAddr) -> i32 {
 /// address for what the pod got (`nf_nat_redirect.c`).
 #[inline(always)]
 pub fn getsockname(ctx: &SockAddr) -> i32 {
-    if let Some(state) = ctx.sock().and_then(|sock| sock.state()) {
+    if let Some(state) = ctx
+        .sock()
+        .and_then(|sock| part::of(sock, ctx.netns_cookie()))
+    {
         if state.role == ROLE_ACCEPTED_OUTBOUND {
             ctx.set_address(&ctx.address().loopback_of_family());
             ctx.set_port(state.original.proxy_port);

@@ -1,10 +1,11 @@
 //! getsockopt(SO_ORIGINAL_DST), at SOL_IP and at SOL_IPV6, without any privilege.
 
 use redirect_common::address::Address;
-use redirect_common::connection::{ROLE_ACCEPTED_OUTBOUND, ROLE_CLIENT};
+use redirect_common::connection::{ROLE_ACCEPTED_OUTBOUND, ROLE_CLIENT, ROLE_CLIENT_DIRECT};
 
 use crate::ctx::{AF_INET, AF_INET6, SOL_IP, SOL_IPV6, Sock, SockOpt};
 use crate::maps;
+use crate::part;
 
 /// `SO_ORIGINAL_DST` and `IP6T_SO_ORIGINAL_DST`.
 const SO_ORIGINAL_DST: i32 = 80;
@@ -37,8 +38,8 @@ pub fn getsockopt(ctx: &SockOpt) -> i32 {
     if ctx.name() != SO_ORIGINAL_DST || (level != SOL_IP && level != SOL_IPV6) {
         return ALLOW;
     }
-    let pod = maps::pod(ctx.netns_cookie()).is_some();
-    if let Some((address, port)) = ctx.sock().and_then(|sock| original(sock, pod)) {
+    let netns_cookie = ctx.netns_cookie();
+    if let Some((address, port)) = ctx.sock().and_then(|sock| original(sock, netns_cookie)) {
         if level == SOL_IP && address.is_v4() {
             ctx.answer(&SockaddrIn {
                 family: AF_INET as u16,
@@ -62,16 +63,16 @@ pub fn getsockopt(ctx: &SockOpt) -> i32 {
 /// Where the connection was meant to go. Like conntrack this knows the answer for every connected
 /// socket, captured or not, on both sides.
 #[inline(always)]
-fn original(sock: Sock, pod: bool) -> Option<(Address, u16)> {
+fn original(sock: Sock, netns_cookie: u64) -> Option<(Address, u16)> {
     if sock.destination_port() == 0 {
         return None;
     }
-    match sock.state() {
-        Some(state) if state.role == ROLE_CLIENT || state.role == ROLE_ACCEPTED_OUTBOUND => {
-            Some((state.original.destination, state.original.port))
+    match part::of(sock, netns_cookie) {
+        Some(part) if part.role == ROLE_CLIENT || part.role == ROLE_ACCEPTED_OUTBOUND => {
+            Some((part.original.destination, part.original.port))
         }
-        Some(_) => Some((sock.source(), sock.source_port())),
-        None if !pod => None,
-        None => Some((sock.destination(), sock.destination_port())),
+        Some(part) if part.role != ROLE_CLIENT_DIRECT => Some((sock.source(), sock.source_port())),
+        None if maps::pod(netns_cookie).is_none() => None,
+        _ => Some((sock.destination(), sock.destination_port())),
     }
 }

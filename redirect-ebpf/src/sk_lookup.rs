@@ -2,11 +2,12 @@
 //! of established connections never come here.
 
 use redirect_common::address::Address;
-use redirect_common::connection::{FlowKey, is_steered_port};
+use redirect_common::connection::FlowKey;
 use redirect_common::decide;
 use redirect_common::verdict::{Action, Rule};
 
 use crate::ctx::SockLookup;
+use crate::destinations;
 use crate::globals;
 use crate::listeners;
 use crate::maps::{self, PolicyLists};
@@ -21,14 +22,17 @@ pub fn sk_lookup(ctx: &SockLookup) -> u32 {
     }
     let netns_cookie = globals::netns_cookie();
     let (local, remote) = ctx.addresses();
-    // Only the pod's own connect() publishes flows: what has one is on its way to the proxy.
-    if is_steered_port(ctx.local_port()) {
+    if destinations::is_steered(netns_cookie, &remote, &local, ctx.local_port()) {
         let flow = FlowKey::new(
             netns_cookie,
             (remote, ctx.remote_port()),
             (local, ctx.local_port()),
         );
-        if let Some(original) = maps::flow(&flow) {
+        let original =
+            maps::flow(&flow).or_else(|| destinations::of_port(netns_cookie, ctx.local_port()));
+        if let Some(original) = original
+            && original.proxy_port != 0
+        {
             let target = local.loopback_of_family();
             return to_listener(ctx, netns_cookie, original.proxy_port, &target);
         }
@@ -43,6 +47,7 @@ pub fn sk_lookup(ctx: &SockLookup) -> u32 {
     };
     let lists = PolicyLists { policy: pod.policy };
     let rule = decide::inbound(pod, &lists, &local, ctx.local_port());
+    maps::count(netns_cookie, rule);
     match rule.action() {
         Action::CaptureInbound => to_listener(ctx, netns_cookie, pod.inbound_port, &local),
         Action::Pass | Action::CaptureOutbound => PASS,

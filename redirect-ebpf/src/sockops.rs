@@ -5,16 +5,17 @@ use aya_ebpf::bindings::{
     BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_TCP_CONNECT_CB,
     BPF_SOCK_OPS_TCP_LISTEN_CB,
 };
+use redirect_common::address::Address;
 use redirect_common::connection::{
     FlowKey, Original, ROLE_ACCEPTED_DIRECT, ROLE_ACCEPTED_INBOUND, ROLE_ACCEPTED_OUTBOUND,
-    ROLE_CLIENT, SocketState, is_steered_port,
+    ROLE_CLIENT, ROLE_CLIENT_DIRECT, ROLE_LISTENER, SocketState, is_steered_port,
 };
-use redirect_common::decide;
-use redirect_common::verdict::{Action, Rule};
+use redirect_common::verdict::Rule;
 
 use crate::ctx::{Sock, SockOps};
+use crate::destinations;
 use crate::listeners;
-use crate::maps::{self, PolicyLists};
+use crate::maps;
 
 /// The system call goes on.
 const CONTINUE: u32 = 1;
@@ -33,21 +34,53 @@ pub fn sockops(ctx: &SockOps) -> u32 {
     CONTINUE
 }
 
-/// The source port is chosen, the SYN not yet sent: publish where it is meant to go.
+/// The source port is chosen, the SYN not yet sent. Most connections are told by the port they are
+/// steered to. The others publish where they are meant to go.
 #[inline(always)]
 fn connecting(ctx: &SockOps) {
-    let Some(state) = ctx.sock().and_then(Sock::state) else {
+    let (local_port, remote_port) = (ctx.local_port(), ctx.remote_port());
+    if !is_steered_port(remote_port) && !is_steered_port(local_port) {
+        return;
+    }
+    let Some(sock) = ctx.sock() else {
         return;
     };
-    if state.role != ROLE_CLIENT || !is_steered_port(ctx.remote_port()) {
-        return;
+    match sock.state() {
+        Some(state) if is_steered_port(remote_port) => {
+            let flow = own_flow(ctx);
+            if maps::publish_flow(&flow, &state.original) {
+                state.watching = u32::from(ctx.watch_state());
+            } else {
+                maps::count(flow.netns_cookie, Rule::FlowLost);
+            }
+        }
+        Some(_) => {}
+        None if is_steered_port(local_port) => remember_client(ctx, sock),
+        None => {}
     }
-    let flow = own_flow(ctx);
-    if maps::publish_flow(&flow, &state.original) {
-        state.watching = u32::from(ctx.watch_state());
+}
+
+/// The pod's ephemeral ports reach into the steered ones: by its ports alone this socket could be
+/// taken for an accepted one.
+#[inline(always)]
+fn remember_client(ctx: &SockOps, sock: Sock) {
+    let netns_cookie = ctx.netns_cookie();
+    let (local, remote) = ctx.addresses();
+    let port = ctx.remote_port();
+    let original = if destinations::is_steered(netns_cookie, &local, &remote, port) {
+        destinations::of_port(netns_cookie, port)
     } else {
-        maps::count(flow.netns_cookie, Rule::FlowLost);
-    }
+        None
+    };
+    sock.set_state(&SocketState {
+        original: original.copied().unwrap_or_default(),
+        role: if original.is_some() {
+            ROLE_CLIENT
+        } else {
+            ROLE_CLIENT_DIRECT
+        },
+        watching: 0,
+    });
 }
 
 /// An attempt to connect has ended. If it failed, nobody will take its flow; if not, there is
@@ -87,55 +120,96 @@ fn accepted(ctx: &SockOps) {
     let Some(sock) = ctx.sock() else {
         return;
     };
-    // The same program may hang on an ancestor cgroup too: the first call has done it.
-    if sock.state().is_some() {
+    let listener = match sock.state() {
+        Some(state) if state.role == ROLE_LISTENER => Some(state),
+        // The same program may hang on an ancestor cgroup too: the first call has done it.
+        Some(_) => return,
+        None => None,
+    };
+    let (local, remote) = ctx.addresses();
+    if is_steered_port(ctx.local_port())
+        && handed_over(ctx, sock, listener.is_some(), (remote, local))
+    {
         return;
     }
-    let netns_cookie = ctx.netns_cookie();
-    let (local, remote) = ctx.addresses();
-    if is_steered_port(ctx.local_port()) {
-        let flow = FlowKey::new(
-            netns_cookie,
-            (remote, ctx.remote_port()),
-            (local, ctx.local_port()),
-        );
-        if let Some(original) = maps::flow(&flow) {
+    match listener {
+        Some(state) if ctx.local_port() != state.original.proxy_port => {
+            state.role = ROLE_ACCEPTED_INBOUND;
+        }
+        Some(state) => state.role = ROLE_ACCEPTED_DIRECT,
+        None => {
             sock.set_state(&SocketState {
-                original: *original,
-                role: ROLE_ACCEPTED_OUTBOUND,
+                original: Original::default(),
+                role: ROLE_ACCEPTED_DIRECT,
                 watching: 0,
             });
-            maps::take_flow(&flow);
-            return;
         }
     }
-    let Some(pod) = maps::pod(netns_cookie) else {
-        return;
-    };
-    let mut state = SocketState {
-        original: Original::default(),
-        role: ROLE_ACCEPTED_DIRECT,
-        watching: 0,
-    };
-    if !maps::is_local(netns_cookie, &remote) {
-        let lists = PolicyLists { policy: pod.policy };
-        let rule = decide::inbound(pod, &lists, &local, ctx.local_port());
-        maps::count(netns_cookie, rule);
-        if rule.action() == Action::CaptureInbound {
-            state.role = ROLE_ACCEPTED_INBOUND;
-            state.original.proxy_port = pod.inbound_port;
-        }
+}
+
+/// A connection made in the pod to a steered port: takes over what it was meant for. False if it is
+/// none of ours.
+#[inline(always)]
+fn handed_over(
+    ctx: &SockOps,
+    sock: Sock,
+    inherited: bool,
+    (remote, local): (Address, Address),
+) -> bool {
+    let netns_cookie = ctx.netns_cookie();
+    if !destinations::is_steered(netns_cookie, &remote, &local, ctx.local_port()) {
+        return false;
     }
-    sock.set_state(&state);
+    let flow = FlowKey::new(
+        netns_cookie,
+        (remote, ctx.remote_port()),
+        (local, ctx.local_port()),
+    );
+    let published = maps::flow(&flow);
+    let original = match published {
+        Some(original) => original,
+        None => match destinations::of_port(netns_cookie, ctx.local_port()) {
+            Some(original) => original,
+            None => return false,
+        },
+    };
+    // The port tells all that is to be known, unless the client's lies among the steered ones too
+    // or the listener has told something else.
+    if published.is_some() || inherited || is_steered_port(ctx.remote_port()) {
+        sock.set_state(&SocketState {
+            original: *original,
+            role: if original.proxy_port == 0 {
+                ROLE_ACCEPTED_DIRECT
+            } else {
+                ROLE_ACCEPTED_OUTBOUND
+            },
+            watching: 0,
+        });
+    }
+    if published.is_some() {
+        maps::take_flow(&flow);
+    }
+    true
 }
 
 #[inline(always)]
 fn listening(ctx: &SockOps) {
+    let Some(sock) = ctx.sock() else {
+        return;
+    };
+    // What it was before must not be inherited by what it accepts.
+    if sock.state().is_some() {
+        sock.forget();
+    }
     let netns_cookie = ctx.netns_cookie();
-    if let Some(pod) = maps::pod(netns_cookie) {
-        let port = ctx.local_port();
-        if port == pod.outbound_port || port == pod.inbound_port {
-            listeners::record(ctx, netns_cookie, port);
-        }
+    let Some(pod) = maps::pod(netns_cookie) else {
+        return;
+    };
+    let port = ctx.local_port();
+    if port == pod.inbound_port {
+        sock.set_state(&SocketState::of_listener(port));
+    }
+    if port == pod.outbound_port || port == pod.inbound_port {
+        listeners::record(ctx, netns_cookie, port);
     }
 }

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use anyhow::{Context, Result, bail};
+use redirect_common::connection::SocketState;
 use redirect_common::listener::{LISTENER_SLOTS, ListenerKey};
 use redirect_common::pod::PodConfig;
 
@@ -214,7 +215,12 @@ fn find_listeners(tables: &Tables, request: &Request, notes: &Notes) -> Result<L
         for (slot, listener) in (0..LISTENER_SLOTS).zip(on_port) {
             let key = ListenerKey::new(notes.netns_cookie, port, slot);
             let fd = listener.fd.as_raw_fd() as u32;
-            if let Err(error) = tables.listeners.set(&key, &fd) {
+            let inherited = if port == request.policy.inbound_port {
+                tables.sockets.set(&fd, &SocketState::of_listener(port))
+            } else {
+                Ok(())
+            };
+            if let Err(error) = inherited.and_then(|()| tables.listeners.set(&key, &fd)) {
                 tracing::warn!(
                     "cannot hand over the listener {}: {error}",
                     listener.address

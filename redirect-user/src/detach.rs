@@ -113,6 +113,13 @@ fn forget_namespace(tables: &Tables, notes: &Notes) -> Result<()> {
             tables.listeners.remove(&key).context("writing LISTENERS")?;
         }
     }
+    let destinations = tables.destinations.keys();
+    for key in destinations.context("reading DESTINATIONS")? {
+        if key.netns_cookie == notes.netns_cookie {
+            let removed = tables.destinations.remove(&key);
+            removed.context("writing DESTINATIONS")?;
+        }
+    }
     for flow in tables.flows.keys().context("reading FLOWS")? {
         if flow.netns_cookie == notes.netns_cookie {
             tables.flows.remove(&flow).context("writing FLOWS")?;

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use bytemuck::{Pod, Zeroable};
-use redirect_common::connection::{FlowKey, Original};
+use redirect_common::connection::{DestinationKey, FlowKey, Original, SocketState};
 use redirect_common::listener::ListenerKey;
 use redirect_common::lists::ListKey;
 use redirect_common::pod::PodConfig;
@@ -23,10 +23,14 @@ pub struct Tables {
     pub lists: Table<ListPrefix, u8>,
     /// Routes of all pods.
     pub routes: Table<RoutePrefix, RouteInfo>,
+    /// What the steered ports stand for.
+    pub destinations: Table<DestinationKey, Original>,
     /// Connections on their way to the proxy.
     pub flows: Table<FlowKey, Original>,
     /// The proxies' listeners; the value is a descriptor.
     pub listeners: Table<ListenerKey, u32>,
+    /// What sockets remember; the key is a descriptor.
+    pub sockets: Table<u32, SocketState>,
     /// The loader's notes, by cgroup id.
     pub records: Table<u64, Record>,
 }
@@ -57,6 +61,7 @@ pub const NAMES: &[&str] = &[
     "COUNTS",
     "LISTS",
     "ROUTES",
+    "DESTINATIONS",
     "FLOWS",
     "LISTENERS",
     "SOCKETS",
@@ -72,8 +77,10 @@ impl Tables {
                 .context("opening map COUNTS")?,
             lists: open(pins, "LISTS")?,
             routes: open(pins, "ROUTES")?,
+            destinations: open(pins, "DESTINATIONS")?,
             flows: open(pins, "FLOWS")?,
             listeners: open(pins, "LISTENERS")?,
+            sockets: open(pins, "SOCKETS")?,
             records: open(pins, "RECORDS")?,
         })
     }

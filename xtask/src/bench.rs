@@ -28,7 +28,7 @@ const OUTBOUND_PORT: u16 = 15001;
 const INBOUND_PORT: u16 = 15006;
 const POD_IP: Ipv4Addr = Ipv4Addr::new(10, 78, 0, 2);
 const PEER_IP: Ipv4Addr = Ipv4Addr::new(10, 78, 0, 1);
-/// Nothing listens there, nor on the application's port: a connection that succeeds was captured.
+/// Nothing listens there: a connection that succeeds was captured.
 const ELSEWHERE: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 10);
 const APP_PORT: u16 = 8080;
 

@@ -18,6 +18,8 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 const PING: u8 = b'p';
 const BULK: u8 = b'b';
 const CHUNK: usize = 64 * 1024;
+/// How long to wait for an answer: one that never comes is the application's.
+const PATIENCE: Duration = Duration::from_secs(5);
 const MEBIBYTE: u64 = 1024 * 1024;
 /// More than a round makes: a full queue would drop SYNs, and measure their retransmission.
 const BACKLOG: i32 = 4096;
@@ -33,9 +35,12 @@ pub struct Agent {
     cpu: usize,
     #[arg(long)]
     id: u32,
-    /// Listen on these ports; without, take orders
+    /// Listen on these ports and serve as the proxy
     #[arg(long, value_delimiter = ',')]
     listen: Vec<u16>,
+    /// Listen on this port and never answer, as an application that must not be reached
+    #[arg(long, conflicts_with = "listen")]
+    silent: Option<u16>,
 }
 
 /// An order to a client, one line of text.
@@ -99,10 +104,13 @@ impl Agent {
         setgroups(&[])?;
         setresgid(gid, gid, gid)?;
         setresuid(uid, uid, uid)?;
-        if self.listen.is_empty() {
+        if let Some(port) = self.silent {
+            let _listener = listener(port)?;
+            ready()
+        } else if self.listen.is_empty() {
             take_orders()
         } else {
-            listen(&self.listen)
+            serve_all(&self.listen)
         }
     }
 }
@@ -136,6 +144,7 @@ fn connect(to: &SockAddr, count: u64) -> io::Result<u64> {
 
 fn round_trips(to: SocketAddr, count: u64) -> io::Result<u64> {
     let mut stream = TcpStream::connect(to)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_nodelay(true)?;
     stream.write_all(&[PING])?;
     let mut times = Vec::new();
@@ -168,25 +177,33 @@ fn median(mut times: Vec<Duration>) -> u64 {
     middle.map_or(0, |time| time.as_nanos() as u64)
 }
 
-fn listen(ports: &[u16]) -> Result<()> {
-    let mut threads = Vec::new();
+fn listener(port: u16) -> Result<Socket> {
+    let listener = tcp()?;
+    listener.set_reuse_address(true)?;
+    let address = SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
+    let bound = listener.bind(&address.into());
+    bound.with_context(|| format!("cannot listen on port {port}"))?;
+    listener.listen(BACKLOG)?;
+    Ok(listener)
+}
+
+fn serve_all(ports: &[u16]) -> Result<()> {
     for port in ports {
-        let listener = tcp()?;
-        listener.set_reuse_address(true)?;
-        let address = SocketAddr::from((Ipv4Addr::UNSPECIFIED, *port));
-        let bound = listener.bind(&address.into());
-        bound.with_context(|| format!("cannot listen on port {port}"))?;
-        listener.listen(BACKLOG)?;
-        threads.push(thread::spawn(move || {
+        let listener = listener(*port)?;
+        thread::spawn(move || {
             let mut buffer = vec![0; CHUNK];
             while let Ok((socket, _)) = listener.accept() {
                 // Clients that only connect reset the connection.
                 serve(socket.into(), &mut buffer).ok();
             }
-        }));
+        });
     }
+    ready()
+}
+
+/// Says so, and stays until the bench lets go of the other end, at its death at the latest.
+fn ready() -> Result<()> {
     println!("ready");
-    // The bench holds the other end: at its death this process ends too.
     io::copy(&mut io::stdin().lock(), &mut io::sink())?;
     Ok(())
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 
 use super::agent::Work;
-use super::{INBOUND_PORT, Kind, Measure, OUTBOUND_PORT, PEER_IP, POD_IP, PROXY_ID};
+use super::{APP_PORT, INBOUND_PORT, Kind, Measure, OUTBOUND_PORT, PEER_IP, POD_IP, PROXY_ID};
 use crate::preflight;
 use crate::ui;
 
@@ -45,6 +45,7 @@ pub struct Pod {
     client: Process,
     peer_client: Process,
     _proxy: Process,
+    _application: Process,
     _attached: Option<Attached>,
     cgroup: Cgroup,
     namespace: Namespace,
@@ -70,19 +71,28 @@ impl Pod {
         let cpus = thread::available_parallelism()?.get();
         let (client_cpu, server_cpu) = (0, usize::from(cpus > 1));
         let ports = format!("{OUTBOUND_PORT},{INBOUND_PORT}");
-        let proxy = Process::start(&namespace, Some(&cgroup), server_cpu, PROXY_ID, &ports)?;
-        let client = Process::start(&namespace, Some(&cgroup), client_cpu, 0, "")?;
-        let peer_client = Process::start(&peer, None, client_cpu, 0, "")?;
-        Ok(Self {
+        let serve = ["--listen", &ports];
+        let proxy = Process::start(&namespace, Some(&cgroup), server_cpu, PROXY_ID, &serve)?;
+        let silent = ["--silent", &APP_PORT.to_string()];
+        let application = Process::start(&namespace, Some(&cgroup), server_cpu, 0, &silent)?;
+        let client = Process::start(&namespace, Some(&cgroup), client_cpu, 0, &[])?;
+        let peer_client = Process::start(&peer, None, client_cpu, 0, &[])?;
+        let mut pod = Self {
             kind,
             client,
             peer_client,
             _proxy: proxy,
+            _application: application,
             _attached: attached,
             cgroup,
             namespace,
             _peer: peer,
-        })
+        };
+        for measure in [Measure::OutboundConnect, Measure::InboundConnect] {
+            let reached = pod.run(measure, Work::RoundTrip(1));
+            reached.with_context(|| format!("{}: the proxy is not reached", measure.name()))?;
+        }
+        Ok(pod)
     }
 
     pub fn kind(&self) -> Kind {
@@ -250,7 +260,7 @@ impl Process {
         cgroup: Option<&Cgroup>,
         cpu: usize,
         id: u32,
-        ports: &str,
+        job: &[&str],
     ) -> Result<Self> {
         let mut command = Command::new(std::env::current_exe()?);
         command
@@ -261,9 +271,7 @@ impl Process {
         if let Some(cgroup) = cgroup {
             command.arg("--cgroup").arg(&cgroup.0);
         }
-        if !ports.is_empty() {
-            command.args(["--listen", ports]);
-        }
+        command.args(job);
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

@@ -1,0 +1,45 @@
+//! Steered ports: each stands for one original destination of the pod.
+//!
+//! Both ends of a captured connection see the port, so neither has to remember the destination. A
+//! pod that has more destinations than ports falls back to `FLOWS` and socket storage.
+
+use redirect_common::address::Address;
+use redirect_common::connection::{DestinationKey, Original, STEERED_PORT_TRIES, is_steered_port};
+
+use crate::maps;
+
+/// The port that stands for a destination. None if all that were tried stand for others.
+/// A socket bound to `source_port` must not get that one: it would connect to itself.
+#[inline(always)]
+pub fn port_of(netns_cookie: u64, original: &Original, source_port: u16) -> Option<u16> {
+    for attempt in 0..STEERED_PORT_TRIES {
+        let port = original.steered_port(attempt);
+        if port == source_port {
+            continue;
+        }
+        let key = DestinationKey::new(netns_cookie, port);
+        let known = match maps::destination(&key) {
+            Some(known) => Some(known),
+            None if maps::add_destination(&key, original) => return Some(port),
+            // Another CPU was faster.
+            None => maps::destination(&key),
+        };
+        if known.is_some_and(|known| *known == *original) {
+            return Some(port);
+        }
+    }
+    None
+}
+
+/// The destination of a connection steered to `steered`, coming from `client`.
+#[inline(always)]
+pub fn of_port(netns_cookie: u64, steered_port: u16) -> Option<&'static Original> {
+    maps::destination(&DestinationKey::new(netns_cookie, steered_port))
+}
+
+/// Could this be a captured connection? They never leave the pod.
+#[inline(always)]
+pub fn is_steered(netns_cookie: u64, client: &Address, steered: &Address, port: u16) -> bool {
+    is_steered_port(port)
+        && (*client == *steered || steered.is_loopback() || maps::is_local(netns_cookie, client))
+}
