@@ -48,6 +48,16 @@ pub enum OptionError {
         /// How many there are.
         got: usize,
     },
+    /// A file that an option names cannot be read.
+    #[error("{origin}: {} {reason}", quote(path))]
+    File {
+        /// `--flag` that names the file, or whose default it is.
+        origin: String,
+        /// The file.
+        path: String,
+        /// Continues a sentence that begins with the file's name.
+        reason: String,
+    },
     /// An istio-iptables option this version refuses instead of ignoring it.
     #[error("{origin}: {} is not supported yet", quote(value))]
     NotSupported {
