@@ -2,6 +2,9 @@
 
 use std::fmt;
 
+use super::istio_iptables::DURATION;
+use super::switches::BOOLEAN;
+
 /// Longest piece of a value an error repeats, in characters.
 const QUOTED_MAX: usize = 160;
 
@@ -66,6 +69,16 @@ pub enum OptionError {
         /// The whole value.
         value: String,
     },
+}
+
+impl OptionError {
+    /// Whether istio-iptables' own flag parser would have stopped at it: a boolean or a duration on the command line that is none.
+    /// Every other bad value is found later there.
+    #[must_use]
+    pub fn is_unparsable_flag(&self) -> bool {
+        matches!(self, Self::NotAllowed { origin, allowed, .. }
+            if origin.starts_with("--") && ([BOOLEAN, DURATION].contains(allowed) || origin == "--iptables-probe-port"))
+    }
 }
 
 /// A value and what is wrong with it.

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 
+mod istio_iptables;
 mod refused;
 
 /// The flags as a program has them.
