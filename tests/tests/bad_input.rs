@@ -362,13 +362,8 @@ fn what_is_not_supported_yet_is_never_ignored() {
             &["ISTIO_INBOUND_INTERCEPTION_MODE", "not supported yet"],
         ),
         (
-            &["--redirect-dns"],
-            &[],
-            &["--redirect-dns", "not supported yet"],
-        ),
-        (
             &["--redirect-dns=true"],
-            &[],
+            &["CAPTURE_ALL_DNS=1"],
             &["--redirect-dns", "not supported yet"],
         ),
         (
@@ -378,23 +373,69 @@ fn what_is_not_supported_yet_is_never_ignored() {
         ),
         (
             &[],
-            &["REDIRECT_DNS=1"],
+            &["REDIRECT_DNS=1", "CAPTURE_ALL_DNS=1"],
             &["REDIRECT_DNS", "not supported yet"],
         ),
         (
             &[],
-            &["ISTIO_META_DNS_CAPTURE=true"],
+            &["ISTIO_META_DNS_CAPTURE=true", "CAPTURE_ALL_DNS=1"],
             &["ISTIO_META_DNS_CAPTURE", "not supported yet"],
         ),
         (
-            &["--capture-all-dns"],
+            &["--redirect-dns", "--capture-all-dns"],
             &[],
-            &["--capture-all-dns", "not supported yet"],
+            &["--redirect-dns", "not supported yet"],
+        ),
+        (
+            &["--redirect-dns=false"],
+            &["CAPTURE_ALL_DNS=yes"],
+            &["CAPTURE_ALL_DNS", "yes", "true and false"],
+        ),
+        (
+            &["--redirect-dns", "--resolv-conf", "/no/such/file"],
+            &[],
+            &["--resolv-conf", "/no/such/file", "No such file"],
+        ),
+        (
+            &["--resolv-conf=/etc"],
+            &["REDIRECT_DNS=1"],
+            &["--resolv-conf", "/etc", "not a regular file"],
+        ),
+        (
+            &["-t", "0x539"],
+            &[],
+            &["--istio-inbound-tproxy-mark", "0x539", "1-4294967295"],
         ),
         (
             &[],
-            &["CAPTURE_ALL_DNS=t"],
-            &["CAPTURE_ALL_DNS", "not supported yet"],
+            &["ISTIO_INBOUND_TPROXY_MARK=0"],
+            &["ISTIO_INBOUND_TPROXY_MARK", "0"],
+        ),
+        (
+            &["-r", "main"],
+            &[],
+            &["--istio-inbound-tproxy-route-table", "main"],
+        ),
+        (
+            &[],
+            &["ISTIO_INBOUND_TPROXY_ROUTE_TABLE="],
+            &["ISTIO_INBOUND_TPROXY_ROUTE_TABLE"],
+        ),
+        (
+            &["-c", "a-name-of-16-chr"],
+            &[],
+            &["--istio-exclude-interfaces", "a-name-of-16-chr", "1-15"],
+        ),
+        (
+            &[],
+            &["ISTIO_EXCLUDE_INTERFACES=eth*"],
+            &["ISTIO_EXCLUDE_INTERFACES", "eth*", "eth+"],
+        ),
+        (&["-k", "a/b"], &[], &["--kube-virt-interfaces", "a/b"]),
+        (
+            &[],
+            &["KUBE_VIRT_INTERFACES=tap0,!tap1"],
+            &["KUBE_VIRT_INTERFACES", "!tap1"],
         ),
         (
             &["-c", "eth1"],

@@ -2,6 +2,9 @@
 
 use std::fmt;
 
+use super::istio_iptables::DURATION;
+use super::switches::BOOLEAN;
+
 /// Longest piece of a value an error repeats, in characters.
 const QUOTED_MAX: usize = 160;
 
@@ -48,6 +51,16 @@ pub enum OptionError {
         /// How many there are.
         got: usize,
     },
+    /// A file that an option names cannot be read.
+    #[error("{origin}: {} {reason}", quote(path))]
+    File {
+        /// `--flag` that names the file, or whose default it is.
+        origin: String,
+        /// The file.
+        path: String,
+        /// Continues a sentence that begins with the file's name.
+        reason: String,
+    },
     /// An istio-iptables option this version refuses instead of ignoring it.
     #[error("{origin}: {} is not supported yet", quote(value))]
     NotSupported {
@@ -56,6 +69,16 @@ pub enum OptionError {
         /// The whole value.
         value: String,
     },
+}
+
+impl OptionError {
+    /// Whether istio-iptables' own flag parser would have stopped at it: a boolean or a duration on the command line that is none.
+    /// Every other bad value is found later there.
+    #[must_use]
+    pub fn is_unparsable_flag(&self) -> bool {
+        matches!(self, Self::NotAllowed { origin, allowed, .. }
+            if origin.starts_with("--") && ([BOOLEAN, DURATION].contains(allowed) || origin == "--iptables-probe-port"))
+    }
 }
 
 /// A value and what is wrong with it.

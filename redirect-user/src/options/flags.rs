@@ -62,7 +62,7 @@ pub struct CaptureFlags {
     )]
     pub proxy_gid: Option<String>,
 
-    /// How inbound connections are captured: REDIRECT (TPROXY is not supported yet)
+    /// How inbound connections reach the proxy: REDIRECT, or TPROXY (not supported yet)
     /// [default: REDIRECT] [env: ISTIO_INBOUND_INTERCEPTION_MODE]
     #[arg(
         short = 'm',
@@ -72,6 +72,26 @@ pub struct CaptureFlags {
         overrides_with = "istio_inbound_interception_mode"
     )]
     pub istio_inbound_interception_mode: Option<String>,
+
+    /// With -m TPROXY: connections with this mark are not captured [default: 1337] [env: ISTIO_INBOUND_TPROXY_MARK]
+    #[arg(
+        short = 't',
+        long,
+        value_name = "MARK",
+        allow_hyphen_values = true,
+        overrides_with = "istio_inbound_tproxy_mark"
+    )]
+    pub istio_inbound_tproxy_mark: Option<String>,
+
+    /// With -m TPROXY: Istio's routing table for marked packets [default: 133] [env: ISTIO_INBOUND_TPROXY_ROUTE_TABLE]
+    #[arg(
+        short = 'r',
+        long,
+        value_name = "TABLE",
+        allow_hyphen_values = true,
+        overrides_with = "istio_inbound_tproxy_route_table"
+    )]
+    pub istio_inbound_tproxy_route_table: Option<String>,
 
     /// Destinations captured: CIDRs, or * for all [default: none] [env: ISTIO_SERVICE_CIDR]
     #[arg(
@@ -184,7 +204,7 @@ pub struct CaptureFlags {
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", overrides_with = "capture_all_dns")]
     pub capture_all_dns: Option<String>,
 
-    /// Not supported yet: where the DNS servers to capture are listed
+    /// Where the DNS servers to capture are listed, if not all are [default: /etc/resolv.conf]
     #[arg(
         long,
         value_name = "FILE",
@@ -193,7 +213,7 @@ pub struct CaptureFlags {
     )]
     pub resolv_conf: Option<String>,
 
-    /// Not supported yet: interfaces without capture [env: ISTIO_EXCLUDE_INTERFACES]
+    /// Not supported yet: interfaces without capture; eth+ means all that begin with eth [env: ISTIO_EXCLUDE_INTERFACES]
     #[arg(
         short = 'c',
         long,
@@ -203,7 +223,7 @@ pub struct CaptureFlags {
     )]
     pub istio_exclude_interfaces: Option<String>,
 
-    /// Not supported yet: interfaces whose inbound traffic is treated as outbound [env: KUBE_VIRT_INTERFACES]
+    /// Not supported yet: interfaces whose inbound traffic is treated as outbound; eth+ as for -c [env: KUBE_VIRT_INTERFACES]
     #[arg(
         short = 'k',
         long,

@@ -6,6 +6,9 @@ use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::dns::Dns;
+use super::interception::Mode;
+use super::interfaces::InterfacePattern;
 use super::ranges::{IdRange, PortRange, Scope};
 
 /// What a pod's traffic is captured by.
@@ -47,6 +50,18 @@ pub struct Policy {
     pub loopback: Ipv4Net,
     /// Whether IPv6 is captured; IPv4 always is.
     pub ipv6: Ipv6,
+    /// `-m`, with `-t` and `-r`: how inbound connections reach the proxy.
+    #[serde(default)]
+    pub mode: Mode,
+    /// `--redirect-dns`: whose DNS queries are captured.
+    #[serde(default)]
+    pub dns: Dns,
+    /// `-c`: interfaces without capture, in or out.
+    #[serde(default)]
+    pub exclude_interfaces: Vec<InterfacePattern>,
+    /// `-k`: interfaces whose inbound connections are treated as outbound; stronger than `-c`.
+    #[serde(default)]
+    pub virtual_interfaces: Vec<InterfacePattern>,
 }
 
 /// Whether IPv6 is captured.
@@ -87,13 +102,17 @@ impl Default for Policy {
             owner_groups_exclude: Vec::new(),
             loopback: Ipv4Net::from(Ipv4Addr::LOCALHOST),
             ipv6: Ipv6::Auto,
+            mode: Mode::Redirect,
+            dns: Dns::Off,
+            exclude_interfaces: Vec::new(),
+            virtual_interfaces: Vec::new(),
         }
     }
 }
 
 impl Policy {
     /// Names the contents of the six lists of ports and CIDRs: policies with equal lists share them in the kernel.
-    /// Stable across runs and builds; not affected by ports, ids, groups or IPv6.
+    /// Stable across runs and builds; not affected by the rest.
     ///
     /// 64 bits of a SHA-256: whoever writes a pod's annotations must not find a policy that shares another pod's lists.
     pub fn digest(&self) -> u64 {

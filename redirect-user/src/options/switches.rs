@@ -3,7 +3,6 @@
 use super::error::Entry;
 
 pub(super) const BOOLEAN: &str = "true and false";
-pub(super) const MODE: &str = "REDIRECT (TPROXY is not supported yet)";
 pub(super) const IPV6: &str = "auto, on and off";
 
 /// What `--ipv6` says.
@@ -20,14 +19,6 @@ pub(super) fn boolean(text: &str) -> Result<bool, Entry> {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
         "" | "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
         _ => Err(Entry::new(text, "is not a boolean")),
-    }
-}
-
-/// Istio reads everything but `TPROXY` as REDIRECT, also a misspelled `tproxy` and `NONE`: none of those wants a REDIRECT.
-pub(super) fn mode(text: &str) -> Result<(), Entry> {
-    match text.trim() {
-        "" | "REDIRECT" => Ok(()),
-        _ => Err(Entry::new(text, "is not an interception mode")),
     }
 }
 

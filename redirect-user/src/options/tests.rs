@@ -7,6 +7,9 @@ use proptest::prelude::*;
 
 use super::*;
 
+mod istio_iptables;
+mod refused;
+
 /// The flags as a program has them.
 #[derive(Parser)]
 struct Cli {
@@ -54,12 +57,22 @@ fn parse(args: &[&str]) -> CaptureFlags {
     }
 }
 
-fn try_policy(args: &[&str], variables: &[(&str, &str)]) -> Result<Policy, OptionError> {
-    let env = |name: &str| {
+fn env_of(variables: &[(&str, &str)]) -> impl Fn(&str) -> Option<String> {
+    |name| {
         let set = variables.iter().find(|(variable, _)| *variable == name)?;
         Some(set.1.to_owned())
-    };
-    parse(args).validate_with(&env, &TestNames)
+    }
+}
+
+fn try_policy(args: &[&str], variables: &[(&str, &str)]) -> Result<Policy, OptionError> {
+    parse(args).validate_with(&env_of(variables), &TestNames)
+}
+
+/// As given, also what is not supported yet.
+fn read(args: &[&str], variables: &[(&str, &str)]) -> Policy {
+    parse(args)
+        .read_with(&env_of(variables), &TestNames)
+        .unwrap_or_else(|error| panic!("{args:?} {variables:?}: {error}"))
 }
 
 fn policy(args: &[&str]) -> Policy {
@@ -126,6 +139,9 @@ const FLAGS: &[(&str, &str, &str, &str)] = &[
     ("-g", "--proxy-gid", "PROXY_GID", "5"),
     ("-i", "--istio-service-cidr", "ISTIO_SERVICE_CIDR", "10.0.0.0/8"),
     ("-x", "--istio-service-exclude-cidr", "ISTIO_SERVICE_EXCLUDE_CIDR", "10.1.0.0/16"),
+    ("-m", "--istio-inbound-interception-mode", "ISTIO_INBOUND_INTERCEPTION_MODE", "TPROXY"),
+    ("-c", "--istio-exclude-interfaces", "ISTIO_EXCLUDE_INTERFACES", "eth1"),
+    ("-k", "--kube-virt-interfaces", "KUBE_VIRT_INTERFACES", "eth1"),
     ("-b", "--istio-inbound-ports", "ISTIO_INBOUND_PORTS", "*"),
     ("-d", "--istio-local-exclude-ports", "ISTIO_LOCAL_EXCLUDE_PORTS", "6"),
     ("-o", "--istio-local-outbound-ports-exclude", "ISTIO_LOCAL_OUTBOUND_PORTS_EXCLUDE", "7"),
@@ -147,12 +163,12 @@ fn short_long_and_variable_mean_the_same() {
         } else {
             vec![long, value]
         };
-        let by_long = policy(&args);
+        let by_long = read(&args, &[]);
         if !short.is_empty() {
-            assert_eq!(policy(&[short, value]), by_long, "{short}");
+            assert_eq!(read(&[short, value], &[]), by_long, "{short}");
         }
         if !variable.is_empty() {
-            assert_eq!(policy_env(&[], &[(variable, value)]), by_long, "{variable}");
+            assert_eq!(read(&[], &[(variable, value)]), by_long, "{variable}");
         }
         assert!(
             !seen.contains(&by_long) || long == "--dual-stack",
@@ -207,18 +223,22 @@ fn flag_given_twice_counts_as_its_last() {
 }
 
 #[test]
-fn unsupported_option_that_asks_for_nothing_is_fine() {
+fn option_that_asks_for_nothing_is_fine() {
     let args = [
         "--redirect-dns=false",
-        "--capture-all-dns=F",
+        "--capture-all-dns",
         "-c",
         "",
         "-k",
         ",",
         "--resolv-conf",
-        "",
+        "/read/only/when/needed",
         "-m",
         "REDIRECT",
+        "-t",
+        "5",
+        "-r",
+        "6",
     ];
     assert_eq!(policy(&args), Policy::default());
     let variables = [
@@ -227,6 +247,78 @@ fn unsupported_option_that_asks_for_nothing_is_fine() {
         ("ISTIO_INBOUND_INTERCEPTION_MODE", ""),
     ];
     assert_eq!(policy_env(&[], &variables), Policy::default());
+}
+
+#[test]
+fn tproxy_takes_mark_and_table() {
+    let mode = |args: &[&str], variables: &[(&str, &str)]| read(args, variables).mode;
+    let tproxy = |mark, table| Mode::Tproxy { mark, table };
+    assert_eq!(mode(&["-m", "TPROXY"], &[]), tproxy(1337, 133));
+    assert_eq!(
+        mode(
+            &["-m", " TPROXY ", "-t", "4294967295", "-r", " 1 "],
+            &[("ISTIO_INBOUND_TPROXY_MARK", "7")]
+        ),
+        tproxy(u32::MAX, 1)
+    );
+    let variables = [
+        ("ISTIO_INBOUND_INTERCEPTION_MODE", "TPROXY"),
+        ("ISTIO_INBOUND_TPROXY_MARK", "7"),
+        ("ISTIO_INBOUND_TPROXY_ROUTE_TABLE", "8"),
+    ];
+    assert_eq!(mode(&[], &variables), tproxy(7, 8));
+    assert_eq!(mode(&["-m", ""], &variables), Mode::Redirect);
+}
+
+#[test]
+fn dns_capture_is_off_by_list_or_all() {
+    let file = std::env::temp_dir().join(format!("resolv-conf-{}", std::process::id()));
+    let path = file.display().to_string();
+    let dns = |text: &str, args: &[&str], variables: &[(&str, &str)]| {
+        std::fs::write(&file, text).expect("a temporary file");
+        let dns = read(&[args, &["--resolv-conf", &path]].concat(), variables).dns;
+        std::fs::remove_file(&file).expect("just written");
+        dns
+    };
+    let text = "nameserver 10.96.0.10\nnameserver x\n";
+    let servers = Dns::Servers(vec!["10.96.0.10".parse().expect("an address")]);
+    assert_eq!(dns(text, &[], &[]), Dns::Off);
+    assert_eq!(dns(text, &["--capture-all-dns"], &[]), Dns::Off);
+    assert_eq!(dns(text, &["--redirect-dns"], &[]), servers);
+    for variable in ["REDIRECT_DNS", "ISTIO_META_DNS_CAPTURE"] {
+        assert_eq!(dns(text, &[], &[(variable, "true")]), servers);
+    }
+    let all = [("CAPTURE_ALL_DNS", "1")];
+    assert_eq!(dns(text, &["--redirect-dns"], &all), Dns::All);
+    assert_eq!(
+        dns(text, &["--redirect-dns", "--capture-all-dns=false"], &all),
+        servers
+    );
+    assert_eq!(dns("nameserver x", &["--redirect-dns"], &[]), Dns::Off);
+}
+
+#[test]
+fn interfaces_are_read_as_patterns() {
+    let named = |policy: &Policy| {
+        let list = |patterns: &[InterfacePattern]| {
+            let printed: Vec<_> = patterns.iter().map(ToString::to_string).collect();
+            printed.join(",")
+        };
+        (
+            list(&policy.exclude_interfaces),
+            list(&policy.virtual_interfaces),
+        )
+    };
+    let expected = ("eth1,net+".to_owned(), "tap0".to_owned());
+    assert_eq!(
+        named(&read(&["-c", "net+, eth1,eth1", "-k", "tap0"], &[])),
+        expected
+    );
+    let variables = [
+        ("ISTIO_EXCLUDE_INTERFACES", "eth1,net+"),
+        ("KUBE_VIRT_INTERFACES", "tap0"),
+    ];
+    assert_eq!(named(&read(&[], &variables)), expected);
 }
 
 #[test]
@@ -428,242 +520,6 @@ fn ipv6_choice_beats_dual_stack() {
     }
 }
 
-const PORT: &str = "allowed are 1-65535";
-const PORTS: &str =
-    "allowed are 0-65535, ranges LOW-HIGH or LOW:HIGH, and service names of /etc/services";
-const PORTS_ALL: &str = "allowed are 0-65535, ranges LOW-HIGH or LOW:HIGH, service names of /etc/services, or * for all";
-const CIDRS: &str = "allowed are CIDRs such as 10.0.0.0/8 or fd00::/8";
-const CIDRS_ALL: &str = "allowed are CIDRs such as 10.0.0.0/8 or fd00::/8, or * for all";
-const LOOPBACK: &str = "allowed are IPv4 CIDRs within 127.0.0.0/8, with a prefix length of 8-32";
-const UIDS: &str = "allowed are uids 0-4294967294, ranges LOW-HIGH, and user names";
-const GIDS: &str = "allowed are gids 0-4294967294, ranges LOW-HIGH, and group names";
-const GIDS_ALL: &str = "allowed are gids 0-4294967294, ranges LOW-HIGH, group names, or * for all";
-const MODE: &str = "allowed are REDIRECT (TPROXY is not supported yet)";
-const BOOLEAN: &str = "allowed are true and false";
-const IPV6: &str = "allowed are auto, on and off";
-const LATER: &str = "is not supported yet";
-
-/// Arguments; the message up to what is allowed; what is allowed, or [`LATER`].
-#[rustfmt::skip]
-const REFUSED_FLAGS: &[(&[&str], &str, &str)] = &[
-    // Listening ports.
-    (&["-p", "0"], r#"--envoy-port: "0" is not a port to listen on"#, PORT),
-    (&["-p", ""], r#"--envoy-port: "" is not a port to listen on"#, PORT),
-    (&["-p", "65536"], r#"--envoy-port: "65536" is not a port to listen on"#, PORT),
-    (&["-p", "-1"], r#"--envoy-port: "-1" is not a port to listen on"#, PORT),
-    (&["-p", "+1"], r#"--envoy-port: "+1" is not a port to listen on"#, PORT),
-    (&["-p", "015001"], r#"--envoy-port: "015001" is not a port to listen on"#, PORT),
-    (&["-p", "0x10"], r#"--envoy-port: "0x10" is not a port to listen on"#, PORT),
-    (&["-p", "http"], r#"--envoy-port: "http" is not a port to listen on"#, PORT),
-    (&["-p", "1,2"], r#"--envoy-port: "1,2" is not a port to listen on"#, PORT),
-    (&["-p", "99999999999999999999"], r#"--envoy-port: "99999999999999999999" is not a port to listen on"#, PORT),
-    (&["-p", "1\n2"], r#"--envoy-port: "1\n2" is not a port to listen on"#, PORT),
-    (&["-z", "70000"], r#"--inbound-capture-port: "70000" is not a port to listen on"#, PORT),
-    (&["-z", "0"], r#"--inbound-capture-port: "0" is not a port to listen on"#, PORT),
-    (&["-e", "0"], r#"--inbound-tunnel-port: "0" is not a port to listen on"#, PORT),
-    (&["-e", "*"], r#"--inbound-tunnel-port: "*" is not a port to listen on"#, PORT),
-    // Lists of ports.
-    (&["-b", "80,abc"], r#"--istio-inbound-ports: "80,abc": "abc" is not a port"#, PORTS_ALL),
-    (&["-b", "abc"], r#"--istio-inbound-ports: "abc" is not a port"#, PORTS_ALL),
-    (&["-b", "70000"], r#"--istio-inbound-ports: "70000" is not a port"#, PORTS_ALL),
-    (&["-b", "*,80"], r#"--istio-inbound-ports: "*,80": "*" must stand alone"#, PORTS_ALL),
-    (&["-b", "**"], r#"--istio-inbound-ports: "**" is not a port"#, PORTS_ALL),
-    (&["-b", "010"], r#"--istio-inbound-ports: "010" is not a port"#, PORTS_ALL),
-    (&["-b", "-1"], r#"--istio-inbound-ports: "-1" is not a port"#, PORTS_ALL),
-    (&["-b", "-d"], r#"--istio-inbound-ports: "-d" is not a port"#, PORTS_ALL),
-    (&["-b", "80 443"], r#"--istio-inbound-ports: "80 443" is not a port"#, PORTS_ALL),
-    (&["-b", "80;443"], r#"--istio-inbound-ports: "80;443" is not a port"#, PORTS_ALL),
-    (&["-b", "80/tcp"], r#"--istio-inbound-ports: "80/tcp" is not a port"#, PORTS_ALL),
-    (&["-b", "!80"], r#"--istio-inbound-ports: "!80" is not a port"#, PORTS_ALL),
-    (&["-b", "tftp"], r#"--istio-inbound-ports: "tftp" is not a port"#, PORTS_ALL),
-    (&["-b", "odd"], r#"--istio-inbound-ports: "odd" is not a port"#, PORTS_ALL),
-    (&["-b", "9000:8000"], r#"--istio-inbound-ports: "9000:8000" is a range whose low end is above its high end"#, PORTS_ALL),
-    (&["-b", "9000-8000"], r#"--istio-inbound-ports: "9000-8000" is a range whose low end is above its high end"#, PORTS_ALL),
-    (&["-b", "80-"], r#"--istio-inbound-ports: "80-" is not a port or a range of ports"#, PORTS_ALL),
-    (&["-b", ":"], r#"--istio-inbound-ports: ":" is not a port or a range of ports"#, PORTS_ALL),
-    (&["-b", "1-2-3"], r#"--istio-inbound-ports: "1-2-3" is not a port or a range of ports"#, PORTS_ALL),
-    (&["-b", "1:70000"], r#"--istio-inbound-ports: "1:70000" is not a port or a range of ports"#, PORTS_ALL),
-    (&["-d", "*"], r#"--istio-local-exclude-ports: "*" is not a port"#, PORTS),
-    (&["-d", "15020,x"], r#"--istio-local-exclude-ports: "15020,x": "x" is not a port"#, PORTS),
-    (&["-o", "*"], r#"--istio-local-outbound-ports-exclude: "*" is not a port"#, PORTS),
-    (&["-o", "53,65536"], r#"--istio-local-outbound-ports-exclude: "53,65536": "65536" is not a port"#, PORTS),
-    (&["-q", "*"], r#"--istio-outbound-ports: "*" is not a port"#, PORTS),
-    (&["-q", "2:1"], r#"--istio-outbound-ports: "2:1" is a range whose low end is above its high end"#, PORTS),
-    (&["-q", "8०"], r#"--istio-outbound-ports: "8०" is not a port"#, PORTS),
-    // CIDRs.
-    (&["-i", "10.0.0.0"], r#"--istio-service-cidr: "10.0.0.0" has no prefix length (did you mean 10.0.0.0/32?)"#, CIDRS_ALL),
-    (&["-i", "fd00::1"], r#"--istio-service-cidr: "fd00::1" has no prefix length (did you mean fd00::1/128?)"#, CIDRS_ALL),
-    (&["-i", "*,10.0.0.0/8"], r#"--istio-service-cidr: "*,10.0.0.0/8": "*" must stand alone"#, CIDRS_ALL),
-    (&["-i", "abc"], r#"--istio-service-cidr: "abc" is not a CIDR"#, CIDRS_ALL),
-    (&["-i", "example.com/8"], r#"--istio-service-cidr: "example.com/8" is not a CIDR"#, CIDRS_ALL),
-    (&["-i", "10.0.0/8"], r#"--istio-service-cidr: "10.0.0/8" is not a CIDR"#, CIDRS_ALL),
-    (&["-i", "10.0.0.256/8"], r#"--istio-service-cidr: "10.0.0.256/8" is not a CIDR"#, CIDRS_ALL),
-    (&["-i", "010.0.0.0/8"], r#"--istio-service-cidr: "010.0.0.0/8" is not a CIDR"#, CIDRS_ALL),
-    (&["-i", "fe80::1%eth0/64"], r#"--istio-service-cidr: "fe80::1%eth0/64" is not a CIDR"#, CIDRS_ALL),
-    (&["-i", "/8"], r#"--istio-service-cidr: "/8" is not a CIDR"#, CIDRS_ALL),
-    (&["-i", "10.0.0.0/33"], r#"--istio-service-cidr: "10.0.0.0/33" has a prefix length that is not 0-32"#, CIDRS_ALL),
-    (&["-i", "10.0.0.0/"], r#"--istio-service-cidr: "10.0.0.0/" has a prefix length that is not 0-32"#, CIDRS_ALL),
-    (&["-i", "10.0.0.0/08"], r#"--istio-service-cidr: "10.0.0.0/08" has a prefix length that is not 0-32"#, CIDRS_ALL),
-    (&["-i", "10.0.0.0/-1"], r#"--istio-service-cidr: "10.0.0.0/-1" has a prefix length that is not 0-32"#, CIDRS_ALL),
-    (&["-i", "10.0.0.0/255.0.0.0"], r#"--istio-service-cidr: "10.0.0.0/255.0.0.0" has a prefix length that is not 0-32"#, CIDRS_ALL),
-    (&["-i", "10.0.0.0/8/8"], r#"--istio-service-cidr: "10.0.0.0/8/8" has a prefix length that is not 0-32"#, CIDRS_ALL),
-    (&["-i", "fd00::/129"], r#"--istio-service-cidr: "fd00::/129" has a prefix length that is not 0-128"#, CIDRS_ALL),
-    (&["-i", "::ffff:10.0.0.0/104"], r#"--istio-service-cidr: "::ffff:10.0.0.0/104" is an IPv4-mapped address, to be written as IPv4"#, CIDRS_ALL),
-    (&["-x", "*"], r#"--istio-service-exclude-cidr: "*" is not a CIDR"#, CIDRS),
-    (&["-x", "10.0.0.0/8,x"], r#"--istio-service-exclude-cidr: "10.0.0.0/8,x": "x" is not a CIDR"#, CIDRS),
-    // Loopback CIDR.
-    (&["--outbound-ipv4-loopback-cidr", ""], r#"--outbound-ipv4-loopback-cidr: "" is not a CIDR"#, LOOPBACK),
-    (&["--outbound-ipv4-loopback-cidr", "127.0.0.1"], r#"--outbound-ipv4-loopback-cidr: "127.0.0.1" has no prefix length (did you mean 127.0.0.1/32?)"#, LOOPBACK),
-    (&["--outbound-ipv4-loopback-cidr", "10.0.0.0/8"], r#"--outbound-ipv4-loopback-cidr: "10.0.0.0/8" is not a loopback CIDR"#, LOOPBACK),
-    (&["--outbound-ipv4-loopback-cidr", "127.0.0.1/7"], r#"--outbound-ipv4-loopback-cidr: "127.0.0.1/7" covers more than loopback"#, LOOPBACK),
-    (&["--outbound-ipv4-loopback-cidr", "::1/128"], r#"--outbound-ipv4-loopback-cidr: "::1/128" is not an IPv4 CIDR"#, LOOPBACK),
-    // Users and groups.
-    (&["-u", "ghost"], r#"--proxy-uid: "ghost" is not a known user"#, UIDS),
-    (&["-u", "1337,ghost"], r#"--proxy-uid: "1337,ghost": "ghost" is not a known user"#, UIDS),
-    (&["-u", "4294967295"], r#"--proxy-uid: "4294967295" is not a user id or a range of them"#, UIDS),
-    (&["-u", "-1"], r#"--proxy-uid: "-1" is not a user id or a range of them"#, UIDS),
-    (&["-u", "01"], r#"--proxy-uid: "01" is not a user id or a range of them"#, UIDS),
-    (&["-u", "1-2-3"], r#"--proxy-uid: "1-2-3" is not a user id or a range of them"#, UIDS),
-    (&["-u", "2000-1000"], r#"--proxy-uid: "2000-1000" is a range whose low end is above its high end"#, UIDS),
-    (&["-u", "*"], r#"--proxy-uid: "*" is not a known user"#, UIDS),
-    (&["-u", ","], r#"--proxy-uid: "," names nobody"#, UIDS),
-    (&["-g", "ghost"], r#"--proxy-gid: "ghost" is not a known group"#, GIDS),
-    (&["-g", "1-"], r#"--proxy-gid: "1-" is not a group id or a range of them"#, GIDS),
-    (&["-u", "loner"], r#"--proxy-gid, taken from --proxy-uid: "loner" is not a known group"#, GIDS),
-    (&["--outbound-owner-groups", "ghost"], r#"--outbound-owner-groups: "ghost" is not a known group"#, GIDS_ALL),
-    (&["--outbound-owner-groups", "*,1"], r#"--outbound-owner-groups: "*,1": "*" must stand alone"#, GIDS_ALL),
-    (&["--outbound-owner-groups-exclude", "*"], r#"--outbound-owner-groups-exclude: "*" is not a known group"#, GIDS),
-    (&["--outbound-owner-groups-exclude", "9-8"], r#"--outbound-owner-groups-exclude: "9-8" is a range whose low end is above its high end"#, GIDS),
-    // Choices.
-    (&["-m", "NONE"], r#"--istio-inbound-interception-mode: "NONE" is not an interception mode"#, MODE),
-    (&["-m", "tproxy"], r#"--istio-inbound-interception-mode: "tproxy" is not an interception mode"#, MODE),
-    (&["--ipv6", "yes"], r#"--ipv6: "yes" is not an IPv6 setting"#, IPV6),
-    (&["--ipv6", ""], r#"--ipv6: "" is not an IPv6 setting"#, IPV6),
-    (&["--dual-stack=maybe"], r#"--dual-stack: "maybe" is not a boolean"#, BOOLEAN),
-    (&["--redirect-dns=maybe"], r#"--redirect-dns: "maybe" is not a boolean"#, BOOLEAN),
-    // Not yet.
-    (&["-m", "TPROXY"], r#"--istio-inbound-interception-mode: "TPROXY""#, LATER),
-    (&["--redirect-dns"], r#"--redirect-dns: "true""#, LATER),
-    (&["--capture-all-dns=1"], r#"--capture-all-dns: "1""#, LATER),
-    (&["--resolv-conf", "/etc/resolv.conf"], r#"--resolv-conf: "/etc/resolv.conf""#, LATER),
-    (&["-c", "eth1"], r#"--istio-exclude-interfaces: "eth1""#, LATER),
-    (&["-k", "tap0,tap1"], r#"--kube-virt-interfaces: "tap0,tap1""#, LATER),
-];
-
-/// Variable and value; the message up to what is allowed; what is allowed, or [`LATER`].
-#[rustfmt::skip]
-const REFUSED_VARIABLES: &[(&str, &str, &str, &str)] = &[
-    ("INBOUND_CAPTURE_PORT", "", r#"INBOUND_CAPTURE_PORT: "" is not a port to listen on"#, PORT),
-    ("INBOUND_TUNNEL_PORT", "x", r#"INBOUND_TUNNEL_PORT: "x" is not a port to listen on"#, PORT),
-    ("PROXY_UID", "ghost", r#"PROXY_UID: "ghost" is not a known user"#, UIDS),
-    ("PROXY_UID", "loner", r#"--proxy-gid, taken from PROXY_UID: "loner" is not a known group"#, GIDS),
-    ("PROXY_GID", "x y", r#"PROXY_GID: "x y" is not a known group"#, GIDS),
-    ("ISTIO_SERVICE_CIDR", "10.1.2.3", r#"ISTIO_SERVICE_CIDR: "10.1.2.3" has no prefix length (did you mean 10.1.2.3/32?)"#, CIDRS_ALL),
-    ("ISTIO_SERVICE_EXCLUDE_CIDR", "*", r#"ISTIO_SERVICE_EXCLUDE_CIDR: "*" is not a CIDR"#, CIDRS),
-    ("ISTIO_INBOUND_PORTS", "80,abc", r#"ISTIO_INBOUND_PORTS: "80,abc": "abc" is not a port"#, PORTS_ALL),
-    ("ISTIO_LOCAL_EXCLUDE_PORTS", "abc", r#"ISTIO_LOCAL_EXCLUDE_PORTS: "abc" is not a port"#, PORTS),
-    ("ISTIO_LOCAL_OUTBOUND_PORTS_EXCLUDE", "a", r#"ISTIO_LOCAL_OUTBOUND_PORTS_EXCLUDE: "a" is not a port"#, PORTS),
-    ("ISTIO_OUTBOUND_PORTS", "3-1", r#"ISTIO_OUTBOUND_PORTS: "3-1" is a range whose low end is above its high end"#, PORTS),
-    ("ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR", "", r#"ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR: "" is not a CIDR"#, LOOPBACK),
-    ("ISTIO_OUTBOUND_OWNER_GROUPS", "ghost", r#"ISTIO_OUTBOUND_OWNER_GROUPS: "ghost" is not a known group"#, GIDS_ALL),
-    ("ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE", "*", r#"ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE: "*" is not a known group"#, GIDS),
-    ("ISTIO_INBOUND_INTERCEPTION_MODE", "NONE", r#"ISTIO_INBOUND_INTERCEPTION_MODE: "NONE" is not an interception mode"#, MODE),
-    ("ISTIO_INBOUND_INTERCEPTION_MODE", "TPROXY", r#"ISTIO_INBOUND_INTERCEPTION_MODE: "TPROXY""#, LATER),
-    ("REDIRECT_DNS", "true", r#"REDIRECT_DNS: "true""#, LATER),
-    ("ISTIO_META_DNS_CAPTURE", "T", r#"ISTIO_META_DNS_CAPTURE: "T""#, LATER),
-    ("CAPTURE_ALL_DNS", "yes", r#"CAPTURE_ALL_DNS: "yes" is not a boolean"#, BOOLEAN),
-    ("CAPTURE_ALL_DNS", "true", r#"CAPTURE_ALL_DNS: "true""#, LATER),
-    ("ISTIO_EXCLUDE_INTERFACES", "eth+", r#"ISTIO_EXCLUDE_INTERFACES: "eth+""#, LATER),
-    ("KUBE_VIRT_INTERFACES", "tap0", r#"KUBE_VIRT_INTERFACES: "tap0""#, LATER),
-    ("ISTIO_DUAL_STACK", "on", r#"ISTIO_DUAL_STACK: "on" is not a boolean"#, BOOLEAN),
-];
-
-fn assert_refused(args: &[&str], variables: &[(&str, &str)], fault: &str, rest: &str) {
-    let separator = if rest == LATER { " " } else { ": " };
-    match try_policy(args, variables) {
-        Ok(policy) => panic!("{args:?} {variables:?} accepted: {policy:?}"),
-        Err(error) => assert_eq!(
-            error.to_string(),
-            format!("{fault}{separator}{rest}"),
-            "{args:?} {variables:?}"
-        ),
-    }
-}
-
-#[test]
-fn bad_flags_are_refused_with_their_message() {
-    assert!(REFUSED_FLAGS.len() + REFUSED_VARIABLES.len() >= 70);
-    for (args, fault, rest) in REFUSED_FLAGS {
-        assert_refused(args, &[], fault, rest);
-    }
-}
-
-#[test]
-fn bad_variables_are_refused_with_their_message() {
-    for &(variable, value, fault, rest) in REFUSED_VARIABLES {
-        assert_refused(&[], &[(variable, value)], fault, rest);
-    }
-}
-
-#[test]
-fn too_long_lists_are_refused_with_their_message() {
-    let ones = |count: usize| vec!["1"; count].join(",");
-    let (ids, groups) = (ones(17), ones(65));
-    let shown_ids = format!("{ids:?}");
-    let shown_groups = format!("{groups:?}");
-    for (args, expected) in [
-        (
-            ["-u", &ids],
-            format!("--proxy-uid: {shown_ids}: allowed are at most 16 entries, got 17"),
-        ),
-        (
-            ["-g", &ids],
-            format!("--proxy-gid: {shown_ids}: allowed are at most 16 entries, got 17"),
-        ),
-        (
-            ["--outbound-owner-groups", &groups],
-            format!(
-                "--outbound-owner-groups: number of owner groups whose outgoing traffic should be redirected to Envoy \
-                 cannot exceed 64, got 65: {shown_groups}"
-            ),
-        ),
-        (
-            ["--outbound-owner-groups-exclude", &groups],
-            format!(
-                "--outbound-owner-groups-exclude: {shown_groups}: allowed are at most 64 entries, got 65"
-            ),
-        ),
-    ] {
-        match try_policy(&args, &[]) {
-            Ok(_) => panic!("{args:?} accepted"),
-            Err(error) => assert_eq!(error.to_string(), expected),
-        }
-    }
-}
-
-#[test]
-fn options_of_istio_iptables_that_are_missing_are_unknown() {
-    for flag in [
-        "--dry-run",
-        "-n",
-        "--native-nftables",
-        "--drop-invalid",
-        "-t=1",
-        "--istio-service-cidrs=x",
-    ] {
-        assert!(Cli::try_parse_from(["redirect", flag]).is_err(), "{flag}");
-    }
-}
-
-#[test]
-fn long_value_is_cut_in_the_message() {
-    let long = "x".repeat(100_000);
-    let Err(error) = try_policy(&["-b", &long], &[]) else {
-        panic!("accepted")
-    };
-    assert!(error.to_string().len() < 1000, "{error}");
-}
-
 #[test]
 fn policy_survives_json() {
     let policy = policy(&[
@@ -678,6 +534,12 @@ fn policy_survives_json() {
         "-u",
         "3,4-5",
     ]);
+    let policy = Policy {
+        mode: Mode::Tproxy { mark: 1, table: 2 },
+        dns: Dns::Servers(vec!["fd00::10".parse().expect("an address")]),
+        exclude_interfaces: read(&["-c", "eth1,net+"], &[]).exclude_interfaces,
+        ..policy
+    };
     let Ok(text) = serde_json::to_string(&policy) else {
         panic!("not written")
     };

@@ -2,15 +2,18 @@
 
 use redirect_common::pod::{MAX_OWNER_GROUPS, MAX_PROXY_IDS};
 
-use super::error::OptionError;
+use super::dns::{Dns, RESOLV_CONF, servers_of};
+use super::error::{Entry, OptionError};
 use super::flags::CaptureFlags;
 use super::identity::{GROUPS, GROUPS_OR_ALL, Kind, USERS, group_scope, group_set, proxy_ids};
+use super::interception::{self, MODE, Mode, NUMBER, TPROXY_MARK, TPROXY_TABLE, is_tproxy};
+use super::interfaces::{INTERFACES, interface_list};
 use super::names::{Names, SystemNames};
 use super::policy::{Ipv6, Policy};
 use super::ports::{PORT, PORTS, PORTS_OR_ALL, listening_port, port_list, port_scope};
 use super::ranges::{IdRange, PortRange};
 use super::setting::{Setting, entries};
-use super::switches::{BOOLEAN, IPV6, Ipv6Choice, MODE, boolean, ipv6, mode};
+use super::switches::{BOOLEAN, IPV6, Ipv6Choice, boolean, ipv6};
 use super::{cidrs, cidrs::CIDRS, cidrs::CIDRS_OR_ALL, cidrs::LOOPBACK};
 
 /// User whose uid is the proxy's, unless `ENVOY_USER` names another.
@@ -24,7 +27,7 @@ impl CaptureFlags {
     /// `env` answers what a variable is set to: [`process_env`](super::process_env), or a test's own.
     ///
     /// # Errors
-    /// The first option that is refused; those not supported yet come first.
+    /// The first option that is refused.
     pub fn validate(&self, env: Env<'_>) -> Result<Policy, OptionError> {
         self.validate_with(env, &SystemNames)
     }
@@ -34,7 +37,13 @@ impl CaptureFlags {
     /// # Errors
     /// The first option that is refused.
     pub fn validate_with(&self, env: Env<'_>, names: &dyn Names) -> Result<Policy, OptionError> {
-        self.refuse_unsupported(env)?;
+        let policy = self.read_with(env, names)?;
+        self.refuse_unsupported(env, &policy)?;
+        Ok(policy)
+    }
+
+    /// Everything as it was given, also what the data plane cannot honour.
+    pub(super) fn read_with(&self, env: Env<'_>, names: &dyn Names) -> Result<Policy, OptionError> {
         let mut policy = Policy::default();
         self.listeners(env, &mut policy)?;
         self.identities(env, names, &mut policy)?;
@@ -42,6 +51,9 @@ impl CaptureFlags {
         self.ports(env, names, &mut policy)?;
         self.owner_groups(env, names, &mut policy)?;
         policy.ipv6 = self.families(env)?;
+        policy.mode = self.interception(env)?;
+        policy.dns = self.dns(env)?;
+        self.interfaces(env, &mut policy)?;
         Ok(policy)
     }
 
@@ -247,57 +259,130 @@ impl CaptureFlags {
         })
     }
 
-    /// Options of istio-iptables that change what is captured and that this version cannot honour: never ignored.
-    fn refuse_unsupported(&self, env: Env<'_>) -> Result<(), OptionError> {
-        let interception = Setting::find(
-            &self.istio_inbound_interception_mode,
-            "istio-inbound-interception-mode",
-            &["ISTIO_INBOUND_INTERCEPTION_MODE"],
-            env,
-        );
-        if let Some(setting) = interception {
-            if setting.value.trim() == "TPROXY" {
-                return Err(setting.not_supported());
-            }
-            setting.read(MODE, mode)?;
-        }
-        let dns = Setting::find(
-            &self.redirect_dns,
-            "redirect-dns",
-            &["REDIRECT_DNS", "ISTIO_META_DNS_CAPTURE"],
-            env,
-        );
-        let all_dns = Setting::find(
+    fn interception(&self, env: Env<'_>) -> Result<Mode, OptionError> {
+        let number = |flag, name, variable, default, parse: fn(&str) -> Result<u32, Entry>| {
+            Setting::find(flag, name, &[variable], env)
+                .map_or(Ok(default), |setting| setting.read(NUMBER, parse))
+        };
+        // Checked in either mode: a mistake in them is not to wait for the day TPROXY is switched on.
+        let mark = number(
+            &self.istio_inbound_tproxy_mark,
+            "istio-inbound-tproxy-mark",
+            "ISTIO_INBOUND_TPROXY_MARK",
+            TPROXY_MARK,
+            interception::mark,
+        )?;
+        let table = number(
+            &self.istio_inbound_tproxy_route_table,
+            "istio-inbound-tproxy-route-table",
+            "ISTIO_INBOUND_TPROXY_ROUTE_TABLE",
+            TPROXY_TABLE,
+            interception::table,
+        )?;
+        let tproxy = self
+            .mode_setting(env)
+            .map_or(Ok(false), |setting| setting.read(MODE, is_tproxy))?;
+        Ok(if tproxy {
+            Mode::Tproxy { mark, table }
+        } else {
+            Mode::Redirect
+        })
+    }
+
+    fn dns(&self, env: Env<'_>) -> Result<Dns, OptionError> {
+        let boolean = |setting: Option<Setting>| {
+            setting.map_or(Ok(false), |setting| setting.read(BOOLEAN, boolean))
+        };
+        let redirect = boolean(self.redirect_dns_setting(env))?;
+        let all = boolean(Setting::find(
             &self.capture_all_dns,
             "capture-all-dns",
             &["CAPTURE_ALL_DNS"],
             env,
-        );
-        for setting in [dns, all_dns].into_iter().flatten() {
-            if setting.read(BOOLEAN, boolean)? {
-                return Err(setting.not_supported());
-            }
+        ))?;
+        match (redirect, all) {
+            (false, _) => return Ok(Dns::Off),
+            (true, true) => return Ok(Dns::All),
+            (true, false) => {}
         }
-        let interfaces = Setting::find(
+        let path = self.resolv_conf.as_deref().unwrap_or(RESOLV_CONF);
+        let servers = servers_of(path.as_ref()).map_err(|reason| OptionError::File {
+            origin: "--resolv-conf".to_owned(),
+            path: path.to_owned(),
+            reason,
+        })?;
+        if servers.is_empty() {
+            tracing::warn!("{path} names no DNS server: DNS is not captured");
+            return Ok(Dns::Off);
+        }
+        Ok(Dns::Servers(servers))
+    }
+
+    fn interfaces(&self, env: Env<'_>, policy: &mut Policy) -> Result<(), OptionError> {
+        let list = |setting: Option<Setting>| {
+            setting.map_or(Ok(Vec::new()), |setting| {
+                setting.read(INTERFACES, interface_list)
+            })
+        };
+        policy.exclude_interfaces = list(self.exclude_interfaces_setting(env))?;
+        policy.virtual_interfaces = list(self.virtual_interfaces_setting(env))?;
+        Ok(())
+    }
+
+    fn mode_setting(&self, env: Env<'_>) -> Option<Setting> {
+        Setting::find(
+            &self.istio_inbound_interception_mode,
+            "istio-inbound-interception-mode",
+            &["ISTIO_INBOUND_INTERCEPTION_MODE"],
+            env,
+        )
+    }
+
+    fn redirect_dns_setting(&self, env: Env<'_>) -> Option<Setting> {
+        Setting::find(
+            &self.redirect_dns,
+            "redirect-dns",
+            &["REDIRECT_DNS", "ISTIO_META_DNS_CAPTURE"],
+            env,
+        )
+    }
+
+    fn exclude_interfaces_setting(&self, env: Env<'_>) -> Option<Setting> {
+        Setting::find(
             &self.istio_exclude_interfaces,
             "istio-exclude-interfaces",
             &["ISTIO_EXCLUDE_INTERFACES"],
             env,
-        );
-        let virtual_interfaces = Setting::find(
+        )
+    }
+
+    fn virtual_interfaces_setting(&self, env: Env<'_>) -> Option<Setting> {
+        Setting::find(
             &self.kube_virt_interfaces,
             "kube-virt-interfaces",
             &["KUBE_VIRT_INTERFACES"],
             env,
-        );
-        for setting in [interfaces, virtual_interfaces].into_iter().flatten() {
-            if entries(&setting.value).next().is_some() {
-                return Err(setting.not_supported());
-            }
-        }
-        match Setting::find(&self.resolv_conf, "resolv-conf", &[], env) {
-            Some(setting) if !setting.value.is_empty() => Err(setting.not_supported()),
-            _ => Ok(()),
-        }
+        )
+    }
+
+    /// What the data plane cannot honour: never ignored.
+    fn refuse_unsupported(&self, env: Env<'_>, policy: &Policy) -> Result<(), OptionError> {
+        let refused = [
+            (policy.mode != Mode::Redirect, self.mode_setting(env)),
+            (policy.dns != Dns::Off, self.redirect_dns_setting(env)),
+            (
+                !policy.exclude_interfaces.is_empty(),
+                self.exclude_interfaces_setting(env),
+            ),
+            (
+                !policy.virtual_interfaces.is_empty(),
+                self.virtual_interfaces_setting(env),
+            ),
+        ];
+        refused
+            .into_iter()
+            .filter(|(asked, _)| *asked)
+            .find_map(|(_, setting)| Some(Err(setting?.not_supported())))
+            .unwrap_or(Ok(()))
     }
 }
