@@ -13,6 +13,7 @@ use redirect_common::route::ROUTE_LOCAL;
 use redirect_common::verdict::{Action, Rule};
 
 use crate::ctx::{Sock, SockAddr, random};
+use crate::log;
 use crate::maps::{self, PolicyLists};
 use crate::owner;
 
@@ -55,6 +56,7 @@ pub fn connect(ctx: &SockAddr) -> i32 {
     let proxy_port = match rule.action() {
         Action::Pass => {
             maps::count(netns_cookie, rule);
+            log::decided_outbound(netns_cookie, rule, &connection, 0);
             if sock.state().is_some() {
                 sock.forget();
             }
@@ -66,23 +68,27 @@ pub fn connect(ctx: &SockAddr) -> i32 {
     if route.is_none() {
         // Passing it would let it out if a route has come since; the kernel would say the same.
         maps::count(netns_cookie, Rule::NoRoute);
+        log::decided_outbound(netns_cookie, Rule::NoRoute, &connection, 0);
+        log::no_route(netns_cookie, &destination, connection.port);
         ctx.set_error(ENETUNREACH);
         return REFUSE;
     }
     maps::count(netns_cookie, rule);
+    log::decided_outbound(netns_cookie, rule, &connection, proxy_port);
     // A socket bound to an address that is not the pod's (IP_FREEBIND) cannot be reached there.
     let steered = if bound.is_unspecified() || maps::is_local(netns_cookie, &bound) {
         source
     } else {
         destination.loopback_of_family()
     };
-    capture(ctx, sock, &connection, &steered, proxy_port)
+    capture(ctx, sock, netns_cookie, &connection, &steered, proxy_port)
 }
 
 #[inline(always)]
 fn capture(
     ctx: &SockAddr,
     sock: Sock,
+    netns_cookie: u64,
     connection: &Outbound,
     steered: &Address,
     proxy_port: u16,
@@ -98,6 +104,7 @@ fn capture(
         watching: 0,
     };
     if !sock.set_state(&state) {
+        log::socket_storage_refused(netns_cookie, &connection.destination, connection.port);
         ctx.set_error(ENOMEM);
         return REFUSE;
     }

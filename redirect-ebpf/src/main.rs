@@ -6,6 +6,7 @@ mod connect;
 mod ctx;
 mod globals;
 mod listeners;
+mod log;
 mod maps;
 mod names;
 mod original_dst;

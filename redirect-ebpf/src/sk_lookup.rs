@@ -9,6 +9,7 @@ use redirect_common::verdict::{Action, Rule};
 use crate::ctx::SockLookup;
 use crate::globals;
 use crate::listeners;
+use crate::log;
 use crate::maps::{self, PolicyLists};
 
 const PASS: u32 = 1;
@@ -30,7 +31,13 @@ pub fn sk_lookup(ctx: &SockLookup) -> u32 {
         );
         if let Some(original) = maps::flow(&flow) {
             let target = local.loopback_of_family();
-            return to_listener(ctx, netns_cookie, original.proxy_port, &target);
+            return to_listener(
+                ctx,
+                netns_cookie,
+                original.proxy_port,
+                &target,
+                (&original.destination, original.port),
+            );
         }
     }
     // By address, not by interface: a connection to the pod's own address has the interface of that
@@ -44,17 +51,30 @@ pub fn sk_lookup(ctx: &SockLookup) -> u32 {
     let lists = PolicyLists { policy: pod.policy };
     let rule = decide::inbound(pod, &lists, &local, ctx.local_port());
     match rule.action() {
-        Action::CaptureInbound => to_listener(ctx, netns_cookie, pod.inbound_port, &local),
+        Action::CaptureInbound => to_listener(
+            ctx,
+            netns_cookie,
+            pod.inbound_port,
+            &local,
+            (&local, ctx.local_port()),
+        ),
         Action::Pass | Action::CaptureOutbound => PASS,
     }
 }
 
 #[inline(always)]
-fn to_listener(ctx: &SockLookup, netns_cookie: u64, port: u16, target: &Address) -> u32 {
+fn to_listener(
+    ctx: &SockLookup,
+    netns_cookie: u64,
+    port: u16,
+    target: &Address,
+    meant: (&Address, u16),
+) -> u32 {
     if listeners::assign(ctx, netns_cookie, port, target) {
         PASS
     } else {
         maps::count(netns_cookie, Rule::NoListener);
+        log::no_listener(netns_cookie, meant.0, meant.1);
         DROP
     }
 }

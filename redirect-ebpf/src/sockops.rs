@@ -14,6 +14,7 @@ use redirect_common::verdict::{Action, Rule};
 
 use crate::ctx::{Sock, SockOps};
 use crate::listeners;
+use crate::log;
 use crate::maps::{self, PolicyLists};
 
 /// The system call goes on.
@@ -47,6 +48,11 @@ fn connecting(ctx: &SockOps) {
         state.watching = u32::from(ctx.watch_state());
     } else {
         maps::count(flow.netns_cookie, Rule::FlowLost);
+        log::flow_lost(
+            flow.netns_cookie,
+            &state.original.destination,
+            state.original.port,
+        );
     }
 }
 
@@ -125,6 +131,13 @@ fn accepted(ctx: &SockOps) {
             state.role = ROLE_ACCEPTED_INBOUND;
             state.original.proxy_port = pod.inbound_port;
         }
+        log::decided_inbound(
+            netns_cookie,
+            rule,
+            (remote, ctx.remote_port()),
+            (local, ctx.local_port()),
+            state.original.proxy_port,
+        );
     }
     sock.set_state(&state);
 }

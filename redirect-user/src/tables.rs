@@ -61,6 +61,9 @@ pub const NAMES: &[&str] = &[
     "LISTENERS",
     "SOCKETS",
     "RECORDS",
+    "FOLLOWERS",
+    "DECISIONS",
+    "AYA_LOGS",
 ];
 
 impl Tables {
