@@ -5,6 +5,7 @@ use bytemuck::{Pod, Zeroable};
 use redirect_common::connection::{FlowKey, Original};
 use redirect_common::listener::ListenerKey;
 use redirect_common::lists::ListKey;
+use redirect_common::log::Follower;
 use redirect_common::pod::PodConfig;
 use redirect_common::record::Record;
 use redirect_common::route::{RouteInfo, RouteKey};
@@ -29,6 +30,8 @@ pub struct Tables {
     pub listeners: Table<ListenerKey, u32>,
     /// The loader's notes, by cgroup id.
     pub records: Table<u64, Record>,
+    /// Who reads messages and decisions, by `FOLLOWER_` number.
+    pub followers: Table<u32, Follower>,
 }
 
 /// Key of `LISTS`.
@@ -78,6 +81,7 @@ impl Tables {
             flows: open(pins, "FLOWS")?,
             listeners: open(pins, "LISTENERS")?,
             records: open(pins, "RECORDS")?,
+            followers: open(pins, "FOLLOWERS")?,
         })
     }
 }
