@@ -28,6 +28,9 @@ const HEARD: Duration = Duration::from_secs(2);
 /// How long `redirect log` waits for a `redirect run` to give way.
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// How long to go by what is known of the pods: a network namespace may get another cgroup.
+const NAMES_KEPT: Duration = Duration::from_secs(1);
+
 /// Who reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Role {
@@ -55,6 +58,7 @@ pub(super) struct Reader {
     decisions: RingBuf<MapData>,
     /// Cgroup paths by network namespace cookie.
     names: HashMap<u64, Vec<PathBuf>>,
+    names_read: Instant,
     lock: Flock<File>,
 }
 
@@ -87,6 +91,9 @@ impl Reader {
             .with_context(|| format!("opening map {}", path.display()))?;
         messages.read();
         while decisions.next().is_some() {}
+        // Left by a reader that was killed; one that waits for the lock says it again.
+        let nobody = Follower::default();
+        tables.followers.set(&FOLLOWER_LOG, &nobody)?;
         let mut reader = Self {
             role,
             wanted,
@@ -94,6 +101,7 @@ impl Reader {
             messages,
             decisions,
             names: HashMap::new(),
+            names_read: Instant::now(),
             lock,
         };
         reader.learn_names()?;
@@ -151,7 +159,7 @@ impl Reader {
     }
 
     fn cgroups(&mut self, netns_cookie: u64) -> Result<Vec<PathBuf>> {
-        if !self.names.contains_key(&netns_cookie) {
+        if !self.names.contains_key(&netns_cookie) || self.names_read.elapsed() > NAMES_KEPT {
             self.learn_names()?;
         }
         Ok(self.names.get(&netns_cookie).cloned().unwrap_or_default())
@@ -166,6 +174,7 @@ impl Reader {
                 .push(notes.cgroup);
         }
         self.names = names;
+        self.names_read = Instant::now();
         Ok(())
     }
 
@@ -212,16 +221,16 @@ fn wait(mut directory: File) -> Result<Option<Flock<File>>> {
     if log_reads(&tables)? {
         return Ok(None);
     }
-    let wish = Follower {
-        until_ns: now_ns() + PATIENCE.as_nanos() as u64,
-        ..Follower::default()
-    };
-    tables
-        .followers
-        .set(&FOLLOWER_LOG, &wish)
-        .context("writing FOLLOWERS")?;
     let deadline = Instant::now() + PATIENCE;
     while Instant::now() < deadline {
+        let wish = Follower {
+            until_ns: now_ns() + PATIENCE.as_nanos() as u64,
+            ..Follower::default()
+        };
+        tables
+            .followers
+            .set(&FOLLOWER_LOG, &wish)
+            .context("writing FOLLOWERS")?;
         match lock(directory)? {
             Ok(lock) => return Ok(Some(lock)),
             Err(back) => directory = back,
