@@ -108,7 +108,7 @@ fn decision(scene: &mut Scene, follower: &Follower, dial: &Dial, from: Option<&I
         },
         |event| is_decision(event) && is_about(event, port),
     );
-    events.into_iter().next_back().unwrap()
+    events[events.len() - 1].clone()
 }
 
 #[rstest]
