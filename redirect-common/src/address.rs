@@ -47,6 +47,12 @@ impl Address {
         self.words_be[3]
     }
 
+    /// The address in network order, byte by byte; IPv4 as IPv4-mapped.
+    #[inline(always)]
+    pub const fn octets(&self) -> [u8; 16] {
+        bytemuck::must_cast(self.words_be)
+    }
+
     /// True for `0.0.0.0` and `::`.
     #[inline(always)]
     pub const fn is_unspecified(&self) -> bool {
@@ -110,7 +116,7 @@ impl From<IpAddr> for Address {
 
 impl From<Address> for IpAddr {
     fn from(address: Address) -> Self {
-        let octets: [u8; 16] = bytemuck::cast(address.words_be);
+        let octets = address.octets();
         if address.is_v4() {
             let [.., a, b, c, d] = octets;
             Self::V4(Ipv4Addr::new(a, b, c, d))

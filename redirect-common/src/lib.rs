@@ -10,6 +10,7 @@ pub mod connection;
 pub mod decide;
 pub mod listener;
 pub mod lists;
+pub mod log;
 pub mod pod;
 pub mod record;
 pub mod route;

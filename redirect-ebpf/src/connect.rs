@@ -15,6 +15,7 @@ use redirect_common::verdict::{Action, Rule};
 
 use crate::ctx::{Sock, SockAddr, random};
 use crate::destinations;
+use crate::log;
 use crate::maps::{self, PolicyLists};
 use crate::owner;
 
@@ -57,6 +58,7 @@ pub fn connect(ctx: &SockAddr) -> i32 {
     let proxy_port = match rule.action() {
         Action::Pass => {
             maps::count(netns_cookie, rule);
+            log::decided_outbound(netns_cookie, rule, &connection, 0);
             return pass(ctx, sock, &connection);
         }
         Action::CaptureOutbound => pod.outbound_port,
@@ -65,10 +67,13 @@ pub fn connect(ctx: &SockAddr) -> i32 {
     if route.is_none() {
         // Passing it would let it out if a route has come since; the kernel would say the same.
         maps::count(netns_cookie, Rule::NoRoute);
+        log::decided_outbound(netns_cookie, Rule::NoRoute, &connection, 0);
+        log::no_route(netns_cookie, &destination, connection.port);
         ctx.set_error(ENETUNREACH);
         return REFUSE;
     }
     maps::count(netns_cookie, rule);
+    log::decided_outbound(netns_cookie, rule, &connection, proxy_port);
     // A socket bound to an address that is not the pod's (IP_FREEBIND) cannot be reached there.
     let steered = if bound.is_unspecified() || maps::is_local(netns_cookie, &bound) {
         source
@@ -82,6 +87,7 @@ pub fn connect(ctx: &SockAddr) -> i32 {
         _pad: 0,
     };
     let Some(port) = steered_port(netns_cookie, sock, &original) else {
+        log::socket_storage_refused(netns_cookie, &destination, connection.port);
         ctx.set_error(ENOMEM);
         return REFUSE;
     };

@@ -151,6 +151,13 @@ pub fn random() -> u32 {
     unsafe { helpers::bpf_get_prandom_u32() }
 }
 
+/// Nanoseconds of `CLOCK_MONOTONIC`.
+#[inline(always)]
+pub fn now_ns() -> u64 {
+    // SAFETY: no arguments, no preconditions.
+    unsafe { helpers::bpf_ktime_get_ns() }
+}
+
 /// A socket, as the verifier knows it.
 #[derive(Clone, Copy)]
 pub struct Sock(*mut bpf_sock);

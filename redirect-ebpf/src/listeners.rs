@@ -4,6 +4,7 @@ use redirect_common::address::Address;
 use redirect_common::listener::{LISTENER_SLOTS, ListenerKey, listener_serves};
 
 use crate::ctx::{SockLookup, SockOps, random};
+use crate::log;
 
 const BPF_ANY: u64 = 0;
 const BPF_NOEXIST: u64 = 1;
@@ -19,6 +20,7 @@ pub fn record(ctx: &SockOps, netns_cookie: u64, port: u16) {
             return;
         }
     }
+    log::listener_slots_full(netns_cookie, port);
     key.slot = (random() % u32::from(LISTENER_SLOTS)) as u16;
     ctx.record_listener(&mut key, BPF_ANY);
 }

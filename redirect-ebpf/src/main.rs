@@ -7,6 +7,7 @@ mod ctx;
 mod destinations;
 mod globals;
 mod listeners;
+mod log;
 mod maps;
 mod names;
 mod original_dst;

@@ -3,11 +3,12 @@
 use aya_ebpf::bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST};
 use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::lpm_trie::Key;
-use aya_ebpf::maps::{HashMap, LpmTrie, LruHashMap, PerCpuHashMap, SockHash};
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuHashMap, RingBuf, SockHash};
 use redirect_common::address::Address;
 use redirect_common::connection::{DestinationKey, FlowKey, Original, SocketState};
 use redirect_common::listener::ListenerKey;
 use redirect_common::lists::{LIST_PREFIX_BITS, List, ListKey, Lists};
+use redirect_common::log::{self, Follower};
 use redirect_common::pod::PodConfig;
 use redirect_common::record::Record;
 use redirect_common::route::{
@@ -50,6 +51,14 @@ pub static LISTENERS: SockHash<ListenerKey> = SockHash::pinned(1 << 16, 0);
 /// Never read here: the loader's notes, which live and die with the other maps.
 #[map]
 pub static RECORDS: HashMap<u64, Record> = HashMap::pinned(4096, BPF_F_NO_PREALLOC);
+
+/// Who reads messages and decisions now.
+#[map]
+pub static FOLLOWERS: Array<Follower> = Array::pinned(log::FOLLOWERS, 0);
+
+/// Decisions on their way to `redirect log`: room for about 3000.
+#[map]
+pub static DECISIONS: RingBuf = RingBuf::pinned(1 << 18, 0);
 
 #[btf_map]
 pub static SOCKETS: InheritedSkStorage<SocketState> = InheritedSkStorage::new();

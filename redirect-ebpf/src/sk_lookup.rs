@@ -10,6 +10,7 @@ use crate::ctx::SockLookup;
 use crate::destinations;
 use crate::globals;
 use crate::listeners;
+use crate::log;
 use crate::maps::{self, PolicyLists};
 
 const PASS: u32 = 1;
@@ -34,7 +35,13 @@ pub fn sk_lookup(ctx: &SockLookup) -> u32 {
             && original.proxy_port != 0
         {
             let target = local.loopback_of_family();
-            return to_listener(ctx, netns_cookie, original.proxy_port, &target);
+            return to_listener(
+                ctx,
+                netns_cookie,
+                original.proxy_port,
+                &target,
+                (&original.destination, original.port),
+            );
         }
     }
     // By address, not by interface: a connection to the pod's own address has the interface of that
@@ -48,18 +55,34 @@ pub fn sk_lookup(ctx: &SockLookup) -> u32 {
     let lists = PolicyLists { policy: pod.policy };
     let rule = decide::inbound(pod, &lists, &local, ctx.local_port());
     maps::count(netns_cookie, rule);
-    match rule.action() {
-        Action::CaptureInbound => to_listener(ctx, netns_cookie, pod.inbound_port, &local),
-        Action::Pass | Action::CaptureOutbound => PASS,
+    let captured = rule.action() == Action::CaptureInbound;
+    log::decided_inbound(
+        netns_cookie,
+        rule,
+        (remote, ctx.remote_port()),
+        (local, ctx.local_port()),
+        if captured { pod.inbound_port } else { 0 },
+    );
+    if !captured {
+        return PASS;
     }
+    let meant = (&local, ctx.local_port());
+    to_listener(ctx, netns_cookie, pod.inbound_port, &local, meant)
 }
 
 #[inline(always)]
-fn to_listener(ctx: &SockLookup, netns_cookie: u64, port: u16, target: &Address) -> u32 {
+fn to_listener(
+    ctx: &SockLookup,
+    netns_cookie: u64,
+    port: u16,
+    target: &Address,
+    meant: (&Address, u16),
+) -> u32 {
     if listeners::assign(ctx, netns_cookie, port, target) {
         PASS
     } else {
         maps::count(netns_cookie, Rule::NoListener);
+        log::no_listener(netns_cookie, meant.0, meant.1);
         DROP
     }
 }

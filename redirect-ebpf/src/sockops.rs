@@ -15,6 +15,7 @@ use redirect_common::verdict::Rule;
 use crate::ctx::{Sock, SockOps};
 use crate::destinations;
 use crate::listeners;
+use crate::log;
 use crate::maps;
 
 /// The system call goes on.
@@ -51,7 +52,9 @@ fn connecting(ctx: &SockOps) {
             if maps::publish_flow(&flow, &state.original) {
                 state.watching = u32::from(ctx.watch_state());
             } else {
+                let original = &state.original;
                 maps::count(flow.netns_cookie, Rule::FlowLost);
+                log::flow_lost(flow.netns_cookie, &original.destination, original.port);
             }
         }
         Some(_) => {}
@@ -137,13 +140,14 @@ fn accepted(ctx: &SockOps) {
             state.role = ROLE_ACCEPTED_INBOUND;
         }
         Some(state) => state.role = ROLE_ACCEPTED_DIRECT,
-        None => {
+        None if maps::pod(ctx.netns_cookie()).is_some() => {
             sock.set_state(&SocketState {
                 original: Original::default(),
                 role: ROLE_ACCEPTED_DIRECT,
                 watching: 0,
             });
         }
+        None => {}
     }
 }
 

@@ -3,6 +3,8 @@
 mod table;
 
 use std::ffi::OsString;
+use std::io::Write as _;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -10,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::attach::{self, Outcome, Request};
+use crate::follow::{self, Wanted};
 use crate::observe::cgroup::Cgroup;
 use crate::observe::netns::NetworkNamespace;
 use crate::options::{CaptureFlags, OptionError, process_env};
@@ -34,6 +37,9 @@ enum Subcommands {
     Detach(DetachArgs),
     /// Show what is attached and what it has done
     Status(StatusArgs),
+    /// Follow what happens: connections that are refused and, with --decisions, what becomes of
+    /// each connection and by which rule; until Ctrl-C
+    Log(LogArgs),
     /// Run a command with its outbound TCP captured, until it ends
     Run(Box<RunArgs>),
 }
@@ -87,6 +93,28 @@ enum Format {
 }
 
 #[derive(Debug, Args)]
+struct LogArgs {
+    /// Only the pod with this cgroup
+    #[arg(long, value_name = "DIR", conflicts_with = "pid")]
+    cgroup: Option<PathBuf>,
+    /// Only the pod of this process
+    #[arg(long, value_name = "PID")]
+    pid: Option<i32>,
+    /// Every decision too, not only troubles
+    #[arg(long)]
+    decisions: bool,
+    /// Lines for people, or one JSON object per line for programs
+    #[arg(short, long, value_enum, default_value_t = LineFormat::Text)]
+    output: LineFormat,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LineFormat {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Args)]
 struct RunArgs {
     #[command(flatten)]
     capture: CaptureFlags,
@@ -129,6 +157,7 @@ impl Cli {
             Subcommands::Attach(args) => args.execute(),
             Subcommands::Detach(args) => args.execute(),
             Subcommands::Status(args) => args.execute(),
+            Subcommands::Log(args) => args.execute(),
             Subcommands::Run(args) => args.execute(),
         }
     }
@@ -206,6 +235,61 @@ impl StatusArgs {
             Format::Table => table::print(&status)?,
         }
         Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl LogArgs {
+    fn execute(self) -> Result<ExitCode> {
+        kernel::require()?;
+        let wanted = Wanted {
+            netns_cookie: self.netns_cookie()?,
+            decisions: self.decisions,
+        };
+        let mut failed = Ok(());
+        follow::follow(wanted, |event| {
+            let line = match self.output {
+                LineFormat::Text => Ok(event.to_string()),
+                LineFormat::Json => serde_json::to_string(event).map_err(Into::into),
+            };
+            match line.and_then(|line| writeln!(std::io::stdout(), "{line}")) {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(error) => {
+                    failed = Err(error);
+                    ControlFlow::Break(())
+                }
+            }
+        })?;
+        match failed {
+            // Whoever read the lines has enough of them.
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {}
+            failed => failed.context("writing to standard output")?,
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn netns_cookie(&self) -> Result<Option<u64>> {
+        if let Some(path) = &self.cgroup {
+            let cgroup = Cgroup::open(path).context("--cgroup")?;
+            let cookie = follow::cookie_of_cgroup(cgroup.id())?.with_context(|| {
+                format!(
+                    "--cgroup {}: not attached; allowed are those that `redirect status` shows",
+                    path.display()
+                )
+            })?;
+            return Ok(Some(cookie));
+        }
+        let Some(pid) = self.pid else {
+            return Ok(None);
+        };
+        let netns = NetworkNamespace::of_process(pid).context("--pid")?;
+        let cookie = netns.cookie()?;
+        if !follow::is_attached(cookie)? {
+            bail!(
+                "--pid {pid}: nothing is attached in its network namespace {}; see `redirect status`",
+                netns.name()
+            );
+        }
+        Ok(Some(cookie))
     }
 }
 

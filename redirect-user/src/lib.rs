@@ -7,6 +7,7 @@ pub mod attach;
 pub mod cli;
 mod collect;
 pub mod detach;
+pub mod follow;
 pub mod kernel;
 pub mod observe;
 pub mod options;

@@ -78,6 +78,17 @@ impl Pins {
         self.root.join("maps").join(name)
     }
 
+    /// Every pinned program, of whatever build.
+    pub fn all_programs(&self) -> Result<Vec<PathBuf>> {
+        let mut programs = Vec::new();
+        for directory in entries(&self.root)? {
+            if file_name(&directory).starts_with("programs-") {
+                programs.append(&mut entries(&directory)?);
+            }
+        }
+        Ok(programs)
+    }
+
     /// Where the programs of one build are pinned.
     pub fn programs(&self, build: u64) -> PathBuf {
         self.root.join(format!("programs-{build:016x}"))
@@ -132,6 +143,16 @@ impl Pins {
             remove(&path)?;
         }
         Ok(())
+    }
+}
+
+/// The directory of the maps, if there is one: whoever reads their ring buffers locks it.
+pub fn open_maps_directory() -> Result<Option<File>> {
+    let path = root().join("maps");
+    match File::open(&path) {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).with_context(|| format!("opening {}", path.display())),
     }
 }
 

@@ -11,6 +11,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::attach::{self, Request};
 use crate::detach;
+use crate::follow::{self, Forwarder};
 use crate::observe::cgroup::{self, Cgroup};
 use crate::observe::netns::NetworkNamespace;
 use crate::options::{Policy, Scope};
@@ -30,14 +31,18 @@ pub fn run(mut policy: Policy, command: &[OsString]) -> Result<ExitStatus> {
     let own = RunCgroup::create(&mountpoint)?;
     let cgroup = Cgroup::open(&own.path)?;
     let cgroup_id = cgroup.id();
+    let netns = NetworkNamespace::open(Path::new("/proc/self/ns/net"))?;
+    let mut forwarder = Forwarder::new(netns.cookie()?);
     attach::attach(&Request {
         cgroup,
         proxy_cgroup: Some(File::open(&mountpoint)?),
-        netns: NetworkNamespace::open(Path::new("/proc/self/ns/net"))?,
+        netns,
         run_by: Some(std::process::id() as i32),
         policy,
     })?;
-    let result = spawn_and_wait(&own, &mountpoint, command);
+    let result = spawn_and_wait(&own, &mountpoint, command, &mut forwarder);
+    forwarder.look();
+    drop(forwarder);
     let detached = detach::detach(cgroup_id);
     let status = result?;
     detached?;
@@ -46,7 +51,12 @@ pub fn run(mut policy: Policy, command: &[OsString]) -> Result<ExitStatus> {
 
 /// Starts the command and waits for it. The terminal sends its signals to the command too; SIGTERM
 /// is passed on. This process stays until the command has ended, to detach it.
-fn spawn_and_wait(own: &RunCgroup, mountpoint: &Path, command: &[OsString]) -> Result<ExitStatus> {
+fn spawn_and_wait(
+    own: &RunCgroup,
+    mountpoint: &Path,
+    command: &[OsString],
+    forwarder: &mut Forwarder,
+) -> Result<ExitStatus> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -54,11 +64,14 @@ fn spawn_and_wait(own: &RunCgroup, mountpoint: &Path, command: &[OsString]) -> R
     runtime.block_on(async {
         let mut interrupted = signal(SignalKind::interrupt())?;
         let mut terminated = signal(SignalKind::terminate())?;
+        let mut looks = tokio::time::interval(follow::LOOK);
+        forwarder.look();
         let mut child = spawn(own, mountpoint, command)?;
         loop {
             tokio::select! {
                 status = child.wait() => return status.context("waiting for the command"),
                 _ = interrupted.recv() => {}
+                _ = looks.tick() => forwarder.look(),
                 _ = terminated.recv() => {
                     if let Some(pid) = child.id() {
                         let pid = nix::unistd::Pid::from_raw(pid as i32);

@@ -5,6 +5,7 @@ use bytemuck::{Pod, Zeroable};
 use redirect_common::connection::{DestinationKey, FlowKey, Original, SocketState};
 use redirect_common::listener::ListenerKey;
 use redirect_common::lists::ListKey;
+use redirect_common::log::Follower;
 use redirect_common::pod::PodConfig;
 use redirect_common::record::Record;
 use redirect_common::route::{RouteInfo, RouteKey};
@@ -33,6 +34,8 @@ pub struct Tables {
     pub sockets: Table<u32, SocketState>,
     /// The loader's notes, by cgroup id.
     pub records: Table<u64, Record>,
+    /// Who reads messages and decisions, by `FOLLOWER_` number.
+    pub followers: Table<u32, Follower>,
 }
 
 /// Key of `LISTS`.
@@ -66,6 +69,9 @@ pub const NAMES: &[&str] = &[
     "LISTENERS",
     "SOCKETS",
     "RECORDS",
+    "FOLLOWERS",
+    "DECISIONS",
+    "AYA_LOGS",
 ];
 
 impl Tables {
@@ -82,6 +88,7 @@ impl Tables {
             listeners: open(pins, "LISTENERS")?,
             sockets: open(pins, "SOCKETS")?,
             records: open(pins, "RECORDS")?,
+            followers: open(pins, "FOLLOWERS")?,
         })
     }
 }

@@ -10,6 +10,7 @@
 //! | [`dial`], [`server`], [`sockopt`] | the code that runs inside such a process |
 //! | [`options`], [`loader`], [`iptables`], [`backend`] | the capture under test and the reference it is compared with |
 //! | [`envoy`], [`skip`] | a real Envoy in the pod, and what is said where there is none |
+//! | [`follower`] | `redirect log` beside a test |
 //! | [`foreign`] | somebody else's eBPF program on the same hook |
 //! | [`scene`] | a pod with a proxy, an application and a service, and the check of one connection |
 #![allow(
@@ -22,6 +23,7 @@ pub mod backend;
 pub mod cgroup;
 pub mod dial;
 pub mod envoy;
+pub mod follower;
 pub mod foreign;
 pub mod iptables;
 pub mod loader;

@@ -1,0 +1,78 @@
+//! What the programs tell while somebody listens: who listens, and what is told about a decision.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::address::Address;
+
+/// Index in `FOLLOWERS` of `redirect run`: it wants messages.
+pub const FOLLOWER_RUN: u32 = 0;
+/// Index in `FOLLOWERS` of `redirect log`: it wants messages, and decisions if asked to.
+pub const FOLLOWER_LOG: u32 = 1;
+/// How many there are.
+pub const FOLLOWERS: u32 = 2;
+
+/// Value of `FOLLOWERS`: somebody reads, and says so again and again. Ends by itself, so that a
+/// reader which was killed costs nothing for long.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Follower {
+    /// Nanoseconds of `CLOCK_MONOTONIC`; 0 if nobody reads.
+    pub until_ns: u64,
+    /// Only this network namespace's; 0 for all.
+    pub netns_cookie: u64,
+    /// 1 if decisions are wanted too.
+    pub decisions: u32,
+    /// Padding, zero.
+    pub _pad: u32,
+}
+
+crate::assert_size!(Follower, 24);
+
+impl Follower {
+    /// Might this one read what concerns the network namespace? If so, the time has to be asked:
+    /// [`reads_at`](Self::reads_at).
+    #[inline(always)]
+    pub const fn wants(&self, netns_cookie: u64) -> bool {
+        self.until_ns != 0 && (self.netns_cookie == 0 || self.netns_cookie == netns_cookie)
+    }
+
+    /// Does it still read at this time, nanoseconds of `CLOCK_MONOTONIC`?
+    #[inline(always)]
+    pub const fn reads_at(&self, now_ns: u64) -> bool {
+        now_ns < self.until_ns
+    }
+}
+
+/// No owner, or not known on this side.
+pub const NO_OWNER: u32 = u32::MAX;
+
+/// A record of `DECISIONS`: one decision.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Decision {
+    /// Nanoseconds of `CLOCK_MONOTONIC`.
+    pub time_ns: u64,
+    /// Network namespace cookie.
+    pub netns_cookie: u64,
+    /// Who connects: the address that the connection has, or will have, as its source.
+    pub source: Address,
+    /// Where it is meant to go.
+    pub destination: Address,
+    /// Host order; 0 if the kernel has not chosen it yet.
+    pub source_port: u16,
+    /// Host order.
+    pub port: u16,
+    /// The number of a [`Rule`](crate::verdict::Rule).
+    pub rule: u32,
+    /// The user who created the connecting socket, as the kernel counts; [`NO_OWNER`] for
+    /// connections from outside.
+    pub uid: u32,
+    /// The group, likewise.
+    pub gid: u32,
+    /// The proxy's port that the connection goes to, host order; 0 if it is let alone.
+    pub proxy_port: u16,
+    /// Padding, zero.
+    pub _pad: [u16; 3],
+}
+
+crate::assert_size!(Decision, 72);

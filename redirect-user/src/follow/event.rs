@@ -1,0 +1,205 @@
+//! What a reader gets to see.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use redirect_common::log::{Decision as Raw, NO_OWNER};
+use redirect_common::verdict::{Action, Rule};
+use serde::{Serialize, Serializer};
+
+/// Something that a program told.
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum Event {
+    /// A trouble.
+    Message(Message),
+    /// What became of a connection.
+    Decision(Decision),
+}
+
+/// A message in words.
+#[derive(Clone, Debug, Serialize)]
+pub struct Message {
+    /// When it was read, at most a tenth of a second after it happened.
+    #[serde(serialize_with = "rfc3339")]
+    pub time: SystemTime,
+    /// The cgroups attached in the network namespace: one, but for `redirect run`.
+    pub cgroups: Vec<PathBuf>,
+    /// Network namespace cookie.
+    pub netns_cookie: Option<u64>,
+    /// `warn`.
+    pub level: String,
+    /// The message.
+    pub text: String,
+}
+
+/// What was decided about a connection, and why.
+#[derive(Clone, Debug, Serialize)]
+pub struct Decision {
+    /// When.
+    #[serde(serialize_with = "rfc3339")]
+    pub time: SystemTime,
+    /// The cgroups attached in the network namespace: one, but for `redirect run`.
+    pub cgroups: Vec<PathBuf>,
+    /// Network namespace cookie.
+    pub netns_cookie: u64,
+    /// `outbound` or `inbound`.
+    pub direction: &'static str,
+    /// Who connects.
+    pub source: IpAddr,
+    /// None while the kernel has not chosen it: outbound connections are decided before.
+    pub source_port: Option<u16>,
+    /// Where the connection is meant to go.
+    pub destination: SocketAddr,
+    /// The user who created the socket, as the kernel counts; outbound only.
+    pub uid: Option<u32>,
+    /// The group, likewise.
+    pub gid: Option<u32>,
+    /// The rule's name: that of its counter.
+    pub rule: String,
+    /// What became of the connection.
+    pub action: Outcome,
+    /// The proxy's port that it goes to, if captured.
+    pub proxy_port: Option<u16>,
+}
+
+/// What became of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// Sent to the proxy.
+    Captured,
+    /// Let alone.
+    Passed,
+    /// Nobody gets it.
+    Refused,
+}
+
+impl Decision {
+    /// Reads a program's record. `now_ns` is `CLOCK_MONOTONIC` at present.
+    pub(super) fn new(raw: &Raw, now_ns: u64, cgroups: Vec<PathBuf>) -> Self {
+        let rule = Rule::ALL
+            .iter()
+            .find(|rule| **rule as u32 == raw.rule)
+            .copied();
+        let label = rule.map_or_else(
+            || format!("rule-{}", raw.rule),
+            |rule| rule.label().to_owned(),
+        );
+        let owner = |id| (id != NO_OWNER).then_some(id);
+        let port = |port| (port != 0).then_some(port);
+        Self {
+            time: SystemTime::now() - Duration::from_nanos(now_ns.saturating_sub(raw.time_ns)),
+            cgroups,
+            netns_cookie: raw.netns_cookie,
+            direction: if label.starts_with("inbound-") {
+                "inbound"
+            } else {
+                "outbound"
+            },
+            source: raw.source.into(),
+            source_port: port(raw.source_port),
+            destination: SocketAddr::new(raw.destination.into(), raw.port),
+            uid: owner(raw.uid),
+            gid: owner(raw.gid),
+            action: match rule.map(Rule::action) {
+                _ if rule == Some(Rule::NoRoute) => Outcome::Refused,
+                Some(Action::CaptureOutbound | Action::CaptureInbound) => Outcome::Captured,
+                Some(Action::Pass) | None => Outcome::Passed,
+            },
+            rule: label,
+            proxy_port: port(raw.proxy_port),
+        }
+    }
+}
+
+fn rfc3339<S: Serializer>(time: &SystemTime, to: S) -> Result<S::Ok, S::Error> {
+    to.collect_str(&humantime::format_rfc3339_millis(*time))
+}
+
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Message(message) => message.fmt(f),
+            Self::Decision(decision) => decision.fmt(f),
+        }
+    }
+}
+
+impl fmt::Display for Message {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        head(f, self.time, &self.cgroups)?;
+        write!(f, "{} {}", self.level, self.text)
+    }
+}
+
+impl fmt::Display for Decision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        head(f, self.time, &self.cgroups)?;
+        match self.source_port {
+            Some(port) => write!(f, "{}", SocketAddr::new(self.source, port))?,
+            None => write!(f, "{}", self.source)?,
+        }
+        write!(f, " -> {}", self.destination)?;
+        if let (Some(uid), Some(gid)) = (self.uid, self.gid) {
+            write!(f, " by {uid}:{gid}")?;
+        }
+        match (self.action, self.proxy_port) {
+            (Outcome::Captured, Some(port)) => write!(f, " captured to {port}")?,
+            (Outcome::Captured, None) => write!(f, " captured")?,
+            (Outcome::Passed, _) => write!(f, " passed")?,
+            (Outcome::Refused, _) => write!(f, " refused")?,
+        }
+        write!(f, ": {}", self.rule)
+    }
+}
+
+fn head(f: &mut fmt::Formatter<'_>, time: SystemTime, cgroups: &[PathBuf]) -> fmt::Result {
+    write!(f, "{} ", humantime::format_rfc3339_millis(time))?;
+    for cgroup in cgroups {
+        write!(f, "{} ", cgroup.display())?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+
+    fn told(rule: Rule, proxy_port: u16, uid: u32) -> String {
+        let raw = Raw {
+            time_ns: 1,
+            source: IpAddr::from(Ipv4Addr::new(10, 0, 0, 2)).into(),
+            destination: IpAddr::from(Ipv4Addr::new(203, 0, 113, 10)).into(),
+            port: 80,
+            rule: rule as u32,
+            uid,
+            gid: uid,
+            proxy_port,
+            ..Raw::default()
+        };
+        let line = Decision::new(&raw, 1, vec!["/pod".into()]).to_string();
+        let (_time, line) = line.split_once(' ').expect("a time");
+        line.to_owned()
+    }
+
+    #[test]
+    fn decision_reads_as_a_line() {
+        assert_eq!(
+            told(Rule::IncludedCidr, 15001, 1000),
+            "/pod 10.0.0.2 -> 203.0.113.10:80 by 1000:1000 captured to 15001: outbound-captured"
+        );
+        assert_eq!(
+            told(Rule::NoRoute, 0, NO_OWNER),
+            "/pod 10.0.0.2 -> 203.0.113.10:80 refused: outbound-no-route"
+        );
+        assert_eq!(
+            told(Rule::InboundPortExcluded, 0, NO_OWNER),
+            "/pod 10.0.0.2 -> 203.0.113.10:80 passed: inbound-port-excluded"
+        );
+    }
+}

@@ -1,0 +1,90 @@
+//! Messages that aya-log has put together.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, Result};
+use aya_log::EbpfLogger;
+use log::{Level, Log, Metadata, Record};
+
+/// A message of a program.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Raw {
+    pub(super) level: Level,
+    /// None if the message does not begin with one.
+    pub(super) netns_cookie: Option<u64>,
+    pub(super) text: String,
+}
+
+/// The programs' messages, read from the ring buffer that all of them write to.
+pub(super) struct Messages {
+    logger: EbpfLogger<Arc<Collector>>,
+    collector: Arc<Collector>,
+}
+
+impl Messages {
+    /// By any loaded program that writes messages: the buffer is the same for all.
+    pub(super) fn of_program(program_id: u32) -> Result<Self> {
+        let collector = Arc::new(Collector::default());
+        let logger = EbpfLogger::init_from_id_with_logger(program_id, Arc::clone(&collector))
+            .context("finding the programs' messages")?;
+        Ok(Self { logger, collector })
+    }
+
+    /// All that have come since the last call.
+    pub(super) fn read(&mut self) -> Vec<Raw> {
+        self.logger.flush();
+        std::mem::take(&mut self.collector.lock())
+    }
+}
+
+/// What aya-log hands over, until it is taken.
+#[derive(Default)]
+struct Collector(Mutex<Vec<Raw>>);
+
+impl Collector {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Raw>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Log for Collector {
+    fn enabled(&self, _: &Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        let (netns_cookie, text) = split(&record.args().to_string());
+        self.lock().push(Raw {
+            level: record.level(),
+            netns_cookie,
+            text,
+        });
+    }
+
+    fn flush(&self) {}
+}
+
+/// The programs put `netns COOKIE: ` in front of every message.
+fn split(message: &str) -> (Option<u64>, String) {
+    let parts = message
+        .strip_prefix("netns ")
+        .and_then(|rest| rest.split_once(": "))
+        .and_then(|(cookie, text)| Some((cookie.parse().ok()?, text)));
+    match parts {
+        Some((cookie, text)) => (Some(cookie), text.to_owned()),
+        None => (None, message.to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cookie_is_taken_from_the_front() {
+        assert_eq!(split("netns 42: a: b"), (Some(42), "a: b".to_owned()));
+        for other in ["a: b", "netns x: b", "netns 42"] {
+            assert_eq!(split(other), (None, other.to_owned()));
+        }
+    }
+}
