@@ -9,7 +9,7 @@ use aya::{Ebpf, EbpfLoader};
 use aya_obj::generated::bpf_attach_type;
 
 use crate::kernel::{self, Offsets};
-use crate::pins::{self, Pins};
+use crate::pins::Pins;
 use crate::sys::bpf;
 use crate::tables;
 
@@ -191,7 +191,7 @@ impl Programs {
     pub fn retire_others(pins: &Pins) -> Result<()> {
         pins.other_programs(build_id())?
             .iter()
-            .try_for_each(|directory| pins::remove(directory))
+            .try_for_each(|directory| pins.withdraw(directory))
     }
 }
 
