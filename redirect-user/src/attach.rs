@@ -77,6 +77,14 @@ pub fn attach(request: &Request) -> Result<Outcome> {
     refuse_overlap(&tables, request, &notes, &config)?;
 
     let cgroup_id = request.cgroup.id();
+    if Notes::read(&tables, cgroup_id)
+        .ok()
+        .flatten()
+        .is_some_and(|attached| attached.netns_cookie != notes.netns_cookie)
+    {
+        // The cgroup has moved to another network namespace: `sk_lookup` hangs on the old one.
+        detach::one(&pins, &tables, cgroup_id)?;
+    }
     let known = pins.pod(cgroup_id).is_dir();
     let steps = || -> Result<Outcome> {
         let mut changed = false;

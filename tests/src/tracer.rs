@@ -60,6 +60,8 @@ pub fn run(command: &Command, kill_after: Option<usize>) -> Traced {
         late
     });
     let (calls, code) = follow(leader, kill_after);
+    // Reaped already, with its threads.
+    let _no_child = child.wait();
     drop(ended);
     let late = watchdog.join().unwrap();
     let mut errors = String::new();
