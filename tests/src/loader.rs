@@ -8,15 +8,33 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{actor::executable, namespace::errors, options::Options, pod::Pod};
+use crate::{
+    actor::executable,
+    namespace::{Namespace, errors},
+    options::Options,
+    pod::Pod,
+};
 
 /// No call of the program takes longer.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A call of `redirect` in the making.
 pub fn redirect() -> Command {
-    let path = env::var_os("REDIRECT_BIN").map_or_else(|| executable("redirect"), PathBuf::from);
-    let mut command = Command::new(path);
+    clean(Command::new(program()))
+}
+
+/// A call of `redirect` by somebody in a network namespace.
+pub fn redirect_inside(netns: &Namespace) -> Command {
+    let mut command = clean(netns.command("env"));
+    command.arg(program());
+    command
+}
+
+fn program() -> PathBuf {
+    env::var_os("REDIRECT_BIN").map_or_else(|| executable("redirect"), PathBuf::from)
+}
+
+fn clean(mut command: Command) -> Command {
     // Istio's variables in the surrounding environment must not reach the program under test.
     command.env_clear();
     for kept in ["PATH", "HOME", "RUST_BACKTRACE", "RUST_LOG"] {
