@@ -133,7 +133,7 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         Ok(outcome) => {
             // Whatever the outcome: a call that was killed, or a pod that has gone, may have left something.
             collect::unused_lists(&tables)?;
-            collect::retire_programs(&pins, &tables)?;
+            collect::unused_programs(&pins, &tables)?;
             Ok(outcome)
         }
         Err(error) => {

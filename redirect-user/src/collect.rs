@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 
 use crate::detach;
 use crate::pins::Pins;
-use crate::programs::{self, Programs, SK_LOOKUP};
+use crate::programs::{self, SK_LOOKUP};
 use crate::record::{self, Notes};
 use crate::sys::bpf;
 use crate::tables::Tables;
@@ -72,14 +72,12 @@ pub(crate) fn unused_lists(tables: &Tables) -> Result<()> {
         .context("writing LISTS")
 }
 
-/// Unpins programs of other builds once no pod is attached with them.
-pub(crate) fn retire_programs(pins: &Pins, tables: &Tables) -> Result<()> {
-    let build = programs::build_id();
-    if record::all(tables)?
+/// Unpins the programs of other builds that no pod is recorded with. A link that still runs one, since an upgrade
+/// was killed, keeps it.
+pub(crate) fn unused_programs(pins: &Pins, tables: &Tables) -> Result<()> {
+    let mut builds = vec![programs::build_id()];
+    builds.extend(record::all(tables)?.iter().map(|(_, notes)| notes.build));
+    pins.programs_but(&builds)?
         .iter()
-        .all(|(_, notes)| notes.build == build)
-    {
-        Programs::retire_others(pins)?;
-    }
-    Ok(())
+        .try_for_each(|directory| pins.withdraw(directory))
 }

@@ -92,6 +92,7 @@ fn finish(pins: &Pins, tables: &Tables) -> Result<()> {
     if pins.pods()?.is_empty() {
         return pins.remove_all();
     }
+    collect::unused_programs(pins, tables)?;
     collect::unused_lists(tables)
 }
 

@@ -83,12 +83,12 @@ impl Pins {
         self.root.join(format!("programs-{build:016x}"))
     }
 
-    /// Directories of other builds' programs.
-    pub fn other_programs(&self, build: u64) -> Result<Vec<PathBuf>> {
-        let own = self.programs(build);
+    /// Directories of the programs of all builds but these.
+    pub fn programs_but(&self, builds: &[u64]) -> Result<Vec<PathBuf>> {
+        let kept: Vec<PathBuf> = builds.iter().map(|build| self.programs(*build)).collect();
         Ok(entries(&self.root)?
             .into_iter()
-            .filter(|path| *path != own && file_name(path).starts_with("programs-"))
+            .filter(|path| !kept.contains(path) && file_name(path).starts_with("programs-"))
             .collect())
     }
 

@@ -186,13 +186,6 @@ impl Programs {
             .with_context(|| format!("updating link {name}"))?;
         Ok(true)
     }
-
-    /// Unpins the programs of other builds; links that still run them keep them.
-    pub fn retire_others(pins: &Pins) -> Result<()> {
-        pins.other_programs(build_id())?
-            .iter()
-            .try_for_each(|directory| pins.withdraw(directory))
-    }
 }
 
 /// Loads a pod's own `sk_lookup` program: it learns its network namespace from a constant, since

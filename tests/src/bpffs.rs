@@ -127,6 +127,16 @@ impl Objects {
         objects
     }
 
+    /// Ids of links.
+    pub fn links(&self) -> &BTreeSet<u32> {
+        &self.links
+    }
+
+    /// Ids of programs, pinned or run by a link.
+    pub fn programs(&self) -> &BTreeSet<u32> {
+        &self.programs
+    }
+
     /// Those of `self` that are not in `other`.
     pub fn without(&self, other: &Self) -> Self {
         let less = |a: &BTreeSet<u32>, b: &BTreeSet<u32>| a.difference(b).copied().collect();

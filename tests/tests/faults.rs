@@ -13,7 +13,7 @@ use std::process::Command;
 
 use redirect_tests::{
     bpffs::{self, Objects, State},
-    loader::{self, attach_command, finish, redirect},
+    loader::{self, OtherBuild, attach_by, attach_command, finish, redirect},
     namespace::errors,
     options::Options,
     pod::Pod,
@@ -419,6 +419,30 @@ fn detach_of_the_last_pod(
             command: &detach_first,
             kills,
             repair: &repair,
+            restore: &|casts| run(&mut detach_first(casts)),
+        }
+        .endure();
+    });
+}
+
+#[rstest]
+fn upgrade() {
+    let other = OtherBuild::new();
+    bpffs::private(|| {
+        let casts = vec![Cast::bystander(ISTIO), Cast::bystander(OTHER)];
+        // Keeps the programs of the old build loaded.
+        run(&mut attach(&casts[1].scene, &OTHER_OPTIONS));
+        let upgrade = |casts: &[Cast]| {
+            let mut command = attach_by(other.redirect(), &casts[0].scene.pod);
+            command.args(Options::ISTIO.arguments());
+            command
+        };
+        Case {
+            casts,
+            prepare: &|casts| run(&mut attach_istio(casts)),
+            command: &upgrade,
+            kills: EVERYWHERE,
+            repair: &upgrade,
             restore: &|casts| run(&mut detach_first(casts)),
         }
         .endure();
