@@ -78,9 +78,24 @@ pub fn attach(request: &Request) -> Result<Outcome> {
     refuse_overlap(&tables, request, &notes, &config)?;
 
     let cgroup_id = request.cgroup.id();
+    if Notes::read(&tables, cgroup_id)
+        .ok()
+        .flatten()
+        .is_some_and(|attached| attached.netns_cookie != notes.netns_cookie)
+    {
+        // The cgroup has moved to another network namespace: `sk_lookup` hangs on the old one.
+        detach::one(&pins, &tables, cgroup_id)?;
+    }
     let known = pins.pod(cgroup_id).is_dir();
     let steps = || -> Result<Outcome> {
         let mut changed = false;
+        if !known {
+            // First of all, so that what comes next is found and removed if this call is killed.
+            tables
+                .records
+                .set(&cgroup_id, &record)
+                .context("writing RECORDS")?;
+        }
         for (key, value) in settings::list_entries(&request.policy) {
             tables.lists.set(&key, &value).context("writing LISTS")?;
         }
@@ -117,11 +132,9 @@ pub fn attach(request: &Request) -> Result<Outcome> {
     };
     match steps() {
         Ok(outcome) => {
-            if outcome == Outcome::Changed {
-                bpf::wait_for_running_programs().context("membarrier")?;
-                collect::unused_lists(&tables)?;
-                collect::retire_programs(&pins, &tables)?;
-            }
+            // Whatever the outcome: a call that was killed, or a pod that has gone, may have left something.
+            collect::unused_lists(&tables)?;
+            collect::unused_programs(&pins, &tables)?;
             Ok(outcome)
         }
         Err(error) => {

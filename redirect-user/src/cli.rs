@@ -3,7 +3,7 @@
 mod table;
 
 use std::ffi::OsString;
-use std::io::Write as _;
+use std::io::{ErrorKind, Write as _};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -16,10 +16,11 @@ use crate::follow::{self, Wanted};
 use crate::observe::cgroup::Cgroup;
 use crate::observe::netns::NetworkNamespace;
 use crate::options::{CaptureFlags, OptionError, process_env};
-use crate::{detach, kernel, run, status};
+use crate::run::{self, NotStarted};
+use crate::{detach, kernel, status};
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage or a refused value; \
-                          `run` ends with the command's own.";
+                          `run` ends with the command's own, 127 if it is not found, 126 if it cannot be run.";
 
 /// Captures a pod's TCP traffic for its proxy, as istio-iptables does, with eBPF.
 #[derive(Debug, Parser)]
@@ -130,12 +131,20 @@ pub fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("redirect: {}", describe(&error));
-            if error.is::<OptionError>() {
-                ExitCode::from(2)
-            } else {
-                ExitCode::FAILURE
-            }
+            exit_code(&error)
         }
+    }
+}
+
+/// 127 and 126 are what shells and `env` answer for a command that they cannot run.
+fn exit_code(error: &anyhow::Error) -> ExitCode {
+    if error.is::<OptionError>() {
+        return ExitCode::from(2);
+    }
+    match error.downcast_ref::<NotStarted>() {
+        Some(command) if command.source.kind() == ErrorKind::NotFound => ExitCode::from(127),
+        Some(_) => ExitCode::from(126),
+        None => ExitCode::FAILURE,
     }
 }
 

@@ -17,9 +17,13 @@ const HANDSHAKES: Duration = Duration::from_millis(200);
 
 /// Detaches one cgroup. False if it was not attached.
 pub fn detach(cgroup_id: u64) -> Result<bool> {
-    let Some(pins) = Pins::open_existing()? else {
+    let Some(pins) = Pins::open_any()? else {
         return Ok(false);
     };
+    if !pins.is_complete() && pins.pods()?.is_empty() {
+        pins.remove_all()?;
+        return Ok(false);
+    }
     let tables = Tables::open(&pins)?;
     collect::gone(&pins, &tables)?;
     let was = pins.pod(cgroup_id).is_dir() || tables.records.get(&cgroup_id)?.is_some();
@@ -88,6 +92,7 @@ fn finish(pins: &Pins, tables: &Tables) -> Result<()> {
     if pins.pods()?.is_empty() {
         return pins.remove_all();
     }
+    collect::unused_programs(pins, tables)?;
     collect::unused_lists(tables)
 }
 

@@ -54,12 +54,12 @@ impl Pins {
 
     /// Opens the directory if anything can be attached. Waits for the lock.
     pub fn open_existing() -> Result<Option<Self>> {
-        // Maps may be missing after a kill while they were made: nothing is attached then.
-        let complete = |pins: &Self| {
-            pins.root.join("pods").is_dir()
-                && tables::NAMES.iter().all(|name| pins.map(name).exists())
-        };
-        Ok(Self::open_any()?.filter(complete))
+        Ok(Self::open_any()?.filter(Self::is_complete))
+    }
+
+    /// False after a kill while the maps were made or removed: nothing is attached then.
+    pub fn is_complete(&self) -> bool {
+        self.root.join("pods").is_dir() && tables::NAMES.iter().all(|name| self.map(name).exists())
     }
 
     fn lock() -> Result<Self> {
@@ -94,12 +94,12 @@ impl Pins {
         self.root.join(format!("programs-{build:016x}"))
     }
 
-    /// Directories of other builds' programs.
-    pub fn other_programs(&self, build: u64) -> Result<Vec<PathBuf>> {
-        let own = self.programs(build);
+    /// Directories of the programs of all builds but these.
+    pub fn programs_but(&self, builds: &[u64]) -> Result<Vec<PathBuf>> {
+        let kept: Vec<PathBuf> = builds.iter().map(|build| self.programs(*build)).collect();
         Ok(entries(&self.root)?
             .into_iter()
-            .filter(|path| *path != own && file_name(path).starts_with("programs-"))
+            .filter(|path| !kept.contains(path) && file_name(path).starts_with("programs-"))
             .collect())
     }
 
@@ -139,10 +139,16 @@ impl Pins {
 
     /// Removes everything once no pod is left, but for the directory itself: it holds the lock.
     pub fn remove_all(&self) -> Result<()> {
-        for path in entries(&self.root)? {
-            remove(&path)?;
-        }
-        Ok(())
+        entries(&self.root)?
+            .iter()
+            .try_for_each(|path| self.withdraw(path))
+    }
+
+    /// Removes a directory beside the others in one step, so that none is ever met with half of its pins.
+    pub fn withdraw(&self, directory: &Path) -> Result<()> {
+        let staging = self.root.join(STAGING);
+        self.publish(directory, &staging)?;
+        remove(&staging)
     }
 }
 

@@ -9,7 +9,7 @@ use aya::{Ebpf, EbpfLoader};
 use aya_obj::generated::bpf_attach_type;
 
 use crate::kernel::{self, Offsets};
-use crate::pins::{self, Pins};
+use crate::pins::Pins;
 use crate::sys::bpf;
 use crate::tables;
 
@@ -185,13 +185,6 @@ impl Programs {
         bpf::link_update(link.as_fd(), self.fds[hook].as_fd())
             .with_context(|| format!("updating link {name}"))?;
         Ok(true)
-    }
-
-    /// Unpins the programs of other builds; links that still run them keep them.
-    pub fn retire_others(pins: &Pins) -> Result<()> {
-        pins.other_programs(build_id())?
-            .iter()
-            .try_for_each(|directory| pins::remove(directory))
     }
 }
 

@@ -16,6 +16,16 @@ use crate::observe::cgroup::{self, Cgroup};
 use crate::observe::netns::NetworkNamespace;
 use crate::options::{Policy, Scope};
 
+/// The command could not be started.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot run {program:?}: {source}")]
+pub struct NotStarted {
+    /// The command's first word.
+    pub program: OsString,
+    /// What the kernel said.
+    pub source: std::io::Error,
+}
+
 /// Runs the command and waits for it. The proxy may be any process on this machine that listens in
 /// the same network namespace; capture ends with the command.
 pub fn run(mut policy: Policy, command: &[OsString]) -> Result<ExitStatus> {
@@ -92,7 +102,10 @@ fn spawn(own: &RunCgroup, mountpoint: &Path, command: &[OsString]) -> Result<Chi
     enter(&own.path)?;
     let child = Command::new(program).args(arguments).spawn();
     enter(&before)?;
-    child.with_context(|| format!("starting {}", program.to_string_lossy()))
+    child.map_err(|source| {
+        let program = program.clone();
+        NotStarted { program, source }.into()
+    })
 }
 
 fn enter(cgroup: &Path) -> Result<()> {

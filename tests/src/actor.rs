@@ -4,10 +4,10 @@ use std::{
     env,
     io::{BufRead as _, BufReader, Write as _},
     path::{Path, PathBuf},
-    process::{Child, ChildStdin, Command, Stdio},
+    process::{Child, ChildStdin, Command, ExitStatus, Stdio},
     sync::mpsc::{Receiver, channel},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use crate::protocol::{Answer, Dial, Dialed, Family, Identity, Listen, Request, Start, Traffic};
@@ -27,7 +27,22 @@ pub struct Actor {
 impl Actor {
     /// Starts one in a namespace and, maybe, a cgroup.
     pub fn start(netns: &Path, cgroup: Option<PathBuf>, identity: Identity) -> Self {
-        let mut child = Command::new(executable("actor"))
+        Self::start_by(
+            &mut Command::new(executable("actor")),
+            netns,
+            cgroup,
+            identity,
+        )
+    }
+
+    /// Starts one by a command that ends in running the actor's program.
+    pub fn start_by(
+        command: &mut Command,
+        netns: &Path,
+        cgroup: Option<PathBuf>,
+        identity: Identity,
+    ) -> Self {
+        let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -61,6 +76,19 @@ impl Actor {
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Lets it come to its end, and waits for what it was started by.
+    pub fn end(mut self) -> ExitStatus {
+        drop(self.stdin.take());
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "the actor does not end");
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Asks for something.

@@ -11,6 +11,8 @@
 //! | [`options`], [`loader`], [`iptables`], [`backend`] | the capture under test and the reference it is compared with |
 //! | [`envoy`], [`skip`] | a real Envoy in the pod, and what is said where there is none |
 //! | [`follower`] | `redirect log` beside a test |
+//! | [`bpffs`] | a BPF file system of a test's own, and what the loader keeps in it |
+//! | [`tracer`] | running the loader call by call, and killing it after any of them |
 //! | [`foreign`] | somebody else's eBPF program on the same hook |
 //! | [`scene`] | a pod with a proxy, an application and a service, and the check of one connection |
 #![allow(
@@ -20,6 +22,7 @@
 
 pub mod actor;
 pub mod backend;
+pub mod bpffs;
 pub mod cgroup;
 pub mod dial;
 pub mod envoy;
@@ -35,3 +38,4 @@ pub mod scene;
 pub mod server;
 pub mod skip;
 pub mod sockopt;
+pub mod tracer;

@@ -101,9 +101,14 @@ impl Pod {
             ipv6,
             peer4,
             peer6,
+            netns,
             peer,
             ..
         } = &pod;
+        // Otherwise link-local addresses appear seconds later, and routes change under a test.
+        for namespace in [netns, peer] {
+            namespace.sysctl(&[("ipv6/conf/default/accept_dad", "0")]);
+        }
         pod.netns.ip(&format!(
             "link add eth0 type veth peer name eth0 netns {}\naddr add {ipv4}/24 dev eth0\nlink set eth0 up",
             peer.name()

@@ -172,8 +172,19 @@ pub struct Listen {
     pub reuseport: usize,
     /// `IPV6_V6ONLY`.
     pub v6_only: bool,
-    /// Accept and hold connections without greeting them, all in one thread: for very many connections.
-    pub silent: bool,
+    /// What is done with a connection.
+    pub manner: Manner,
+}
+
+/// What a listener does with a connection.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub enum Manner {
+    /// Greets, then echoes what it is told.
+    Converse,
+    /// Holds it without a word, all in one thread: for very many connections at once.
+    Hold,
+    /// Closes it at once: for very many connections one after another.
+    HangUp,
 }
 
 impl Listen {
@@ -184,7 +195,7 @@ impl Listen {
             at,
             reuseport: 0,
             v6_only: true,
-            silent: false,
+            manner: Manner::Converse,
         }
     }
 
@@ -200,9 +211,9 @@ impl Listen {
         self
     }
 
-    /// Hold connections without a greeting.
-    pub const fn silent(mut self) -> Self {
-        self.silent = true;
+    /// Treat connections in another way.
+    pub const fn manner(mut self, manner: Manner) -> Self {
+        self.manner = manner;
         self
     }
 }
@@ -256,7 +267,7 @@ pub enum Request {
     TrafficStart(Dial),
     /// Stop dialling and tell what happened.
     TrafficStop,
-    /// Connect, read the greeting and reset, this many times.
+    /// Connect, wait until the other side hangs up and reset, this many times.
     Churn {
         /// How.
         dial: Dial,
@@ -287,15 +298,6 @@ pub enum Answer {
     Said(String),
     /// What the traffic met.
     Traffic(Traffic),
-    /// How long a connection took, in nanoseconds: the medians of the first and of the last tenth, and what answered.
-    Churned {
-        /// Of the first tenth.
-        first: u64,
-        /// Of the last tenth.
-        last: u64,
-        /// Counts by outcome.
-        traffic: Traffic,
-    },
     /// How many connections are held, and the first error.
     Crowd {
         /// Connections held now.

@@ -306,8 +306,8 @@ impl Scene {
     }
 
     /// Runs a table: uncaptured first, when everything has to be direct; then captured; then uncaptured again.
-    pub fn run(backend: Backend, family: Family, options: &Options, attempts: &[Attempt]) {
-        Self::run_in(Pod::new(), backend, family, options, attempts);
+    pub fn run(backend: Backend, family: Family, options: Options, attempts: &[Attempt]) {
+        Self::run_in(Pod::new(), backend, family, &options, attempts);
     }
 
     /// As [`Self::run`], in a pod of that kind.

@@ -10,7 +10,7 @@ use std::{
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
-    protocol::{Greeting, Listen},
+    protocol::{Greeting, Listen, Manner},
     sockopt::{original_dst, original_dst6},
 };
 
@@ -32,11 +32,11 @@ impl Server {
         };
         for _ in 0..listen.reuseport.max(1) {
             let socket = Arc::new(TcpListener::from(bound(listen)?));
-            let (accepting, who, silent) = (Arc::clone(&socket), listen.who.clone(), listen.silent);
+            let (accepting, who, manner) = (Arc::clone(&socket), listen.who.clone(), listen.manner);
             server.sockets.push(socket);
             server
                 .threads
-                .push(thread::spawn(move || serve(&accepting, &who, silent)));
+                .push(thread::spawn(move || serve(&accepting, &who, manner)));
         }
         Ok(server)
     }
@@ -72,16 +72,18 @@ fn bound(listen: &Listen) -> Result<Socket, Error> {
     Ok(socket)
 }
 
-fn serve(listener: &TcpListener, who: &str, silent: bool) {
+fn serve(listener: &TcpListener, who: &str, manner: Manner) {
     let mut held = Vec::new();
     while let Ok((stream, _)) = listener.accept() {
-        if silent {
-            held.push(stream);
-            continue;
+        match manner {
+            Manner::Hold => held.push(stream),
+            Manner::HangUp => drop(stream),
+            Manner::Converse => {
+                let who = who.to_owned();
+                // A client that hangs up early is its own business.
+                thread::spawn(move || drop(converse(&stream, who)));
+            }
         }
-        let who = who.to_owned();
-        // A client that hangs up early is its own business.
-        thread::spawn(move || drop(converse(&stream, who)));
     }
 }
 

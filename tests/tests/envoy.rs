@@ -27,9 +27,22 @@ fn sidecar(backend: Backend) -> Result<(Envoy, Scene), String> {
     let program = envoy::find()?;
     let mut scene = Scene::without_proxy(Pod::new(), &Options::ISTIO);
     scene.pod.netns.ip("addr replace ::6/128 dev lo nodad");
+    control(&mut scene);
     scene.attach(backend, &Options::ISTIO);
     let envoy = Envoy::start(&program, &scene.pod, &mut scene.app);
     Ok((envoy, scene))
+}
+
+/// Uncaptured, the client itself is what the server sees, and nobody serves [`SELF_PORT`].
+fn control(scene: &mut Scene) {
+    for family in [V4, V6] {
+        let [service, own, nobody] = [To::Service(80), To::Own(8080), To::Service(SELF_PORT)]
+            .map(|to| Dial::new(family, scene.address(family, to)));
+        for dialed in [scene.app.dial(&service), scene.outside.dial(&own)] {
+            assert_eq!(dialed.greeting.map(|seen| seen.peer), dialed.local);
+        }
+        assert_eq!(scene.app.dial(&nobody).outcome(), "ECONNREFUSED");
+    }
 }
 
 /// What Envoy and the server say about one connection.

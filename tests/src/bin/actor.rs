@@ -9,14 +9,14 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    io::{BufRead as _, Write as _, stdin, stdout},
+    io::{BufRead as _, Read as _, Write as _, stdin, stdout},
     net::{IpAddr, SocketAddr, TcpStream},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
     thread::{self, JoinHandle},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use nix::{
@@ -191,28 +191,20 @@ fn look(stream: &TcpStream) -> Dialed {
 
 fn churn(dial: &Dial, count: u32) -> Answer {
     let mut traffic = Traffic::default();
-    let mut times = Vec::new();
     for _ in 0..count {
         let socket = create(dial.family).unwrap();
         // Reset on close: no TIME_WAIT, so that the source ports do not run out.
         socket.set_linger(Some(Duration::ZERO)).unwrap();
-        let begun = Instant::now();
-        let (dialed, stream) = connect(socket, dial);
-        times.push(u64::try_from(begun.elapsed().as_nanos()).unwrap());
-        drop(stream);
-        traffic.count(dialed.outcome());
+        match connect(socket, dial) {
+            (_, Some(mut stream)) => match stream.read(&mut [0]) {
+                Ok(0) => traffic.count("closed"),
+                Ok(_) => traffic.count("data"),
+                Err(error) => traffic.count(&errno_name(&error)),
+            },
+            (dialed, None) => traffic.count(dialed.outcome()),
+        }
     }
-    let tenth = times.len().div_ceil(10);
-    Answer::Churned {
-        first: median(&mut times[..tenth].to_vec()),
-        last: median(&mut times[(count as usize - tenth)..].to_vec()),
-        traffic,
-    }
-}
-
-fn median(times: &mut [u64]) -> u64 {
-    times.sort_unstable();
-    times.get(times.len() / 2).copied().unwrap_or_default()
+    Answer::Traffic(traffic)
 }
 
 fn flow(dial: &Dial, stop: &AtomicBool) -> Traffic {
