@@ -131,13 +131,8 @@ fn accepted(ctx: &SockOps) {
             state.role = ROLE_ACCEPTED_INBOUND;
             state.original.proxy_port = pod.inbound_port;
         }
-        log::decided_inbound(
-            netns_cookie,
-            rule,
-            (remote, ctx.remote_port()),
-            (local, ctx.local_port()),
-            state.original.proxy_port,
-        );
+        let (from, to) = ((remote, ctx.remote_port()), (local, ctx.local_port()));
+        log::decided(&log::inbound(netns_cookie, pod, from, to), rule);
     }
     sock.set_state(&state);
 }
