@@ -7,7 +7,6 @@ use redirect_common::decide;
 use redirect_common::verdict::{Action, Rule};
 
 use crate::ctx::SockLookup;
-use crate::globals;
 use crate::listeners;
 use crate::log;
 use crate::maps::{self, PolicyLists};
@@ -20,7 +19,9 @@ pub fn sk_lookup(ctx: &SockLookup) -> u32 {
     if !ctx.is_tcp() {
         return PASS;
     }
-    let netns_cookie = globals::netns_cookie();
+    let Some(netns_cookie) = maps::netns_cookie() else {
+        return PASS;
+    };
     let (local, remote) = ctx.addresses();
     // Only the pod's own connect() publishes flows: what has one is on its way to the proxy.
     if is_steered_port(ctx.local_port()) {

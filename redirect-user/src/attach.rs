@@ -266,7 +266,7 @@ fn link(
             programs.update(index, &open_link(&directory.join(hook.name))?)?;
         }
         let lookup = open_link(&directory.join(SK_LOOKUP))?;
-        let program = programs::load_sk_lookup(pins, notes.netns_cookie)?;
+        let program = programs.load_sk_lookup(pins, notes.netns_cookie)?;
         bpf::link_update(lookup.as_fd(), program.as_fd()).context("updating link sk_lookup")?;
         return Ok(true);
     }
@@ -274,7 +274,7 @@ fn link(
     let pin = |link: OwnedFd, name: &str| {
         bpf::pin(link.as_fd(), &staged.join(name)).with_context(|| format!("pinning link {name}"))
     };
-    let program = programs::load_sk_lookup(pins, notes.netns_cookie)?;
+    let program = programs.load_sk_lookup(pins, notes.netns_cookie)?;
     pin(
         programs::attach_sk_lookup(&program, &request.netns)?,
         SK_LOOKUP,

@@ -1,5 +1,7 @@
 //! The eBPF programs: loaded once per build of redirect, pinned, and shared by all pods.
 
+mod entry;
+
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
@@ -108,10 +110,14 @@ const fn hook(
     }
 }
 
+/// Pin of the one-entry program array through which the pods' entries reach the shared program.
+const SK_LOOKUP_JUMP: &str = "sk_lookup_jump";
+
 /// The shared programs of this build.
 #[derive(Debug)]
 pub struct Programs {
     fds: Vec<OwnedFd>,
+    sk_lookup_jump: OwnedFd,
 }
 
 /// Names this build's programs.
@@ -147,6 +153,9 @@ impl Programs {
             bpf::pin(fd.as_fd(), &staged.join(hook.program))
                 .with_context(|| format!("pinning program {}", hook.program))?;
         }
+        let lookup = load_program(&mut object, SK_LOOKUP_PROGRAM)?;
+        let jump = bpf::program_array(lookup.as_fd()).context("making the jump to sk_lookup")?;
+        bpf::pin(jump.as_fd(), &staged.join(SK_LOOKUP_JUMP)).context("pinning the jump")?;
         pins.publish(&staged, &directory)?;
         Self::open(&directory)
     }
@@ -159,7 +168,13 @@ impl Programs {
                 bpf::open_pinned(&path).with_context(|| format!("opening {}", path.display()))
             })
             .collect::<Result<_>>()?;
-        Ok(Self { fds })
+        let path = directory.join(SK_LOOKUP_JUMP);
+        let sk_lookup_jump =
+            bpf::open_pinned(&path).with_context(|| format!("opening {}", path.display()))?;
+        Ok(Self {
+            fds,
+            sk_lookup_jump,
+        })
     }
 
     /// Attaches one hook.
@@ -187,20 +202,22 @@ impl Programs {
         Ok(true)
     }
 
+    /// Loads a pod's entry to the shared `sk_lookup` program. No helper tells that program its network
+    /// namespace, so every pod has an entry of a few instructions that knows it.
+    pub fn load_sk_lookup(&self, pins: &Pins, netns_cookie: u64) -> Result<OwnedFd> {
+        let path = pins.map("NETNS");
+        let netns =
+            bpf::open_pinned(&path).with_context(|| format!("opening {}", path.display()))?;
+        let entry = entry::instructions(netns.as_fd(), netns_cookie, self.sk_lookup_jump.as_fd());
+        bpf::load_sk_lookup(&entry).context("loading the pod's sk_lookup program")
+    }
+
     /// Unpins the programs of other builds; links that still run them keep them.
     pub fn retire_others(pins: &Pins) -> Result<()> {
         pins.other_programs(build_id())?
             .iter()
             .try_for_each(|directory| pins::remove(directory))
     }
-}
-
-/// Loads a pod's own `sk_lookup` program: it learns its network namespace from a constant, since
-/// no helper tells it.
-pub fn load_sk_lookup(pins: &Pins, netns_cookie: u64) -> Result<OwnedFd> {
-    let mut object = EbpfLoader::new();
-    object.override_global("NETNS_COOKIE", &netns_cookie, true);
-    load_program(&mut load_object(&mut object, pins)?, SK_LOOKUP_PROGRAM)
 }
 
 /// Attaches a pod's `sk_lookup` program.
