@@ -150,6 +150,15 @@ pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<
     unsafe { bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr) }.map(drop)
 }
 
+/// Ends an attachment at once. Without, it would last until the kernel gets around to freeing the
+/// last pin or descriptor.
+pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = empty();
+    attr.link_detach.link_fd = link.as_raw_fd() as u32;
+    // SAFETY: no pointers.
+    unsafe { bpf(bpf_cmd::BPF_LINK_DETACH, &mut attr) }.map(drop)
+}
+
 /// # Safety
 ///
 /// `T` must be the kernel's info structure for this kind of object.
