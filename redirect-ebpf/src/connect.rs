@@ -54,26 +54,24 @@ pub fn connect(ctx: &SockAddr) -> i32 {
         owner: owner::of(sock),
     };
     let lists = PolicyLists { policy: pod.policy };
-    let rule = decide::outbound(pod, &lists, &connection);
+    let about = log::outbound(netns_cookie, pod, &connection);
+    let rule = match decide::outbound(pod, &lists, &connection) {
+        // Passing it would let it out if a route has come since; the kernel would say the same.
+        rule if rule.action() != Action::Pass && route.is_none() => Rule::NoRoute,
+        rule => rule,
+    };
+    maps::count(netns_cookie, rule);
+    log::decided(&about, rule);
     let proxy_port = match rule.action() {
-        Action::Pass => {
-            maps::count(netns_cookie, rule);
-            log::decided_outbound(netns_cookie, rule, &connection, 0);
-            return pass(ctx, sock, &connection);
+        Action::Pass if rule == Rule::NoRoute => {
+            log::no_route(netns_cookie, &destination, connection.port);
+            ctx.set_error(ENETUNREACH);
+            return REFUSE;
         }
+        Action::Pass => return pass(ctx, sock, &connection),
         Action::CaptureOutbound => pod.outbound_port,
         Action::CaptureInbound => pod.inbound_port,
     };
-    if route.is_none() {
-        // Passing it would let it out if a route has come since; the kernel would say the same.
-        maps::count(netns_cookie, Rule::NoRoute);
-        log::decided_outbound(netns_cookie, Rule::NoRoute, &connection, 0);
-        log::no_route(netns_cookie, &destination, connection.port);
-        ctx.set_error(ENETUNREACH);
-        return REFUSE;
-    }
-    maps::count(netns_cookie, rule);
-    log::decided_outbound(netns_cookie, rule, &connection, proxy_port);
     // A socket bound to an address that is not the pod's (IP_FREEBIND) cannot be reached there.
     let steered = if bound.is_unspecified() || maps::is_local(netns_cookie, &bound) {
         source

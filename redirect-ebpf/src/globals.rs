@@ -19,10 +19,6 @@ static OFFSET_CRED_FSGID: u32 = 0;
 #[unsafe(no_mangle)]
 static HAS_SET_RETVAL: u32 = 0;
 
-/// The pod's network namespace: `sk_lookup` programs have no helper that tells it.
-#[unsafe(no_mangle)]
-static NETNS_COOKIE: u64 = 0;
-
 #[inline(always)]
 pub fn offset_sock_socket() -> u64 {
     u64::from(read_global(&OFFSET_SOCK_SOCKET))
@@ -51,9 +47,4 @@ pub fn offset_cred_fsgid() -> u64 {
 #[inline(always)]
 pub fn has_set_retval() -> bool {
     read_global(&HAS_SET_RETVAL) != 0
-}
-
-#[inline(always)]
-pub fn netns_cookie() -> u64 {
-    read_global(&NETNS_COOKIE)
 }

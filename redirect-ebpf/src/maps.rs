@@ -3,7 +3,9 @@
 use aya_ebpf::bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST};
 use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::lpm_trie::Key;
-use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuHashMap, RingBuf, SockHash};
+use aya_ebpf::maps::{
+    Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf, SockHash,
+};
 use redirect_common::address::Address;
 use redirect_common::connection::{DestinationKey, FlowKey, Original, SocketState};
 use redirect_common::listener::ListenerKey;
@@ -60,12 +62,23 @@ pub static FOLLOWERS: Array<Follower> = Array::pinned(log::FOLLOWERS, 0);
 #[map]
 pub static DECISIONS: RingBuf = RingBuf::pinned(1 << 18, 0);
 
+/// Where a pod's own program leaves its network namespace cookie before it jumps to the shared
+/// `sk_lookup` program. Nothing comes between on that CPU: packets are taken in with softirqs off.
+#[map]
+pub static NETNS: PerCpuArray<u64> = PerCpuArray::pinned(1, 0);
+
 #[btf_map]
 pub static SOCKETS: InheritedSkStorage<SocketState> = InheritedSkStorage::new();
 
 #[inline(always)]
 pub fn pod(netns_cookie: u64) -> Option<&'static PodConfig> {
     map_get(&PODS, &netns_cookie)
+}
+
+/// The network namespace of a `sk_lookup` program that runs: it has no helper that tells it.
+#[inline(always)]
+pub fn netns_cookie() -> Option<u64> {
+    NETNS.get(0).copied()
 }
 
 #[inline(always)]

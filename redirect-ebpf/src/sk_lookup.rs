@@ -8,7 +8,6 @@ use redirect_common::verdict::{Action, Rule};
 
 use crate::ctx::SockLookup;
 use crate::destinations;
-use crate::globals;
 use crate::listeners;
 use crate::log;
 use crate::maps::{self, PolicyLists};
@@ -21,7 +20,9 @@ pub fn sk_lookup(ctx: &SockLookup) -> u32 {
     if !ctx.is_tcp() {
         return PASS;
     }
-    let netns_cookie = globals::netns_cookie();
+    let Some(netns_cookie) = maps::netns_cookie() else {
+        return PASS;
+    };
     let (local, remote) = ctx.addresses();
     if destinations::is_steered(netns_cookie, &remote, &local, ctx.local_port()) {
         let flow = FlowKey::new(
@@ -55,15 +56,9 @@ pub fn sk_lookup(ctx: &SockLookup) -> u32 {
     let lists = PolicyLists { policy: pod.policy };
     let rule = decide::inbound(pod, &lists, &local, ctx.local_port());
     maps::count(netns_cookie, rule);
-    let captured = rule.action() == Action::CaptureInbound;
-    log::decided_inbound(
-        netns_cookie,
-        rule,
-        (remote, ctx.remote_port()),
-        (local, ctx.local_port()),
-        if captured { pod.inbound_port } else { 0 },
-    );
-    if !captured {
+    let (from, to) = ((remote, ctx.remote_port()), (local, ctx.local_port()));
+    log::decided(&log::inbound(netns_cookie, pod, from, to), rule);
+    if rule.action() != Action::CaptureInbound {
         return PASS;
     }
     let meant = (&local, ctx.local_port());

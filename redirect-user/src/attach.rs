@@ -87,6 +87,7 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         detach::one(&pins, &tables, cgroup_id)?;
     }
     let known = pins.pod(cgroup_id).is_dir();
+    let attached = Notes::read(&tables, cgroup_id).ok().flatten();
     let steps = || -> Result<Outcome> {
         let mut changed = false;
         if !known {
@@ -105,9 +106,9 @@ pub fn attach(request: &Request) -> Result<Outcome> {
             .insert_zeroed(&notes.netns_cookie)
             .context("writing COUNTS")?;
         let found = find_listeners(&tables, request, &notes)?;
-        changed |= link(&pins, &tables, &programs, request, &notes)?;
+        changed |= link(&pins, &programs, request, &notes, attached.as_ref())?;
         let before = tables.pods.get(&notes.netns_cookie)?;
-        if Notes::read(&tables, cgroup_id).ok().flatten().as_ref() != Some(&notes) {
+        if attached.as_ref() != Some(&notes) {
             tables
                 .records
                 .set(&cgroup_id, &record)
@@ -138,11 +139,15 @@ pub fn attach(request: &Request) -> Result<Outcome> {
             Ok(outcome)
         }
         Err(error) => {
-            if !known {
-                // Best effort: the error that matters is the first one.
-                if let Err(undo) = detach::one(&pins, &tables, cgroup_id) {
-                    tracing::warn!("undoing the attachment: {undo:#}");
-                }
+            // Best effort: the error that matters is the first one.
+            let undone = if known {
+                Ok(())
+            } else {
+                detach::one(&pins, &tables, cgroup_id)
+            };
+            // What was written for a policy that no pod has now.
+            if let Err(undo) = undone.and_then(|()| collect::unused_lists(&tables)) {
+                tracing::warn!("undoing the attachment: {undo:#}");
             }
             Err(error)
         }
@@ -267,17 +272,17 @@ fn warn_about_listeners(found: &Listeners, policy: &Policy) {
     }
 }
 
-/// Attaches the programs, or updates those of another build. True if anything changed.
+/// Attaches the programs, or updates those of another build than the one in the notes on what is
+/// `attached`. True if anything changed.
 fn link(
     pins: &Pins,
-    tables: &Tables,
     programs: &Programs,
     request: &Request,
     notes: &Notes,
+    attached: Option<&Notes>,
 ) -> Result<bool> {
     let directory = pins.pod(request.cgroup.id());
     if directory.is_dir() {
-        let attached = Notes::read(tables, request.cgroup.id()).ok().flatten();
         if attached.is_some_and(|attached| attached.build == notes.build) {
             return Ok(false);
         }
@@ -285,7 +290,7 @@ fn link(
             programs.update(index, &open_link(&directory.join(hook.name))?)?;
         }
         let lookup = open_link(&directory.join(SK_LOOKUP))?;
-        let program = programs::load_sk_lookup(pins, notes.netns_cookie)?;
+        let program = programs.load_sk_lookup(pins, notes.netns_cookie)?;
         bpf::link_update(lookup.as_fd(), program.as_fd()).context("updating link sk_lookup")?;
         return Ok(true);
     }
@@ -293,7 +298,7 @@ fn link(
     let pin = |link: OwnedFd, name: &str| {
         bpf::pin(link.as_fd(), &staged.join(name)).with_context(|| format!("pinning link {name}"))
     };
-    let program = programs::load_sk_lookup(pins, notes.netns_cookie)?;
+    let program = programs.load_sk_lookup(pins, notes.netns_cookie)?;
     pin(
         programs::attach_sk_lookup(&program, &request.netns)?,
         SK_LOOKUP,

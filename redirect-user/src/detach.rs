@@ -1,12 +1,14 @@
 //! Detaching: new connections are let alone first, then everything of the pod is removed.
 
 use std::fs;
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
 use crate::collect;
 use crate::pins::{self, Pins};
+use crate::programs::{HOOKS, SK_LOOKUP};
 use crate::record::{self, Notes};
 use crate::sys::bpf;
 use crate::tables::{RoutePrefix, Tables};
@@ -77,8 +79,15 @@ pub(crate) fn one(pins: &Pins, tables: &Tables, cgroup_id: u64) -> Result<()> {
         wait_for_handshakes(tables, notes.netns_cookie)?;
     }
     // The links that capture go first: what is left then only serves what has been captured.
-    for name in ["connect4", "connect6"] {
-        let _ = fs::remove_file(directory.join(name));
+    // An unpinned link stays attached for a while: attached again meanwhile, a connection would meet
+    // both programs.
+    for name in HOOKS.iter().rev().map(|hook| hook.name).chain([SK_LOOKUP]) {
+        let path = directory.join(name);
+        if let Ok(link) = bpf::open_pinned(&path) {
+            // Fails if its cgroup or namespace has gone, and with it the attachment.
+            let _ = bpf::link_detach(link.as_fd());
+            let _ = fs::remove_file(&path);
+        }
     }
     pins::remove(&directory)?;
     if let Some(notes) = notes.as_ref().filter(|_| !shared) {

@@ -78,15 +78,11 @@ impl Pins {
         self.root.join("maps").join(name)
     }
 
-    /// Every pinned program, of whatever build.
+    /// Directories of programs, one per build.
     pub fn all_programs(&self) -> Result<Vec<PathBuf>> {
-        let mut programs = Vec::new();
-        for directory in entries(&self.root)? {
-            if file_name(&directory).starts_with("programs-") {
-                programs.append(&mut entries(&directory)?);
-            }
-        }
-        Ok(programs)
+        let mut directories = entries(&self.root)?;
+        directories.retain(|path| file_name(path).starts_with("programs-"));
+        Ok(directories)
     }
 
     /// Where the programs of one build are pinned.
@@ -97,10 +93,9 @@ impl Pins {
     /// Directories of the programs of all builds but these.
     pub fn programs_but(&self, builds: &[u64]) -> Result<Vec<PathBuf>> {
         let kept: Vec<PathBuf> = builds.iter().map(|build| self.programs(*build)).collect();
-        Ok(entries(&self.root)?
-            .into_iter()
-            .filter(|path| !kept.contains(path) && file_name(path).starts_with("programs-"))
-            .collect())
+        let mut directories = self.all_programs()?;
+        directories.retain(|path| !kept.contains(path));
+        Ok(directories)
     }
 
     /// Where a pod's links are pinned.

@@ -1,5 +1,7 @@
 //! The eBPF programs: loaded once per build of redirect, pinned, and shared by all pods.
 
+mod entry;
+
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
@@ -108,19 +110,22 @@ const fn hook(
     }
 }
 
+/// Pin of the one-entry program array through which the pods' entries reach the shared program.
+const SK_LOOKUP_JUMP: &str = "sk_lookup_jump";
+
 /// The shared programs of this build.
 #[derive(Debug)]
 pub struct Programs {
     fds: Vec<OwnedFd>,
+    sk_lookup_jump: OwnedFd,
 }
 
-/// Names this build's programs.
-pub fn build_id() -> u64 {
-    use sha2::{Digest, Sha256};
-    let hash = Sha256::digest(OBJECT);
-    hash.iter()
-        .take(8)
-        .fold(0, |id, byte| id << 8 | u64::from(*byte))
+/// Names this build's programs: a hash of the object, from the build script.
+pub const fn build_id() -> u64 {
+    match u64::from_str_radix(env!("REDIRECT_BUILD"), 16) {
+        Ok(id) => id,
+        Err(_) => panic!("the build script writes 16 hexadecimal digits"),
+    }
 }
 
 impl Programs {
@@ -147,6 +152,9 @@ impl Programs {
             bpf::pin(fd.as_fd(), &staged.join(hook.program))
                 .with_context(|| format!("pinning program {}", hook.program))?;
         }
+        let lookup = load_program(&mut object, SK_LOOKUP_PROGRAM)?;
+        let jump = bpf::program_array(lookup.as_fd()).context("making the jump to sk_lookup")?;
+        bpf::pin(jump.as_fd(), &staged.join(SK_LOOKUP_JUMP)).context("pinning the jump")?;
         pins.publish(&staged, &directory)?;
         Self::open(&directory)
     }
@@ -159,7 +167,13 @@ impl Programs {
                 bpf::open_pinned(&path).with_context(|| format!("opening {}", path.display()))
             })
             .collect::<Result<_>>()?;
-        Ok(Self { fds })
+        let path = directory.join(SK_LOOKUP_JUMP);
+        let sk_lookup_jump =
+            bpf::open_pinned(&path).with_context(|| format!("opening {}", path.display()))?;
+        Ok(Self {
+            fds,
+            sk_lookup_jump,
+        })
     }
 
     /// Attaches one hook.
@@ -186,14 +200,16 @@ impl Programs {
             .with_context(|| format!("updating link {name}"))?;
         Ok(true)
     }
-}
 
-/// Loads a pod's own `sk_lookup` program: it learns its network namespace from a constant, since
-/// no helper tells it.
-pub fn load_sk_lookup(pins: &Pins, netns_cookie: u64) -> Result<OwnedFd> {
-    let mut object = EbpfLoader::new();
-    object.override_global("NETNS_COOKIE", &netns_cookie, true);
-    load_program(&mut load_object(&mut object, pins)?, SK_LOOKUP_PROGRAM)
+    /// Loads a pod's entry to the shared `sk_lookup` program. No helper tells that program its network
+    /// namespace, so every pod has an entry of a few instructions that knows it.
+    pub fn load_sk_lookup(&self, pins: &Pins, netns_cookie: u64) -> Result<OwnedFd> {
+        let path = pins.map("NETNS");
+        let netns =
+            bpf::open_pinned(&path).with_context(|| format!("opening {}", path.display()))?;
+        let entry = entry::instructions(netns.as_fd(), netns_cookie, self.sk_lookup_jump.as_fd());
+        bpf::load_sk_lookup(&entry).context("loading the pod's sk_lookup program")
+    }
 }
 
 /// Attaches a pod's `sk_lookup` program.

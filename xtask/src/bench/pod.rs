@@ -117,7 +117,7 @@ impl Pod {
 }
 
 /// Two ends of a veth pair, both called eth0, as in a pod.
-fn join(inside: &Namespace, outside: &Namespace) -> Result<()> {
+pub(super) fn join(inside: &Namespace, outside: &Namespace) -> Result<()> {
     let (inside, outside) = (&inside.0, &outside.0);
     ip(&format!(
         "link add eth0 netns {inside} type veth peer name eth0 netns {outside}"
@@ -138,7 +138,7 @@ pub fn has_restore(kind: Kind) -> bool {
     restore(kind).is_some()
 }
 
-fn apply_rules(kind: Kind, namespace: &Namespace) -> Result<()> {
+pub(super) fn apply_rules(kind: Kind, namespace: &Namespace) -> Result<()> {
     let program = restore(kind).context("no iptables-restore")?;
     // Not `ip netns exec`: that mounts another /sys.
     let mut command = Command::new("nsenter");
@@ -173,10 +173,10 @@ fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-struct Namespace(String);
+pub(super) struct Namespace(String);
 
 impl Namespace {
-    fn create(name: String) -> Result<Self> {
+    pub(super) fn create(name: String) -> Result<Self> {
         ip(&format!("netns add {name}"))?;
         Ok(Self(name))
     }
@@ -194,10 +194,10 @@ impl Drop for Namespace {
     }
 }
 
-struct Cgroup(PathBuf);
+pub(super) struct Cgroup(PathBuf);
 
 impl Cgroup {
-    fn create(path: PathBuf) -> Result<Self> {
+    pub(super) fn create(path: PathBuf) -> Result<Self> {
         fs::create_dir(&path).with_context(|| format!("cannot make cgroup {}", path.display()))?;
         Ok(Self(path))
     }
@@ -216,13 +216,13 @@ impl Drop for Cgroup {
     }
 }
 
-struct Attached {
+pub(super) struct Attached {
     redirect: PathBuf,
     cgroup: PathBuf,
 }
 
 impl Attached {
-    fn attach(redirect: &Path, cgroup: &Cgroup, namespace: &Namespace) -> Result<Self> {
+    pub(super) fn attach(redirect: &Path, cgroup: &Cgroup, namespace: &Namespace) -> Result<Self> {
         // Before the attempt: one that fails half way is undone too.
         let attached = Self {
             redirect: redirect.to_owned(),
