@@ -54,7 +54,7 @@ pub enum Outcome {
 
 /// Attaches, or brings what is attached up to date.
 pub fn attach(request: &Request) -> Result<Outcome> {
-    let ipv6 = captures_ipv6(request)?;
+    let ipv6 = captures_ipv6(&request.policy, &request.netns)?;
     let ids = UserNamespace::owning(&request.netns)?.id_map()?;
     let config = settings::pod_config(&request.policy, ipv6, &ids)?;
     let notes = Notes {
@@ -135,12 +135,13 @@ pub fn attach(request: &Request) -> Result<Outcome> {
     }
 }
 
-fn captures_ipv6(request: &Request) -> Result<bool> {
-    Ok(match request.policy.ipv6 {
+/// Whether IPv6 is captured, by the policy and the namespace's addresses.
+pub fn captures_ipv6(policy: &Policy, netns: &NetworkNamespace) -> Result<bool> {
+    Ok(match policy.ipv6 {
         Ipv6::On => true,
         Ipv6::Off => false,
-        Ipv6::Auto => first_global_family(&request.netns, false)? == Family::V6,
-        Ipv6::DualStack => first_global_family(&request.netns, true)? == Family::V6,
+        Ipv6::Auto => first_global_family(netns, false)? == Family::V6,
+        Ipv6::DualStack => first_global_family(netns, true)? == Family::V6,
     })
 }
 

@@ -8,9 +8,10 @@ pub mod cgroup;
 pub mod identity;
 pub mod listeners;
 pub mod netns;
+pub mod pod_cgroup;
 pub mod routes;
 
-mod netlink;
+pub(crate) mod netlink;
 mod proc;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
