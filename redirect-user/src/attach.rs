@@ -152,16 +152,16 @@ fn refuse_overlap(
     notes: &Notes,
     config: &PodConfig,
 ) -> Result<()> {
+    let relatives = request.cgroup.relatives()?;
     for (cgroup_id, other) in record::all(tables)? {
         if cgroup_id == request.cgroup.id() {
             continue;
         }
-        let (ours, theirs) = (request.cgroup.path(), other.cgroup.as_path());
-        if ours.starts_with(theirs) || theirs.starts_with(ours) {
+        let theirs = other.cgroup.display();
+        if relatives.contains(&cgroup_id) {
             bail!(
-                "--cgroup {}: overlaps {}, which is attached; detach that first",
-                ours.display(),
-                theirs.display()
+                "--cgroup {}: overlaps {theirs}, which is attached; detach that first",
+                request.cgroup,
             );
         }
         if other.netns_cookie == notes.netns_cookie
@@ -171,9 +171,8 @@ fn refuse_overlap(
                 .is_some_and(|attached| attached != *config)
         {
             bail!(
-                "network namespace {} is captured with other options for cgroup {}; use the same or detach that first",
+                "network namespace {} is captured with other options for cgroup {theirs}; use the same or detach that first",
                 request.netns,
-                theirs.display()
             );
         }
     }

@@ -15,7 +15,7 @@ use crate::observe::cgroup::Cgroup;
 use crate::observe::netns::NetworkNamespace;
 use crate::observe::pod_cgroup;
 use crate::options::{Change, IstioIptables, Policy};
-use crate::passthrough;
+use crate::{passthrough, pins};
 
 /// Does what was asked for. A failed validation is a [`validation::Failed`].
 pub fn run(call: IstioIptables) -> Result<()> {
@@ -41,6 +41,7 @@ pub fn run(call: IstioIptables) -> Result<()> {
 
 fn attach_own(policy: Policy) -> Result<()> {
     kernel::require(Task::OwnPod)?;
+    pins::require_bpffs()?;
     let (netns, cgroup) = (own_namespace()?, own_pod()?);
     if captures_ipv6(&policy, &netns)? {
         passthrough::add(&netns)?;
@@ -64,6 +65,7 @@ fn attach_own(policy: Policy) -> Result<()> {
 
 fn detach_own() -> Result<()> {
     kernel::require(Task::OwnPod)?;
+    pins::require_bpffs()?;
     let (netns, cgroup) = (own_namespace()?, own_pod()?);
     let was = detach::detach(cgroup.id())?;
     passthrough::remove(&netns)?;

@@ -21,6 +21,8 @@ pub enum Isolation {
     Namespaces,
     /// The same, without the host's tree.
     HiddenTree,
+    /// The same, with the host's tree and without its BPF file system.
+    HiddenPins,
 }
 
 /// A call of istio-iptables in the making.
@@ -107,13 +109,13 @@ impl<'a> Container<'a> {
             &format!("--net={}", self.pod.netns.path().display()),
             "--",
         ]);
-        let hidden = format!("umount {} && ", mount_point().display());
-        let hide = match self.isolation {
+        let hidden = match self.isolation {
             Isolation::None => None,
-            Isolation::Namespaces => Some(""),
-            Isolation::HiddenTree => Some(hidden.as_str()),
+            Isolation::Namespaces => Some(String::new()),
+            Isolation::HiddenTree => Some(format!("umount {} && ", mount_point().display())),
+            Isolation::HiddenPins => Some("mount -t tmpfs none /sys/fs/bpf && ".to_owned()),
         };
-        if let Some(hide) = hide {
+        if let Some(hide) = hidden {
             words(&[
                 "unshare",
                 "--cgroup",

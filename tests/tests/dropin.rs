@@ -4,7 +4,7 @@
     reason = "a test binary has no readers of its documentation"
 )]
 
-use std::{fs, process::Output};
+use std::{fs, process::Output, thread, time::Duration};
 
 use redirect_tests::{
     actor::Actor,
@@ -126,7 +126,12 @@ fn init_container_captures_its_pod_and_no_other(
         .isolated(isolation)
         .by_name(by_name);
     succeeds(&container.istio_iptables(INJECTED), &attached(&pod));
-    succeeds(&container.istio_iptables(INJECTED), "unchanged");
+    // The link-local address comes a moment after the link: until then there is something to bring up to date.
+    let unchanged = (0..50).any(|_| {
+        thread::sleep(Duration::from_millis(100));
+        said(&container.istio_iptables(INJECTED)).starts_with("unchanged")
+    });
+    assert!(unchanged);
     let changed = container.istio_iptables(&injected(&["-o", "443"]));
     succeeds(&changed, "changed");
     container.remove();
@@ -382,6 +387,12 @@ fn outside_of_a_pod_there_is_one_clear_error() {
             "mount the host's /sys/fs/cgroup at /sys/fs/cgroup",
             "/mnt",
         ],
+    );
+    let unpinned = Container::new(&pod, "unpinned").isolated(Isolation::HiddenPins);
+    fails(
+        &unpinned.istio_iptables(INJECTED),
+        1,
+        &["no BPF file system is mounted at /sys/fs/bpf", "hostPath"],
     );
     let host = redirect_tests::loader::run(["istio-iptables", "-i", "*"]);
     fails(&host, 1, &["host's own network namespace", "hostNetwork"]);
