@@ -17,12 +17,14 @@ use crate::{
 pub enum Isolation {
     /// Nothing.
     None,
-    /// Process ids, mounts, and a cgroup namespace with a cgroup2 mount of its own; the host's tree is mounted too.
+    /// Process ids, mounts, and a cgroup namespace with a cgroup2 mount of its own; the host's tree is mounted too, read-only.
     Namespaces,
     /// The same, without the host's tree.
     HiddenTree,
     /// The same, with the host's tree and without its BPF file system.
     HiddenPins,
+    /// Only a user namespace, in which it is root: `hostUsers: false`.
+    Users,
 }
 
 /// A call of istio-iptables in the making.
@@ -109,13 +111,18 @@ impl<'a> Container<'a> {
             &format!("--net={}", self.pod.netns.path().display()),
             "--",
         ]);
-        let hidden = match self.isolation {
+        let tree = mount_point().display().to_string();
+        let hide = match self.isolation {
             Isolation::None => None,
-            Isolation::Namespaces => Some(String::new()),
-            Isolation::HiddenTree => Some(format!("umount {} && ", mount_point().display())),
-            Isolation::HiddenPins => Some("mount -t tmpfs none /sys/fs/bpf && ".to_owned()),
+            Isolation::Namespaces => Some(format!("mount -o remount,bind,ro {tree}")),
+            Isolation::HiddenTree => Some(format!("umount {tree}")),
+            Isolation::HiddenPins => Some("mount -t tmpfs none /sys/fs/bpf".to_owned()),
+            Isolation::Users => {
+                words(&["unshare", "--user", "--map-root-user"]);
+                None
+            }
         };
-        if let Some(hide) = hidden {
+        if let Some(hide) = hide {
             words(&[
                 "unshare",
                 "--cgroup",
@@ -124,7 +131,7 @@ impl<'a> Container<'a> {
                 "--fork",
                 "--mount-proc",
             ]);
-            let script = format!("{hide}mount -t cgroup2 own /mnt && exec \"$@\"");
+            let script = format!("{hide} && mount -t cgroup2 own /mnt && exec \"$@\"");
             words(&["sh", "-c", &script, "sh"]);
         }
         if !self.privileges.is_empty() {

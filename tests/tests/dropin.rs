@@ -394,6 +394,16 @@ fn outside_of_a_pod_there_is_one_clear_error() {
         1,
         &["no BPF file system is mounted at /sys/fs/bpf", "hostPath"],
     );
+    let users = Container::new(&pod, "users").isolated(Isolation::Users);
+    fails(
+        &users.istio_iptables(INJECTED),
+        1,
+        &[
+            "user namespace",
+            "hostUsers: false",
+            "attach the pod from the node",
+        ],
+    );
     let host = redirect_tests::loader::run(["istio-iptables", "-i", "*"]);
     fails(&host, 1, &["host's own network namespace", "hostNetwork"]);
     assert!(!status_mentions(&pod));
