@@ -7,6 +7,7 @@
 pub mod cgroup;
 pub mod identity;
 pub mod listeners;
+pub mod mounts;
 pub mod netns;
 pub mod pod_cgroup;
 pub mod routes;

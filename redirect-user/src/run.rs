@@ -11,7 +11,8 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::attach::{self, Request};
 use crate::detach;
-use crate::observe::cgroup::{self, Cgroup};
+use crate::observe::cgroup::Cgroup;
+use crate::observe::mounts;
 use crate::observe::netns::NetworkNamespace;
 use crate::options::{Policy, Scope};
 
@@ -26,7 +27,7 @@ pub fn run(mut policy: Policy, command: &[OsString]) -> Result<ExitStatus> {
     // Everything else in this namespace is not the command's.
     policy.inbound_ports = Scope::Listed(Vec::new());
 
-    let mountpoint = cgroup::mountpoint()?;
+    let mountpoint = mounts::mountpoint()?;
     let own = RunCgroup::create(&mountpoint)?;
     let cgroup = Cgroup::open(&own.path)?;
     let cgroup_id = cgroup.id();

@@ -8,7 +8,8 @@ use std::fs;
 use std::io;
 use std::path::{Component, Path, PathBuf};
 
-use super::cgroup::{self, Mount};
+use super::cgroup;
+use super::mounts::{self, Mount};
 
 /// Largest number of directories that are searched for this process.
 const MAX_DIRECTORIES: usize = 65_536;
@@ -49,7 +50,7 @@ pub enum Error {
 /// The directory of the pod's cgroup.
 pub fn find() -> Result<PathBuf> {
     let own = fs::read_to_string("/proc/self/cgroup").map_err(Error::Own)?;
-    find_in(&own, &cgroup::mounts()?, std::process::id())
+    find_in(&own, &mounts::cgroup2()?, std::process::id())
 }
 
 /// `own` is the text of `/proc/self/cgroup`.
