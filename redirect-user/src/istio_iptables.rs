@@ -4,7 +4,6 @@ mod transcript;
 pub mod validation;
 
 use std::fs;
-use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
@@ -75,7 +74,7 @@ fn detach_own() -> Result<()> {
 }
 
 fn own_namespace() -> Result<NetworkNamespace> {
-    let netns = NetworkNamespace::open(Path::new("/proc/self/ns/net"))?;
+    let netns = NetworkNamespace::own()?;
     ensure!(
         !netns.is_initial()?,
         "this process is in the host's own network namespace (hostNetwork): allowed are those of pods"

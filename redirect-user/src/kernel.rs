@@ -3,7 +3,7 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use btfparse::{Offset, Readable, TypeInformation};
 
 use crate::observe::identity::INITIAL_USER_NAMESPACE;
@@ -118,11 +118,16 @@ pub fn require(task: Task) -> Result<()> {
         .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
         .context("/proc/self/status tells no CapEff")?;
     let missing = missing(task, effective);
-    if missing.is_empty() {
-        Ok(())
-    } else {
-        bail!("missing capability {}: run as root", missing.join(", "))
-    }
+    let advice = match task {
+        Task::AnyPod => "run as root",
+        Task::OwnPod => "run as root, and add it to the container's securityContext",
+    };
+    ensure!(
+        missing.is_empty(),
+        "missing capability {}: {advice}",
+        missing.join(", ")
+    );
+    Ok(())
 }
 
 /// A bit of linux/capability.h and its name.

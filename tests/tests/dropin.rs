@@ -10,7 +10,7 @@ use redirect_tests::{
     actor::Actor,
     backend::Backend::Redirect,
     container::{Container, Isolation},
-    loader::status_mentions,
+    loader::{status, status_mentions},
     namespace::{errors, succeed},
     options::Options,
     pod::Pod,
@@ -314,6 +314,37 @@ fn dry_run_says_what_it_would_do_and_leaves_nothing(
     assert!(!status_mentions(&pod));
     assert!(!has_passthrough(&pod));
     Scene::with(pod, &EXPECTED).all("after a dry run", V4, &uncaptured());
+}
+
+/// What the node's status says about the addresses of a pod.
+fn addresses(pod: &Pod) -> Option<bool> {
+    let status = status();
+    let pods = status["pods"].as_array().unwrap();
+    let path = pod.cgroup.path().to_str().unwrap();
+    let pod = pods.iter().find(|pod| pod["cgroup"] == path).unwrap();
+    pod["routes_current"].as_bool()
+}
+
+#[rstest]
+fn status_finds_the_namespace_through_the_pods_processes() {
+    let pod = Pod::new();
+    init(&pod);
+    assert_eq!(addresses(&pod), None, "nobody is in the pod");
+    let _app = Actor::start(
+        &pod.netns.path(),
+        Some(pod.cgroup.child("app")),
+        Identity::APP,
+    );
+    let current = (0..50).any(|_| {
+        // The link-local address comes a moment after the link.
+        thread::sleep(Duration::from_millis(100));
+        container_again(&pod, INJECTED);
+        addresses(&pod) == Some(true)
+    });
+    assert!(current);
+    pod.netns.ip("addr add 10.99.99.99/32 dev lo");
+    assert_eq!(addresses(&pod), Some(false));
+    Redirect.detach(&pod);
 }
 
 #[rstest]

@@ -44,7 +44,7 @@ fn rows(pod: &Pod) -> Vec<(&'static str, String)> {
         Some(false) => "changed since: run `redirect attach` again"
             .yellow()
             .to_string(),
-        None => "unknown: the namespace cannot be opened by that path".to_owned(),
+        None => "unknown: the namespace cannot be found".to_owned(),
     };
     let mut rows = vec![
         ("capture", capture),

@@ -142,13 +142,22 @@ impl NetworkNamespace {
         }
     }
 
+    /// Opens the namespace of this process. Named by its inode: the path means another one to every other process.
+    pub fn own() -> Result<Self> {
+        let own = Self::open(Path::new("/proc/self/ns/net"))?;
+        Ok(Self {
+            name: format!("net:[{}]", own.inode),
+            ..own
+        })
+    }
+
     /// The nsfs inode: equal for two handles exactly when they are the same namespace.
     #[must_use]
     pub fn inode(&self) -> u64 {
         self.inode
     }
 
-    /// The path it was opened by.
+    /// The path it was opened by, or what stands for it.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
