@@ -1,15 +1,19 @@
 //! A program in a container of a pod: in a cgroup below the pod's, in the pod's network namespace.
 
 use std::{
+    env,
+    ffi::OsStr,
     fs,
+    os::unix::fs::symlink,
     path::PathBuf,
-    process::{Command, Output},
+    process::{self, Command, Output},
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 use crate::{
     cgroup::mount_point,
     loader::{finish, redirect},
-    pod::Pod,
+    pod::{Pod, Regrets},
 };
 
 /// What a container has of its own, beside its cgroup.
@@ -139,23 +143,11 @@ impl<'a> Container<'a> {
             words(&["setpriv"]);
             words(&privileges);
         }
-        let link = std::env::temp_dir().join(format!(
-            "rd-{}-{:?}",
-            std::process::id(),
-            std::thread::current().id()
-        ));
-        let program = if self.by_name {
-            fs::create_dir_all(&link).unwrap();
-            let link = link.join("istio-iptables");
-            let _left_by_an_earlier_call = fs::remove_file(&link);
-            std::os::unix::fs::symlink(redirect.get_program(), &link).unwrap();
-            words(&[&link.display().to_string()]);
-            None
-        } else {
-            words(&[&redirect.get_program().to_string_lossy()]);
-            Some("istio-iptables")
-        };
-        words(program.as_slice());
+        let link = self.by_name.then(|| Link::to(redirect.get_program()));
+        match &link {
+            Some(link) => words(&[&link.program().display().to_string()]),
+            None => words(&[&redirect.get_program().to_string_lossy(), "istio-iptables"]),
+        }
         words(arguments);
         // A child is born into its parent's cgroup: the shell moves itself, then becomes the program.
         let mut command = Command::new("sh");
@@ -168,13 +160,37 @@ impl<'a> Container<'a> {
             }
         }
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
-        let output = finish(&mut command);
-        let _was_not_needed = fs::remove_dir_all(&link);
-        output
+        finish(&mut command)
     }
 
     /// Ends it, as the container runtime does once its program has ended.
     pub fn remove(self) {
         fs::remove_dir(&self.cgroup).unwrap();
+    }
+}
+
+/// A link of the name istio-iptables, in a directory that is removed with this value.
+struct Link(PathBuf);
+
+impl Link {
+    fn to(program: &OsStr) -> Self {
+        static COUNTER: AtomicU32 = AtomicU32::new(0);
+        let serial = COUNTER.fetch_add(1, Ordering::Relaxed);
+        let link = Self(env::temp_dir().join(format!("rd-{}-link-{serial}", process::id())));
+        fs::create_dir(&link.0).unwrap();
+        symlink(program, link.program()).unwrap();
+        link
+    }
+
+    fn program(&self) -> PathBuf {
+        self.0.join("istio-iptables")
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.0) {
+            Regrets::new(&self.0.display().to_string()).add(error);
+        }
     }
 }
