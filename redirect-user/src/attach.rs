@@ -55,7 +55,7 @@ pub enum Outcome {
 
 /// Attaches, or brings what is attached up to date.
 pub fn attach(request: &Request) -> Result<Outcome> {
-    let ipv6 = captures_ipv6(request)?;
+    let ipv6 = captures_ipv6(&request.policy, &request.netns)?;
     let ids = UserNamespace::owning(&request.netns)?.id_map()?;
     let config = settings::pod_config(&request.policy, ipv6, &ids)?;
     let notes = Notes {
@@ -154,12 +154,13 @@ pub fn attach(request: &Request) -> Result<Outcome> {
     }
 }
 
-fn captures_ipv6(request: &Request) -> Result<bool> {
-    Ok(match request.policy.ipv6 {
+/// Whether IPv6 is captured, by the policy and the namespace's addresses.
+pub fn captures_ipv6(policy: &Policy, netns: &NetworkNamespace) -> Result<bool> {
+    Ok(match policy.ipv6 {
         Ipv6::On => true,
         Ipv6::Off => false,
-        Ipv6::Auto => first_global_family(&request.netns, false)? == Family::V6,
-        Ipv6::DualStack => first_global_family(&request.netns, true)? == Family::V6,
+        Ipv6::Auto => first_global_family(netns, false)? == Family::V6,
+        Ipv6::DualStack => first_global_family(netns, true)? == Family::V6,
     })
 }
 
@@ -170,16 +171,16 @@ fn refuse_overlap(
     notes: &Notes,
     config: &PodConfig,
 ) -> Result<()> {
+    let relatives = request.cgroup.relatives()?;
     for (cgroup_id, other) in record::all(tables)? {
         if cgroup_id == request.cgroup.id() {
             continue;
         }
-        let (ours, theirs) = (request.cgroup.path(), other.cgroup.as_path());
-        if ours.starts_with(theirs) || theirs.starts_with(ours) {
+        let theirs = other.cgroup.display();
+        if relatives.contains(&cgroup_id) {
             bail!(
-                "--cgroup {}: overlaps {}, which is attached; detach that first",
-                ours.display(),
-                theirs.display()
+                "--cgroup {}: overlaps {theirs}, which is attached; detach that first",
+                request.cgroup,
             );
         }
         if other.netns_cookie == notes.netns_cookie
@@ -189,9 +190,8 @@ fn refuse_overlap(
                 .is_some_and(|attached| attached != *config)
         {
             bail!(
-                "network namespace {} is captured with other options for cgroup {}; use the same or detach that first",
+                "network namespace {} is captured with other options for cgroup {theirs}; use the same or detach that first",
                 request.netns,
-                theirs.display()
             );
         }
     }

@@ -1,9 +1,12 @@
 //! What the running kernel offers: capabilities, BTF offsets, helpers.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use btfparse::{Offset, Readable, TypeInformation};
+
+use crate::observe::identity::INITIAL_USER_NAMESPACE;
 
 const BTF: &str = "/sys/kernel/btf/vmlinux";
 
@@ -79,8 +82,17 @@ pub fn version() -> Result<(u32, u32)> {
     }
 }
 
+/// What a call is about to do, which decides what it takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Task {
+    /// To manage any pod of this machine: enters namespaces, takes descriptors of other processes.
+    AnyPod,
+    /// To capture the pod that this process runs in.
+    OwnPod,
+}
+
 /// Refuses a kernel or a process that cannot do it, naming what is missing.
-pub fn require() -> Result<()> {
+pub fn require(task: Task) -> Result<()> {
     let (major, minor) = version()?;
     if (major, minor) < (5, 15) {
         bail!(
@@ -90,27 +102,87 @@ pub fn require() -> Result<()> {
     if !Path::new(BTF).exists() {
         bail!("this kernel has no BTF at {BTF}: redirect needs CONFIG_DEBUG_INFO_BTF=y");
     }
+    if std::fs::metadata("/proc/self/ns/user")
+        .context("/proc/self/ns/user")?
+        .ino()
+        != INITIAL_USER_NAMESPACE
+    {
+        bail!(
+            "this process is in a user namespace of its own (hostUsers: false), whose capabilities the kernel does not accept for eBPF: attach the pod from the node"
+        );
+    }
     let status = std::fs::read_to_string("/proc/self/status").context("/proc/self/status")?;
     let effective = status
         .lines()
         .find_map(|line| line.strip_prefix("CapEff:"))
         .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
         .context("/proc/self/status tells no CapEff")?;
-    let missing: Vec<&str> = CAPABILITIES
-        .iter()
-        .filter(|(bit, _)| effective & (1 << bit) == 0)
-        .map(|(_, name)| *name)
-        .collect();
-    if missing.is_empty() {
-        Ok(())
-    } else {
-        bail!("missing capability {}: run as root", missing.join(", "))
-    }
+    let missing = missing(task, effective);
+    let advice = match task {
+        Task::AnyPod => "run as root",
+        Task::OwnPod => "run as root, and add it to the container's securityContext",
+    };
+    ensure!(
+        missing.is_empty(),
+        "missing capability {}: {advice}",
+        missing.join(", ")
+    );
+    Ok(())
 }
 
-/// Bit and name (linux/capability.h) of what loading, attaching and looking around takes.
-const CAPABILITIES: &[(u32, &str)] = &[
-    (12, "CAP_NET_ADMIN"),
-    (19, "CAP_SYS_PTRACE"),
-    (21, "CAP_SYS_ADMIN"),
-];
+/// A bit of linux/capability.h and its name.
+type Capability = (u32, &'static str);
+
+const NET_ADMIN: Capability = (12, "CAP_NET_ADMIN");
+const SYS_PTRACE: Capability = (19, "CAP_SYS_PTRACE");
+const SYS_ADMIN: Capability = (21, "CAP_SYS_ADMIN");
+const PERFMON: Capability = (38, "CAP_PERFMON");
+const BPF: Capability = (39, "CAP_BPF");
+
+/// Names of what the mask of effective capabilities lacks.
+fn missing(task: Task, effective: u64) -> Vec<&'static str> {
+    let has = |(bit, _): &Capability| effective & (1 << bit) != 0;
+    let needed: &[Capability] = match task {
+        Task::AnyPod => &[NET_ADMIN, SYS_PTRACE, SYS_ADMIN],
+        // The kernel takes CAP_SYS_ADMIN for the other two.
+        Task::OwnPod if has(&SYS_ADMIN) => &[NET_ADMIN],
+        Task::OwnPod => &[NET_ADMIN, BPF, PERFMON],
+    };
+    needed
+        .iter()
+        .filter(|capability| !has(capability))
+        .map(|(_, name)| *name)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn missing_capabilities_are_named() {
+        let mask = |capabilities: &[Capability]| capabilities.iter().map(|(bit, _)| 1 << bit).sum();
+        for (task, has, expected) in [
+            (
+                Task::AnyPod,
+                &[NET_ADMIN, SYS_PTRACE, SYS_ADMIN][..],
+                &[][..],
+            ),
+            (
+                Task::AnyPod,
+                &[NET_ADMIN, BPF, PERFMON],
+                &["CAP_SYS_PTRACE", "CAP_SYS_ADMIN"],
+            ),
+            (Task::OwnPod, &[NET_ADMIN, BPF, PERFMON], &[]),
+            (Task::OwnPod, &[NET_ADMIN, SYS_ADMIN], &[]),
+            (Task::OwnPod, &[NET_ADMIN], &["CAP_BPF", "CAP_PERFMON"]),
+            (
+                Task::OwnPod,
+                &[],
+                &["CAP_NET_ADMIN", "CAP_BPF", "CAP_PERFMON"],
+            ),
+        ] {
+            assert_eq!(missing(task, mask(has)), expected, "{task:?} {has:?}");
+        }
+    }
+}

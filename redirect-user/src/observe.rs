@@ -7,10 +7,12 @@
 pub mod cgroup;
 pub mod identity;
 pub mod listeners;
+pub mod mounts;
 pub mod netns;
+pub mod pod_cgroup;
 pub mod routes;
 
-mod netlink;
+pub(crate) mod netlink;
 mod proc;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;

@@ -11,7 +11,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{FsType, statfs};
@@ -214,6 +214,15 @@ fn mount_bpffs() -> Result<()> {
     } else {
         bail!("{BPFFS} is no BPF file system although mounting one succeeded")
     }
+}
+
+/// Refuses to go on without a BPF file system: one that a container mounts itself ends with it, and the capture too.
+pub fn require_bpffs() -> Result<()> {
+    ensure!(
+        is_bpffs()?,
+        "no BPF file system is mounted at {BPFFS}: mount the host's there (hostPath)"
+    );
+    Ok(())
 }
 
 fn is_bpffs() -> Result<bool> {

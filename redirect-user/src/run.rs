@@ -12,7 +12,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::attach::{self, Request};
 use crate::detach;
 use crate::follow::{self, Forwarder};
-use crate::observe::cgroup::{self, Cgroup};
+use crate::observe::cgroup::Cgroup;
+use crate::observe::mounts;
 use crate::observe::netns::NetworkNamespace;
 use crate::options::{Policy, Scope};
 
@@ -37,7 +38,7 @@ pub fn run(mut policy: Policy, command: &[OsString]) -> Result<ExitStatus> {
     // Everything else in this namespace is not the command's.
     policy.inbound_ports = Scope::Listed(Vec::new());
 
-    let mountpoint = cgroup::mountpoint()?;
+    let mountpoint = mounts::mountpoint()?;
     let own = RunCgroup::create(&mountpoint)?;
     let cgroup = Cgroup::open(&own.path)?;
     let cgroup_id = cgroup.id();

@@ -8,6 +8,7 @@ use redirect_common::listener::ListenerKey;
 use redirect_common::verdict::Rule;
 use serde::Serialize;
 
+use crate::observe::cgroup::Cgroup;
 use crate::observe::netns::NetworkNamespace;
 use crate::observe::routes::routing_table;
 use crate::options::Policy;
@@ -45,8 +46,8 @@ pub struct Pod {
     pub build: String,
     /// False if an attach was interrupted: nothing is captured until it is repeated.
     pub capturing: bool,
-    /// Whether the addresses and routes known here are those of the namespace; None if it cannot be
-    /// opened by the path it was attached with.
+    /// Whether the addresses and routes known here are those of the namespace; None if it is
+    /// found neither by the path it was attached with nor by a process of the pod.
     pub routes_current: Option<bool>,
     /// Whether IPv6 is captured.
     pub ipv6: bool,
@@ -124,10 +125,7 @@ fn connections(tables: &Tables, netns_cookie: u64) -> Result<BTreeMap<&'static s
 }
 
 fn routes_current(tables: &Tables, notes: &Notes) -> Option<bool> {
-    let netns = NetworkNamespace::open(notes.netns.as_ref()).ok()?;
-    if netns.inode() != notes.netns_inode {
-        return None;
-    }
+    let netns = namespace(notes)?;
     let wanted = settings::route_entries(notes.netns_cookie, &routing_table(&netns).ok()?);
     let known = crate::detach::routes_of(tables, notes.netns_cookie).ok()?;
     Some(
@@ -136,4 +134,18 @@ fn routes_current(tables: &Tables, notes: &Notes) -> Option<bool> {
                 .iter()
                 .all(|(key, info)| tables.routes.get(key).ok().flatten() == Some(*info)),
     )
+}
+
+/// The pod's namespace by the path it was attached with, else by a process in the pod's cgroup: the path may have gone, or mean
+/// something else here than in the container that attached it.
+fn namespace(notes: &Notes) -> Option<NetworkNamespace> {
+    let is_same = |netns: &NetworkNamespace| netns.inode() == notes.netns_inode;
+    let by_path = NetworkNamespace::open(notes.netns.as_ref()).ok();
+    by_path.filter(is_same).or_else(|| {
+        let processes = Cgroup::open(&notes.cgroup).ok()?.processes().ok()?;
+        processes
+            .into_iter()
+            .filter_map(|pid| NetworkNamespace::of_process(pid).ok())
+            .find(is_same)
+    })
 }

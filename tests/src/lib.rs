@@ -6,6 +6,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`namespace`], [`cgroup`], [`pod`] | a pod and its peer, removed again whatever happens |
+//! | [`container`] | the `istio-iptables` program in a container of a pod |
 //! | [`protocol`], [`actor`] | a process with a chosen identity that dials and listens on request |
 //! | [`dial`], [`server`], [`sockopt`] | the code that runs inside such a process |
 //! | [`options`], [`loader`], [`iptables`], [`backend`] | the capture under test and the reference it is compared with |
@@ -24,6 +25,7 @@ pub mod actor;
 pub mod backend;
 pub mod bpffs;
 pub mod cgroup;
+pub mod container;
 pub mod dial;
 pub mod envoy;
 pub mod follower;

@@ -181,6 +181,12 @@ impl Scene {
         self.attached = Some(backend);
     }
 
+    /// Takes over a capture that something else began: expects its marks, and ends it.
+    pub fn adopt(&mut self, options: &Options) {
+        self.options = *options;
+        self.attached = Some(Backend::Redirect);
+    }
+
     /// Stops capturing.
     pub fn detach(&mut self) {
         if let Some(backend) = self.attached.take() {

@@ -1,11 +1,10 @@
 //! A pod's cgroup: checked to be a cgroup2 directory, and asked which processes it holds.
 
 mod error;
-mod mount;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -14,7 +13,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 pub use self::error::Error;
-pub use self::mount::mountpoint;
+use super::mounts::mountpoint;
 use super::netns::NetworkNamespace;
 
 /// Superblock magic of cgroup v2 (`include/uapi/linux/magic.h`).
@@ -148,12 +147,10 @@ impl Cgroup {
 
     /// The processes of this cgroup and of all below it, ascending. Those outside our pid namespace are left out.
     pub fn processes(&self) -> Result<Vec<i32>> {
-        let (mut pids, mut pending, mut directories) =
-            (BTreeSet::new(), vec![self.path.clone()], 0);
-        while let Some(directory) = pending.pop() {
-            directories += 1;
-            let procs = directory.join("cgroup.procs");
-            match fs::read_to_string(&procs) {
+        let mut pids = BTreeSet::new();
+        for directory in self.tree()? {
+            let path = directory.join("cgroup.procs");
+            match fs::read_to_string(&path) {
                 Ok(text) => pids.extend(
                     text.lines()
                         .filter_map(|line| line.parse::<i32>().ok())
@@ -162,13 +159,33 @@ impl Cgroup {
                 // A threaded cgroup has no list of its own: its domain above shows the processes.
                 Err(source)
                     if source.raw_os_error() == Some(libc::EOPNOTSUPP) || is_gone(&source) => {}
-                Err(source) => {
-                    return Err(Error::Read {
-                        path: procs,
-                        source,
-                    });
-                }
+                Err(source) => return Err(Error::Read { path, source }),
             }
+            if pids.len() > MAX_ENTRIES {
+                return Err(self.too_large());
+            }
+        }
+        Ok(pids.into_iter().collect())
+    }
+
+    /// Ids of the cgroups that this one is in, and of those in it, as far as they are visible here. Paths would not do: each
+    /// container may see the same cgroup by another one.
+    pub fn relatives(&self) -> Result<HashSet<u64>> {
+        let above = self.path.ancestors().skip(1).map(Path::to_owned);
+        let device = self.file.metadata().map(|metadata| metadata.dev()).ok();
+        Ok(above
+            .chain(self.tree()?)
+            .filter_map(|path| fs::metadata(path).ok())
+            .filter(|metadata| Some(metadata.dev()) == device)
+            .map(|metadata| metadata.ino())
+            .filter(|id| *id != self.id)
+            .collect())
+    }
+
+    /// The directories of this cgroup and of all below it.
+    fn tree(&self) -> Result<Vec<PathBuf>> {
+        let (mut seen, mut pending) = (Vec::new(), vec![self.path.clone()]);
+        while let Some(directory) = pending.pop() {
             match fs::read_dir(&directory) {
                 Ok(entries) => pending.extend(
                     entries
@@ -184,13 +201,18 @@ impl Cgroup {
                     });
                 }
             }
-            if pids.len() > MAX_ENTRIES || directories + pending.len() > MAX_ENTRIES {
-                return Err(Error::TooLarge {
-                    path: self.path.clone(),
-                });
+            seen.push(directory);
+            if seen.len() + pending.len() > MAX_ENTRIES {
+                return Err(self.too_large());
             }
         }
-        Ok(pids.into_iter().collect())
+        Ok(seen)
+    }
+
+    fn too_large(&self) -> Error {
+        Error::TooLarge {
+            path: self.path.clone(),
+        }
     }
 
     /// The processes of the tree that are in another network namespace than `ns`.

@@ -13,7 +13,7 @@ use super::proc;
 use crate::sys::nsfs;
 
 /// Inode of the initial user namespace, the same on every machine (`PROC_USER_INIT_INO`, `include/linux/proc_ns.h`).
-const INITIAL_USER_NAMESPACE: u64 = 0xEFFF_FFFD;
+pub const INITIAL_USER_NAMESPACE: u64 = 0xEFFF_FFFD;
 
 /// Result of this module.
 pub type Result<T> = std::result::Result<T, Error>;

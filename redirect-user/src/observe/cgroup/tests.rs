@@ -3,7 +3,6 @@
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::mount::find_mountpoint;
 use super::*;
 use crate::observe::testing::TestNamespace;
 
@@ -70,6 +69,18 @@ fn open_knows_id_and_population() {
         Cgroup::of_process(pid).unwrap().path(),
         test.path.join("inner")
     );
+}
+
+#[test]
+fn relatives_are_those_above_and_below() {
+    let (test, other) = (TestCgroup::new(), TestCgroup::new());
+    let id = |path: &Path| Cgroup::open(path).unwrap().id();
+    let (outer, inner) = (id(&test.path), id(&test.path.join("inner")));
+    let relatives = |path: &Path| Cgroup::open(path).unwrap().relatives().unwrap();
+    assert!(relatives(&test.path).contains(&inner));
+    assert!(relatives(&test.path.join("inner")).contains(&outer));
+    assert!(!relatives(&test.path).contains(&outer));
+    assert!(!relatives(&test.path).contains(&id(&other.path)));
 }
 
 #[test]
@@ -142,19 +153,4 @@ fn of_process_that_is_gone_says_so() {
         Cgroup::of_process(i32::MAX),
         Err(Error::NoProcess { .. })
     ));
-}
-
-#[test]
-fn mountpoint_prefers_the_whole_hierarchy_and_unescapes() {
-    let mountinfo = "30 20 0:26 /pod /mnt/part rw - cgroup2 none rw\n\
-                     31 20 0:26 / /mnt/with\\040blank rw,nosuid shared:9 - cgroup2 cgroup2 rw\n\
-                     32 20 0:27 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n";
-    assert_eq!(
-        find_mountpoint(mountinfo),
-        Some(PathBuf::from("/mnt/with blank"))
-    );
-    assert_eq!(
-        find_mountpoint("32 20 0:27 / /x rw - cgroup cgroup rw\n"),
-        None
-    );
 }

@@ -173,6 +173,44 @@ const REFUSED_VARIABLES: &[(&str, &str, &str, &str)] = &[
     ("ISTIO_DUAL_STACK", "on", r#"ISTIO_DUAL_STACK: "on" is not a boolean"#, BOOLEAN),
 ];
 
+/// Long names of a command's flags, and the variables that their help texts name.
+pub(super) fn flags_and_variables(command: &clap::Command) -> (Vec<String>, Vec<String>) {
+    let (mut flags, mut variables) = (Vec::new(), Vec::new());
+    for argument in command.get_arguments() {
+        flags.extend(argument.get_long().map(|long| format!("--{long}")));
+        let help = argument
+            .get_help()
+            .map(ToString::to_string)
+            .unwrap_or_default();
+        if let Some((_, names)) = help.split_once("[env: ") {
+            variables.extend(names.trim_end_matches(']').split(", ").map(str::to_owned));
+        }
+    }
+    (flags, variables)
+}
+
+#[test]
+fn every_flag_and_variable_has_a_refused_value() {
+    let (flags, variables) = flags_and_variables(&Cli::command());
+    let named = |rows: &[&str], name: &str| {
+        let start = format!("{name}: ");
+        rows.iter().any(|row| row.starts_with(&start))
+    };
+    let rows: Vec<_> = REFUSED_FLAGS.iter().map(|row| row.1).collect();
+    for flag in &flags {
+        // Its file is refused, not its value: see below.
+        assert!(named(&rows, flag) || flag == "--resolv-conf", "{flag}");
+    }
+    let rows: Vec<_> = REFUSED_VARIABLES.iter().map(|row| row.2).collect();
+    for variable in &variables {
+        assert!(named(&rows, variable), "{variable}");
+    }
+    assert!(
+        flags.len() >= 23 && variables.len() >= 23,
+        "{flags:?} {variables:?}"
+    );
+}
+
 fn assert_refused(args: &[&str], variables: &[(&str, &str)], fault: &str, rest: &str) {
     let separator = if rest == LATER { " " } else { ": " };
     match try_policy(args, variables) {
