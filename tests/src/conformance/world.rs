@@ -1,0 +1,235 @@
+//! The two pods, alike but for who captures, and the processes in them.
+
+use std::collections::BTreeMap;
+
+use super::{
+    attempt::Attempt,
+    observe::{Line, Seen, compare},
+    place,
+    setting::Setting,
+};
+use crate::{
+    actor::Actor,
+    iptables::{self, Variant},
+    loader,
+    options::{DNS_PROXY_PORT, Options},
+    pod::Pod,
+    protocol::{Answer, Dialed, Identity, Listen, Request, Start},
+    scene::{APP, PORTS, PROXY_PORTS, SERVICE, wildcards},
+};
+
+/// Ports of the application and of the service beside [`PORTS`].
+const MORE_PORTS: [u16; 5] = [79, 8012, 15108, 61_000, 65_534];
+/// Ports of the service only: where a pod has its proxy.
+const MORE_PROXY_PORTS: [u16; 4] = [15101, 15106, 61_001, DNS_PROXY_PORT];
+/// What is sent over a connection that was made before attach.
+const LATER: &str = "still there";
+
+/// Both pods.
+pub struct World {
+    iptables: Side,
+    redirect: Side,
+    variant: Variant,
+    /// What the redirect pod is given in place of the options, to see that it is noticed.
+    distortion: fn(Options) -> Options,
+    attached: bool,
+}
+
+impl World {
+    /// Two pods that nobody captures yet.
+    pub fn new(variant: Variant, distortion: fn(Options) -> Options) -> Self {
+        Self {
+            iptables: Side::new(),
+            redirect: Side::new(),
+            variant,
+            distortion,
+            attached: false,
+        }
+    }
+
+    /// The addresses, which are those of both.
+    pub fn pod(&self) -> &Pod {
+        &self.redirect.pod
+    }
+
+    /// Takes on a setting and makes every attempt in both pods.
+    pub fn play(&mut self, setting: &Setting, attempts: &[Attempt]) -> Vec<Vec<Line>> {
+        let before = attempts.iter().any(|attempt| attempt.before);
+        if setting.fresh || before {
+            self.detach();
+        }
+        for side in [&mut self.iptables, &mut self.redirect] {
+            side.close_proxy();
+            if !setting.late {
+                side.open_proxy(setting);
+            }
+        }
+        let mut early = BTreeMap::new();
+        for (index, attempt) in attempts.iter().enumerate() {
+            if attempt.before {
+                early.insert(index, self.make(attempt, Some(&format!("before-{index}"))));
+            }
+        }
+        self.attach(&setting.options);
+        if setting.late {
+            self.iptables.open_proxy(setting);
+            self.redirect.open_proxy(setting);
+        }
+        let seen = attempts.iter().enumerate().map(|(index, attempt)| {
+            let [iptables, redirect] = match early.remove(&index) {
+                Some([iptables, redirect]) => {
+                    let name = format!("before-{index}");
+                    [
+                        self.iptables.again(attempt, &name, iptables),
+                        self.redirect.again(attempt, &name, redirect),
+                    ]
+                }
+                None => self.make(attempt, None).map(|dialed| Seen { dialed, later: None }),
+            };
+            compare(attempt, &iptables, &redirect)
+        });
+        seen.collect()
+    }
+
+    /// Makes one attempt in both pods at once, under the setting that is in force.
+    pub fn repeat(&mut self, attempt: &Attempt) -> Vec<Line> {
+        let [iptables, redirect] = self
+            .make(attempt, None)
+            .map(|dialed| Seen { dialed, later: None });
+        compare(attempt, &iptables, &redirect)
+    }
+
+    fn make(&mut self, attempt: &Attempt, keep: Option<&str>) -> [Dialed; 2] {
+        for side in [&mut self.iptables, &mut self.redirect] {
+            let mut dial = attempt.dial(&side.pod);
+            dial.keep = keep.map(str::to_owned);
+            side.dialer(attempt).order(&Request::Dial(dial));
+        }
+        [&mut self.iptables, &mut self.redirect].map(|side| match side.dialer(attempt).receive() {
+            Answer::Dialed(dialed) => *dialed,
+            Answer::Failed(error) => Dialed {
+                error: Some(error),
+                ..Dialed::new()
+            },
+            other => panic!("{attempt:?}: {other:?}"),
+        })
+    }
+
+    fn attach(&mut self, options: &Options) {
+        if self.attached {
+            iptables::flush(&self.iptables.pod, self.variant);
+        }
+        self.attached = true;
+        iptables::apply(&self.iptables.pod, options, self.variant);
+        loader::attach(&self.redirect.pod, &(self.distortion)(*options));
+    }
+
+    fn detach(&mut self) {
+        if std::mem::take(&mut self.attached) {
+            iptables::flush(&self.iptables.pod, self.variant);
+            let output = loader::detach(self.redirect.pod.cgroup.path());
+            assert!(output.status.success(), "detach: {}", crate::namespace::errors(&output));
+        }
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if self.attached {
+            // The rules go with their namespace; the attachment would stay until the next attach.
+            drop(loader::detach(self.redirect.pod.cgroup.path()));
+        }
+    }
+}
+
+/// One pod and its processes, which go before it.
+struct Side {
+    dialers: BTreeMap<(Option<Identity>, bool), Actor>,
+    proxy: Actor,
+    proxy_ports: Vec<u16>,
+    _app: Actor,
+    _service: Actor,
+    pod: Pod,
+}
+
+impl Side {
+    fn new() -> Self {
+        let pod = place::pod();
+        let inside = |role: &str, identity: Identity| {
+            Actor::start(&pod.netns.path(), Some(pod.cgroup.child(role)), identity)
+        };
+        let mut proxy = inside("proxy", Identity::PROXY);
+        let mut app = inside("app", Identity::APP);
+        let mut service = Actor::start(&pod.peer.path(), None, Identity::ROOT);
+        let open = |actor: &mut Actor, name: &str, port: u16| {
+            for address in wildcards(port) {
+                actor.listen(Listen::new(name, address));
+                actor.listen(Listen::new(name, address).udp());
+            }
+        };
+        for port in PORTS.into_iter().chain(MORE_PORTS) {
+            open(&mut app, APP, port);
+            open(&mut service, SERVICE, port);
+        }
+        for port in PROXY_PORTS.into_iter().chain(MORE_PROXY_PORTS) {
+            open(&mut service, SERVICE, port);
+        }
+        open(&mut proxy, "dns", DNS_PROXY_PORT);
+        Self {
+            dialers: BTreeMap::new(),
+            proxy,
+            proxy_ports: Vec::new(),
+            _app: app,
+            _service: service,
+            pod,
+        }
+    }
+
+    fn open_proxy(&mut self, setting: &Setting) {
+        for port in setting.proxy_ports() {
+            for listen in setting.proxy.listeners(&self.pod, port) {
+                self.proxy.listen(listen);
+            }
+            self.proxy_ports.push(port);
+        }
+    }
+
+    fn close_proxy(&mut self) {
+        for port in self.proxy_ports.drain(..) {
+            self.proxy.unlisten(&port.to_string());
+        }
+    }
+
+    /// The process that makes this attempt. Only a mark needs a privilege.
+    fn dialer(&mut self, attempt: &Attempt) -> &mut Actor {
+        let pod = &self.pod;
+        let key = (attempt.from.clone(), attempt.mark != 0);
+        self.dialers.entry(key).or_insert_with(|| {
+            let (netns, cgroup) = match attempt.from {
+                Some(_) => (pod.netns.path(), Some(pod.cgroup.child("others"))),
+                None => (pod.peer.path(), None),
+            };
+            Actor::start_as(Start {
+                cgroup,
+                netns,
+                net_admin: attempt.mark != 0,
+                identity: attempt.from.clone().unwrap_or(Identity::APP),
+            })
+        })
+    }
+
+    /// Looks again at a connection made before attach, and ends it.
+    fn again(&mut self, attempt: &Attempt, name: &str, dialed: Dialed) -> Seen {
+        if dialed.local.is_none() {
+            return Seen { dialed, later: None };
+        }
+        let dialer = self.dialer(attempt);
+        let echo = dialer.ask(name, LATER);
+        let later = dialer.look(name);
+        dialer.hang(name);
+        Seen {
+            dialed,
+            later: Some((echo, later)),
+        }
+    }
+}
