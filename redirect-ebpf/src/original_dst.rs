@@ -60,10 +60,10 @@ pub fn getsockopt(ctx: &SockOpt) -> i32 {
 }
 
 /// Where the connection was meant to go. Like conntrack this knows the answer for every connected
-/// socket, captured or not, on both sides.
+/// TCP socket, captured or not, on both sides.
 #[inline(always)]
 fn original(sock: Sock, pod: bool) -> Option<(Address, u16)> {
-    if sock.destination_port() == 0 {
+    if !sock.is_tcp() || sock.destination_port() == 0 {
         return None;
     }
     match sock.state() {

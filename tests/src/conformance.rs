@@ -28,7 +28,7 @@ use proptest::{
 
 use crate::{iptables::Variant, options::Options, protocol::Transport};
 use attempt::{Attempt, attempts};
-use known::known;
+use known::{Case, known};
 use observe::{Line, OUTCOME};
 use report::{Difference, Report};
 use setting::{Setting, settings};
@@ -88,7 +88,13 @@ pub fn run(plan: &Plan, progress: &mut dyn FnMut(&Report) -> ControlFlow<()>) ->
             let turn = usize::try_from(set / SETS_PER_WORLD).unwrap() % plan.variants.len();
             World::new(plan.variants[turn], plan.distortion)
         });
-        run_set(plan, set, left.min(plan.attempts_per_set), world, &mut report);
+        run_set(
+            plan,
+            set,
+            left.min(plan.attempts_per_set),
+            world,
+            &mut report,
+        );
         if progress(&report).is_break() {
             break;
         }
@@ -97,47 +103,57 @@ pub fn run(plan: &Plan, progress: &mut dyn FnMut(&Report) -> ControlFlow<()>) ->
 }
 
 fn run_set(plan: &Plan, set: u64, count: u64, world: &mut World, report: &mut Report) {
+    // A tree that has been shrunk cannot be had back, but made again.
+    let setting_tree = || settings().new_tree(&mut runner(plan.seed, set)).unwrap();
+    let setting = setting_tree().current();
+    let strategy = attempts(&setting);
     let mut runner = runner(plan.seed, set);
-    let mut setting = settings().new_tree(&mut runner).unwrap();
-    let strategy = attempts(&setting.current());
     let mut trees: Vec<_> = (0..count)
         .map(|_| strategy.new_tree(&mut runner).unwrap())
         .collect();
     let made: Vec<Attempt> = trees.iter().map(ValueTree::current).collect();
-    let results = world.play(&setting.current(), &made);
+    let results = world.play(&setting, &made);
     report.sets += 1;
     for (index, lines) in results.into_iter().enumerate() {
         report.attempts += 1;
         count_outcome(report, &made[index], &lines);
-        let sorted = sort(&setting.current(), &made[index], &lines);
+        let sorted = sort(&setting, &made[index], &lines);
         for name in &sorted.known {
             *report.known.entry(name).or_default() += 1;
         }
         if sorted.unknown.is_empty() {
             continue;
         }
-        // What shows in the same lines is most likely the same, and is shrunk once.
-        let same = |difference: &&mut Difference| difference.unknown == sorted.unknown;
-        if let Some(difference) = report.differences.iter_mut().find(same) {
-            difference.seen += 1;
+        // What shows in the same way is most likely the same, and is shrunk once.
+        let looks = looks(&lines, &sorted.unknown);
+        if report.count_again(&looks) {
             continue;
         }
-        let found = shrink(world, &mut setting, &mut trees[index]);
+        let found = shrink(world, setting_tree(), &mut trees[index]);
         let unsteady = found.is_none();
-        let (setting, attempt, lines) = found.unwrap_or_else(|| {
-            (setting.current(), made[index].clone(), lines)
-        });
+        let (setting, attempt, lines) =
+            found.unwrap_or_else(|| (setting, made[index].clone(), lines));
+        let unknown = sort(&setting, &attempt, &lines).unknown;
+        let small = self::looks(&lines, &unknown);
+        if report.merge(&looks, &small) {
+            continue;
+        }
         report.differences.push(Difference {
+            looks: vec![looks, small],
             seed: plan.seed,
             set,
             options: command_line(&setting.options),
             proxy: format!(
                 "listens on {}{}",
                 setting.proxy.words(),
-                if setting.late { ", only after attach" } else { "" }
+                if setting.late {
+                    ", only after attach"
+                } else {
+                    ""
+                }
             ),
             attempt: attempt.words(world.pod()),
-            unknown: sort(&setting, &attempt, &lines).unknown,
+            unknown,
             lines,
             seen: 1,
             unsteady,
@@ -157,10 +173,17 @@ fn runner(seed: u64, set: u64) -> TestRunner {
 }
 
 fn count_outcome(report: &mut Report, attempt: &Attempt, lines: &[Line]) {
-    let protocol = if attempt.transport == Transport::Tcp { "TCP" } else { "UDP" };
+    let protocol = if attempt.transport == Transport::Tcp {
+        "TCP"
+    } else {
+        "UDP"
+    };
     let outcome = lines.iter().find(|line| line.what == OUTCOME);
     let outcome = outcome.map_or("", |line| line.iptables.as_str());
-    *report.outcomes.entry(format!("{protocol} {outcome}")).or_default() += 1;
+    *report
+        .outcomes
+        .entry(format!("{protocol} {outcome}"))
+        .or_default() += 1;
 }
 
 /// The lines that disagree: names of deliberate differences, and of lines that none of them accounts for.
@@ -172,8 +195,13 @@ struct Sorted {
 
 fn sort(setting: &Setting, attempt: &Attempt, lines: &[Line]) -> Sorted {
     let mut sorted = Sorted::default();
+    let case = Case {
+        setting,
+        attempt,
+        lines,
+    };
     for line in lines.iter().filter(|line| line.differs()) {
-        match known(setting, attempt, line) {
+        match known(case, line) {
             Some(known) if sorted.known.contains(&known.name) => (),
             Some(known) => sorted.known.push(known.name),
             None => sorted.unknown.push(line.what),
@@ -182,10 +210,32 @@ fn sort(setting: &Setting, attempt: &Attempt, lines: &[Line]) -> Sorted {
     sorted
 }
 
+/// What a difference looks like: addresses aside, so that it can be recognised.
+fn looks(lines: &[Line], unknown: &[&str]) -> Vec<String> {
+    let kind = |value: &str| {
+        if value.contains(':') {
+            "an address".to_owned()
+        } else {
+            value.to_owned()
+        }
+    };
+    let lines = lines.iter().filter(|line| unknown.contains(&line.what));
+    lines
+        .map(|line| {
+            format!(
+                "{} ({} with iptables, {} with redirect)",
+                line.what,
+                kind(&line.iptables),
+                kind(&line.redirect)
+            )
+        })
+        .collect()
+}
+
 /// Makes attempt and setting smaller while the pods still disagree. `None` if they do not disagree again.
 fn shrink(
     world: &mut World,
-    setting: &mut impl ValueTree<Value = Setting>,
+    mut setting: impl ValueTree<Value = Setting>,
     attempt: &mut impl ValueTree<Value = Attempt>,
 ) -> Option<(Setting, Attempt, Vec<Line>)> {
     let deadline = Instant::now() + SHRINKING;
@@ -207,12 +257,16 @@ fn shrink(
         } else {
             disagreement(&setting_now, smaller, world.repeat(smaller))
         };
-        found.map(|found| (attempt_now, lines) = (smaller.clone(), found)).is_some()
+        found
+            .map(|found| (attempt_now, lines) = (smaller.clone(), found))
+            .is_some()
     });
-    descend(setting, deadline, |smaller| {
+    descend(&mut setting, deadline, |smaller| {
         let smaller = fresh(smaller);
         let found = alone(world, &smaller, &attempt_now);
-        found.map(|found| (setting_now, lines) = (smaller, found)).is_some()
+        found
+            .map(|found| (setting_now, lines) = (smaller, found))
+            .is_some()
     });
     Some((setting_now, attempt_now, lines))
 }
@@ -248,7 +302,9 @@ fn command_line(options: &Options) -> String {
         }
     };
     let environment = options.environment();
-    let environment = environment.iter().map(|(name, value)| format!("{name}={}", quoted(value)));
+    let environment = environment
+        .iter()
+        .map(|(name, value)| format!("{name}={}", quoted(value)));
     let arguments = options.arguments();
     let arguments = arguments.iter().map(|word| quoted(word));
     environment

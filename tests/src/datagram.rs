@@ -7,14 +7,14 @@ use std::{
 };
 
 use nix::sys::socket::{
-    ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg,
-    setsockopt, sockopt,
+    ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg, setsockopt,
+    sockopt,
 };
 use socket2::{Protocol, Type};
 
 use crate::{
     dial::{create_of, prepare, spell},
-    protocol::{Dial, Dialed, Greeting, Transport},
+    protocol::{Dial, Dialed, Family, Greeting, Transport},
     sockopt::{errno_name, original_dst, original_dst6},
 };
 
@@ -38,6 +38,12 @@ fn attempt(dial: &Dial, dialed: &mut Dialed) -> Result<(), Error> {
     if connected {
         socket.connect(&to.into())?;
         dialed.peer = Some(peer(&socket)?);
+    } else if dial.family == Family::V4 {
+        // Only then is a socket that is not connected told of a refusal, and need not wait.
+        setsockopt(&socket, sockopt::Ipv4RecvErr, &true)?;
+    } else {
+        setsockopt(&socket, sockopt::Ipv6RecvErr, &true)?;
+        setsockopt(&socket, sockopt::Ipv4RecvErr, &true)?;
     }
     dialed.local = Some(local(&socket)?);
     dialed.original = Some(original_dst(&socket, 16));
@@ -103,7 +109,9 @@ fn receive(socket: &UdpSocket) -> Result<Option<(SockaddrStorage, Option<IpAddr>
         ControlMessageOwned::Ipv4PacketInfo(info) => {
             Some(IpAddr::V4(u32::from_be(info.ipi_addr.s_addr).into()))
         }
-        ControlMessageOwned::Ipv6PacketInfo(info) => Some(IpAddr::V6(info.ipi6_addr.s6_addr.into())),
+        ControlMessageOwned::Ipv6PacketInfo(info) => {
+            Some(IpAddr::V6(info.ipi6_addr.s6_addr.into()))
+        }
         _ => None,
     });
     Ok((message.bytes > 0)
@@ -139,7 +147,13 @@ fn answer(
                 ipi_addr: libc::in_addr { s_addr: 0 },
             };
             let control = [ControlMessage::Ipv4PacketInfo(&info)];
-            sendmsg(socket.as_raw_fd(), &buffer, &control, MsgFlags::empty(), Some(peer))?;
+            sendmsg(
+                socket.as_raw_fd(),
+                &buffer,
+                &control,
+                MsgFlags::empty(),
+                Some(peer),
+            )?;
         }
         IpAddr::V6(ip) => {
             let info = libc::in6_pktinfo {
@@ -149,7 +163,13 @@ fn answer(
                 ipi6_ifindex: 0,
             };
             let control = [ControlMessage::Ipv6PacketInfo(&info)];
-            sendmsg(socket.as_raw_fd(), &buffer, &control, MsgFlags::empty(), Some(peer))?;
+            sendmsg(
+                socket.as_raw_fd(),
+                &buffer,
+                &control,
+                MsgFlags::empty(),
+                Some(peer),
+            )?;
         }
     }
     Ok(())
@@ -159,5 +179,7 @@ fn internet(address: &SockaddrStorage) -> Option<SocketAddr> {
     if let Some(ipv4) = address.as_sockaddr_in() {
         return Some(SocketAddr::V4((*ipv4).into()));
     }
-    address.as_sockaddr_in6().map(|ipv6| SocketAddr::V6((*ipv6).into()))
+    address
+        .as_sockaddr_in6()
+        .map(|ipv6| SocketAddr::V6((*ipv6).into()))
 }

@@ -9,7 +9,10 @@ const ATTEMPTS: u64 = 1000;
 
 #[test]
 fn random_connections_end_as_with_iptables() {
-    let report = run(&Plan::new(1, ATTEMPTS), &mut |report| { eprintln!("{}", report.attempts); ControlFlow::Continue(()) });
+    let report = run(&Plan::new(1, ATTEMPTS), &mut |report| {
+        eprintln!("{}", report.attempts);
+        ControlFlow::Continue(())
+    });
     println!("{report}");
     assert!(report.agrees(), "{report}");
 }

@@ -1,6 +1,6 @@
 //! A random connection, and what it is in words.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use proptest::{prelude::*, sample::select};
 
@@ -15,62 +15,67 @@ use crate::{
 };
 
 /// Longer than any answer takes; what is dropped on the way costs this much, in milliseconds.
-const PATIENCE_MS: u64 = 1000;
+const PATIENCE_MS: u64 = 300;
 
-/// Ports that are tried whatever the options name. Somebody listens on most of them.
-const PORTS: [u16; 16] = [
-    80, 53, 443, 81, 5000, 8005, 8080, 9090, 15001, 15006, 15008, DNS_PROXY_PORT, 15090, 61_000, 65_534,
+/// Ports that are tried whatever the options name. Nobody listens on the last two.
+const PORTS: [u16; 17] = [
+    80,
+    53,
+    443,
+    5000,
+    8005,
+    8080,
+    9090,
+    15001,
+    15006,
+    15008,
+    DNS_PROXY_PORT,
+    15020,
+    15090,
+    61_000,
+    65_534,
+    81,
     65_535,
 ];
 const MARKS: &[u32] = &[TPROXY_MARK, 1338, 42];
-/// Buffers for `SO_ORIGINAL_DST`: too small, exact for either family, larger, and beyond a page.
+/// Buffers for `SO_ORIGINAL_DST`: exact for either family, larger, too small, and beyond a page.
 const LENGTHS: &[usize] = &[16, 28, 64, 15, 2, 20, 128, 4096, 5000];
 
-const FOUR: &[Place] = &[
+/// Where most connections go.
+const USUAL: &[Place] = &[
     Place::Service,
     Place::Own,
     Place::Localhost,
     Place::Elsewhere,
+];
+/// Where few go.
+const UNUSUAL: &[Place] = &[
     Place::Second,
     Place::Other,
-    Place::Loopback5,
     Place::Passthrough,
+    Place::Loopback5,
     Place::Loopback123,
     Place::Any,
     Place::Peer,
     Place::OtherPeer,
-    Place::Rejected,
+];
+/// Where none arrives, except at the proxy.
+const NOWHERE: &[Place] = &[
     Place::Unreachable,
     Place::Prohibited,
     Place::Broadcast,
     Place::Multicast,
 ];
-const SIX: &[Place] = &[
-    Place::Service,
-    Place::Own,
-    Place::Localhost,
-    Place::Elsewhere,
-    Place::Second,
-    Place::Other,
-    Place::Passthrough,
-    Place::Any,
-    Place::Peer,
-    Place::OtherPeer,
-    Place::Rejected,
-    Place::Unreachable,
-    Place::Prohibited,
-    Place::Multicast,
-];
 /// What the peer can reach of the pod.
-const POD: &[Place] = &[Place::Own, Place::Second, Place::Other];
+const POD: &[Place] = &[Place::Own, Place::Own, Place::Second, Place::Other];
 /// What a process of the pod may bind to; the last is not the pod's.
 const SOURCES: &[Place] = &[
     Place::Any,
     Place::Own,
-    Place::Passthrough,
-    Place::Localhost,
     Place::Second,
     Place::Other,
+    Place::Passthrough,
+    Place::Localhost,
     Place::Service,
 ];
 /// What a process of the peer may bind to.
@@ -102,16 +107,31 @@ pub struct Attempt {
 /// Connections for a setting: ports are drawn from those it names and others.
 pub fn attempts(setting: &Setting) -> impl Strategy<Value = Attempt> + use<> {
     let named = setting.ports_named();
-    let ports = PORTS.into_iter().chain(named.clone()).chain(named);
-    let ports: Vec<u16> = ports.collect();
+    let port = if named.is_empty() {
+        select(PORTS.to_vec()).boxed()
+    } else {
+        let named: Vec<u16> = named.into_iter().collect();
+        prop_oneof![2 => select(PORTS.to_vec()), 1 => select(named)].boxed()
+    };
     let before = if setting.fresh { 0.05 } else { 0.0 };
+    let family = || {
+        prop_oneof![
+            2 => Just(Family::V4),
+            2 => Just(Family::V6),
+            1 => Just(Family::Mapped),
+        ]
+    };
+    let to = prop_oneof![
+        12 => select(USUAL),
+        6 => select(UNUSUAL),
+        1 => select(NOWHERE),
+    ];
     let ends = prop_oneof![
-        3 => (identities().prop_map(Some), prop_oneof![2 => Just(Family::V4), 1 => Just(Family::Mapped)], select(FOUR), sources(SOURCES)),
-        2 => (identities().prop_map(Some), Just(Family::V6), select(SIX), sources(SOURCES)),
-        2 => (Just(None), prop_oneof![2 => Just(Family::V4), 1 => Just(Family::V6), 1 => Just(Family::Mapped)], select(POD), sources(PEER_SOURCES)),
+        5 => (identities().prop_map(Some), family(), to, sources(SOURCES)),
+        2 => (Just(None), family(), select(POD), sources(PEER_SOURCES)),
     ];
     let transport = prop_oneof![
-        8 => Just(Transport::Tcp),
+        10 => Just(Transport::Tcp),
         1 => Just(Transport::ConnectedUdp),
         1 => Just(Transport::Udp),
     ];
@@ -120,18 +140,26 @@ pub fn attempts(setting: &Setting) -> impl Strategy<Value = Attempt> + use<> {
         prop_oneof![4 => Just(None), 1 => select(LENGTHS).prop_map(Some)],
         prop::bool::weighted(before),
     );
-    (ends, transport, select(ports), extras).prop_map(
-        |((from, family, to, source), transport, port, (mark, length, before))| Attempt {
-            from,
-            transport,
-            family,
-            to,
-            port,
-            source,
-            mark,
-            // Datagrams have no connection to ask about or to look at again.
-            length: length.filter(|_| transport == Transport::Tcp),
-            before: before && transport == Transport::Tcp,
+    (ends, transport, port, extras).prop_map(
+        |((from, family, to, source), transport, port, (mark, length, before))| {
+            let tcp = transport == Transport::Tcp;
+            Attempt {
+                from,
+                // Nobody answers a datagram sent to everybody.
+                transport: if NOWHERE.contains(&to) {
+                    Transport::Tcp
+                } else {
+                    transport
+                },
+                family,
+                to,
+                port,
+                source,
+                mark,
+                // Datagrams have no connection to ask about or to look at again.
+                length: length.filter(|_| tcp),
+                before: before && tcp,
+            }
         },
     )
 }
@@ -224,9 +252,15 @@ impl Attempt {
             Family::V6 => "an IPv6 socket",
             Family::Mapped => "an IPv6 socket with an IPv4-mapped address",
         };
-        words.push(format!("on {socket} to {} ({})", self.destination(pod), self.to.words()));
+        words.push(format!(
+            "on {socket} to {} ({})",
+            self.destination(pod),
+            self.to.words()
+        ));
         match (self.source, self.binding(pod)) {
-            (Some((place, _)), Some(address)) => words.push(format!("from {address} ({})", place.words())),
+            (Some((place, _)), Some(address)) => {
+                words.push(format!("from {address} ({})", place.words()))
+            }
             _ => words.push("from an unbound socket".to_owned()),
         }
         if self.mark != 0 {
@@ -237,16 +271,16 @@ impl Attempt {
         }
         words.join(" ")
     }
-
-    /// The address that a packet is really sent to: connect(2) to the unspecified address means this host.
-    pub fn real_destination(&self, pod: &Pod) -> IpAddr {
-        let to = if self.to == Place::Any { Place::Localhost } else { self.to };
-        address(pod, to, self.family.is_ipv4())
-    }
 }
 
 fn who(identity: &Identity) -> String {
-    let Identity { ruid, euid, rgid, egid, groups } = identity;
+    let Identity {
+        ruid,
+        euid,
+        rgid,
+        egid,
+        groups,
+    } = identity;
     let id = |real: &u32, effective: &u32| {
         if real == effective {
             real.to_string()

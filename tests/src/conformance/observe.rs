@@ -40,6 +40,15 @@ pub const LATER_ORIGINAL: &str = "after attach: original dst, SOL_IP";
 /// `SO_ORIGINAL_DST` of that connection, IPv6.
 pub const LATER_ORIGINAL6: &str = "after attach: original dst, SOL_IPV6";
 
+/// All that is seen after attach.
+pub const LATER: [&str; 5] = [
+    LATER_ECHO,
+    LATER_LOCAL,
+    LATER_PEER,
+    LATER_ORIGINAL,
+    LATER_ORIGINAL6,
+];
+
 /// What was seen of an attempt in one pod.
 #[derive(Clone, Debug)]
 pub struct Seen {
@@ -119,11 +128,23 @@ fn lines(attempt: &Attempt, seen: &Seen) -> Vec<(&'static str, String)> {
         (CLIENT_ORIGINAL6, probe(dialed.original6.as_ref())),
         (REPLIED, address(dialed.replied)),
         (SERVER_PEER, address(greeting.map(|greeting| greeting.peer))),
-        (SERVER_LOCAL, address(greeting.map(|greeting| greeting.local))),
-        (SERVER_ORIGINAL, probe(greeting.map(|greeting| &greeting.original))),
-        (SERVER_ORIGINAL6, probe(greeting.map(|greeting| &greeting.original6))),
+        (
+            SERVER_LOCAL,
+            address(greeting.map(|greeting| greeting.local)),
+        ),
+        (
+            SERVER_ORIGINAL,
+            probe(greeting.map(|greeting| &greeting.original)),
+        ),
+        (
+            SERVER_ORIGINAL6,
+            probe(greeting.map(|greeting| &greeting.original6)),
+        ),
         (SERVER_SIZED, probe(sized.map(|(_, original, _)| original))),
-        (SERVER_SIZED6, probe(sized.map(|(_, _, original6)| original6))),
+        (
+            SERVER_SIZED6,
+            probe(sized.map(|(_, _, original6)| original6)),
+        ),
     ];
     let (echo, later) = match &seen.later {
         Some((Ok(echo), later)) => (echo.clone(), Some(later)),
@@ -134,8 +155,14 @@ fn lines(attempt: &Attempt, seen: &Seen) -> Vec<(&'static str, String)> {
         (LATER_ECHO, echo),
         (LATER_LOCAL, address(later.and_then(|later| later.local))),
         (LATER_PEER, address(later.and_then(|later| later.peer))),
-        (LATER_ORIGINAL, probe(later.and_then(|later| later.original.as_ref()))),
-        (LATER_ORIGINAL6, probe(later.and_then(|later| later.original6.as_ref()))),
+        (
+            LATER_ORIGINAL,
+            probe(later.and_then(|later| later.original.as_ref())),
+        ),
+        (
+            LATER_ORIGINAL6,
+            probe(later.and_then(|later| later.original6.as_ref())),
+        ),
     ]);
     lines
 }

@@ -13,8 +13,6 @@ const OTHER4: Ipv4Addr = Ipv4Addr::new(172, 31, 9, 2);
 const OTHER6: Ipv6Addr = Ipv6Addr::new(0xfd01, 9, 0, 0, 0, 0, 0, 2);
 const OTHER_PEER4: Ipv4Addr = Ipv4Addr::new(172, 31, 9, 1);
 const OTHER_PEER6: Ipv6Addr = Ipv6Addr::new(0xfd01, 9, 0, 0, 0, 0, 0, 1);
-const REJECTED4: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 9);
-const REJECTED6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0x18, 0, 0, 0, 0, 9);
 const UNREACHABLE4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 9);
 const UNREACHABLE6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0x192, 0, 0, 0, 0, 9);
 const PROHIBITED4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 209);
@@ -48,8 +46,6 @@ pub enum Place {
     Peer,
     /// The peer, on the pod's other link.
     OtherPeer,
-    /// A network that the peer has no route to.
-    Rejected,
     /// A network that the pod's own routes call unreachable.
     Unreachable,
     /// A network that the pod's own routes prohibit.
@@ -75,7 +71,6 @@ impl Place {
             Self::Any => "the unspecified address",
             Self::Peer => "the peer",
             Self::OtherPeer => "the peer on the other link",
-            Self::Rejected => "a network unknown to the peer",
             Self::Unreachable => "a network with an unreachable route",
             Self::Prohibited => "a network with a prohibit route",
             Self::Broadcast => "broadcast",
@@ -102,7 +97,6 @@ pub fn address(pod: &Pod, place: Place, ipv4: bool) -> IpAddr {
         Place::Any => (Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED),
         Place::Peer => (pod.peer4, pod.peer6),
         Place::OtherPeer => (OTHER_PEER4, OTHER_PEER6),
-        Place::Rejected => (REJECTED4, REJECTED6),
         Place::Unreachable => (UNREACHABLE4, UNREACHABLE6),
         Place::Prohibited => (PROHIBITED4, PROHIBITED6),
         Place::Broadcast => (Ipv4Addr::new(10, 18, 52, 255), MULTICAST6),
@@ -138,15 +132,5 @@ addr add {OTHER_PEER4}/24 dev eth1
 addr add {OTHER_PEER6}/64 dev eth1 nodad
 link set eth1 up"
     ));
-    // A router answers for what it has no route to; nothing then has to wait for a time-out.
-    pod.peer.sysctl(&[
-        ("ipv4/ip_forward", "1"),
-        ("ipv6/conf/all/forwarding", "1"),
-        ("ipv4/icmp_ratelimit", "0"),
-        ("ipv6/icmp/ratelimit", "0"),
-    ]);
-    for namespace in [&pod.netns, &pod.peer] {
-        namespace.sysctl(&[("ipv4/icmp_ratelimit", "0"), ("ipv6/icmp/ratelimit", "0")]);
-    }
     pod
 }

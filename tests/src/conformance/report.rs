@@ -21,6 +21,8 @@ pub struct Difference {
     pub lines: Vec<Line>,
     /// The names of the lines that disagree, and are not known to.
     pub unknown: Vec<&'static str>,
+    /// What it looked like as found, and when it was made small; others that look like this are counted only.
+    pub looks: Vec<Vec<String>>,
     /// How many attempts of the run showed the same lines.
     pub seen: u64,
     /// It was there once, but not when the attempt was made again.
@@ -47,6 +49,29 @@ impl Report {
     pub fn agrees(&self) -> bool {
         self.differences.is_empty()
     }
+
+    /// Counts a difference that looks like one that is reported. False if none does.
+    pub(super) fn count_again(&mut self, looks: &Vec<String>) -> bool {
+        let known = self
+            .differences
+            .iter_mut()
+            .find(|difference| difference.looks.contains(looks));
+        known.map(|difference| difference.seen += 1).is_some()
+    }
+
+    /// The same for one that has been made small: from now on, what it looked like before is recognised too.
+    pub(super) fn merge(&mut self, looks: &[String], small: &Vec<String>) -> bool {
+        let merged = self.count_again(small);
+        if merged
+            && let Some(difference) = self
+                .differences
+                .iter_mut()
+                .find(|difference| difference.looks.contains(small))
+        {
+            difference.looks.push(looks.to_vec());
+        }
+        merged
+    }
 }
 
 impl fmt::Display for Report {
@@ -54,9 +79,18 @@ impl fmt::Display for Report {
         for difference in &self.differences {
             writeln!(f, "{difference}")?;
         }
-        writeln!(f, "{} attempts under {} option sets", self.attempts, self.sets)?;
+        writeln!(
+            f,
+            "{} attempts under {} option sets",
+            self.attempts, self.sets
+        )?;
         writeln!(f, "\nwho answered, or the error")?;
-        counts(f, self.outcomes.iter().map(|(name, count)| (name.as_str(), *count)))?;
+        counts(
+            f,
+            self.outcomes
+                .iter()
+                .map(|(name, count)| (name.as_str(), *count)),
+        )?;
         writeln!(f, "\ndeliberate differences (docs/behaviour.md)")?;
         counts(f, self.known.iter().map(|(name, count)| (*name, *count)))?;
         writeln!(f, "\nother differences: {}", self.differences.len())
@@ -75,7 +109,11 @@ fn counts<'a>(
 
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let steadiness = if self.unsteady { ", not seen again when repeated" } else { "" };
+        let steadiness = if self.unsteady {
+            ", not seen again when repeated"
+        } else {
+            ""
+        };
         writeln!(
             f,
             "difference in {} attempts (seed {}, option set {}{steadiness}): {}",
@@ -98,7 +136,11 @@ impl fmt::Display for Difference {
         let (first, second) = (width(0), width(1));
         for row in &rows {
             let [what, iptables, redirect] = row;
-            let mark = if self.unknown.contains(what) { '>' } else { ' ' };
+            let mark = if self.unknown.contains(what) {
+                '>'
+            } else {
+                ' '
+            };
             let text = format!("  {mark} {what:<first$}  {iptables:<second$}  {redirect}");
             writeln!(f, "{}", text.trim_end())?;
         }

@@ -9,12 +9,7 @@ use std::{
 use proptest::{collection::vec, prelude::*, sample::select};
 
 use super::place::{Place, address};
-use crate::{
-    options::Options,
-    pod::Pod,
-    protocol::Listen,
-    scene::wildcards,
-};
+use crate::{options::Options, pod::Pod, protocol::Listen, scene::wildcards};
 
 /// One pod's options and proxy.
 #[derive(Clone, Copy, Debug)]
@@ -90,8 +85,28 @@ const PROXY_PORTS: &[&str] = &["", "15101", "61001"];
 const INBOUND_PORTS: &[&str] = &["", "15106", "15001"];
 const TUNNEL_PORTS: &[&str] = &["", "15108", "80"];
 const PORTS: &[&str] = &[
-    "80", "53", "443", "8000:8010", "8080", "5000", "8005", "7999", "0:1023", "9000:", ":79", "15001", "15006",
-    "15008", "15020", "15021", "15053", "15090", "15108", "61000:65534", "61000", "65535",
+    "80",
+    "53",
+    "443",
+    "8000:8010",
+    "8080",
+    "5000",
+    "8005",
+    "7999",
+    "0:1023",
+    "9000:",
+    ":79",
+    "15001",
+    "15006",
+    "15008",
+    "15020",
+    "15021",
+    "15053",
+    "15090",
+    "15108",
+    "61000:65534",
+    "61000",
+    "65535",
 ];
 const IDS: &[&str] = &["1337", "1000", "0", "3", "4", "2001", "3-4", "1000-1337"];
 const CIDRS: &[&str] = &[
@@ -118,7 +133,13 @@ const CIDRS: &[&str] = &[
     "127.0.0.1/32",
     "::1/128",
 ];
-const LOOPBACK_CIDRS: &[&str] = &["", "127.0.0.0/8", "127.0.0.1/8", "127.0.0.4/30", "127.1.2.3/32"];
+const LOOPBACK_CIDRS: &[&str] = &[
+    "",
+    "127.0.0.0/8",
+    "127.0.0.1/8",
+    "127.0.0.4/30",
+    "127.1.2.3/32",
+];
 
 /// Settings that both backends support.
 ///
@@ -225,7 +246,11 @@ fn kept(text: String) -> &'static str {
 impl Setting {
     /// The ports on which the proxy listens, each once.
     pub fn proxy_ports(&self) -> BTreeSet<u16> {
-        [self.options.outbound_listener(), self.options.inbound_listener()].into()
+        [
+            self.options.outbound_listener(),
+            self.options.inbound_listener(),
+        ]
+        .into()
     }
 
     /// Every port that the options name, and its neighbours.

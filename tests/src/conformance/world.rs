@@ -23,12 +23,14 @@ const MORE_PORTS: [u16; 5] = [79, 8012, 15108, 61_000, 65_534];
 /// Ports of the service only: where a pod has its proxy.
 const MORE_PROXY_PORTS: [u16; 4] = [15101, 15106, 61_001, DNS_PROXY_PORT];
 /// What is sent over a connection that was made before attach.
-const LATER: &str = "still there";
+pub const LATER_LINE: &str = "still there";
 
 /// Both pods.
 pub struct World {
     iptables: Side,
     redirect: Side,
+    /// A third pod, attached all the time: the programs then stay loaded, which takes longer than all else.
+    anchor: Pod,
     variant: Variant,
     /// What the redirect pod is given in place of the options, to see that it is noticed.
     distortion: fn(Options) -> Options,
@@ -38,9 +40,12 @@ pub struct World {
 impl World {
     /// Two pods that nobody captures yet.
     pub fn new(variant: Variant, distortion: fn(Options) -> Options) -> Self {
+        let anchor = Pod::new();
+        loader::attach(&anchor, &Options::ISTIO);
         Self {
             iptables: Side::new(),
             redirect: Side::new(),
+            anchor,
             variant,
             distortion,
             attached: false,
@@ -84,7 +89,10 @@ impl World {
                         self.redirect.again(attempt, &name, redirect),
                     ]
                 }
-                None => self.make(attempt, None).map(|dialed| Seen { dialed, later: None }),
+                None => self.make(attempt, None).map(|dialed| Seen {
+                    dialed,
+                    later: None,
+                }),
             };
             compare(attempt, &iptables, &redirect)
         });
@@ -93,9 +101,10 @@ impl World {
 
     /// Makes one attempt in both pods at once, under the setting that is in force.
     pub fn repeat(&mut self, attempt: &Attempt) -> Vec<Line> {
-        let [iptables, redirect] = self
-            .make(attempt, None)
-            .map(|dialed| Seen { dialed, later: None });
+        let [iptables, redirect] = self.make(attempt, None).map(|dialed| Seen {
+            dialed,
+            later: None,
+        });
         compare(attempt, &iptables, &redirect)
     }
 
@@ -128,16 +137,20 @@ impl World {
         if std::mem::take(&mut self.attached) {
             iptables::flush(&self.iptables.pod, self.variant);
             let output = loader::detach(self.redirect.pod.cgroup.path());
-            assert!(output.status.success(), "detach: {}", crate::namespace::errors(&output));
+            assert!(
+                output.status.success(),
+                "detach: {}",
+                crate::namespace::errors(&output)
+            );
         }
     }
 }
 
 impl Drop for World {
     fn drop(&mut self) {
-        if self.attached {
-            // The rules go with their namespace; the attachment would stay until the next attach.
-            drop(loader::detach(self.redirect.pod.cgroup.path()));
+        // The rules go with their namespace; attachments would stay until the next attach.
+        for pod in [&self.redirect.pod, &self.anchor] {
+            drop(loader::detach(pod.cgroup.path()));
         }
     }
 }
@@ -221,10 +234,13 @@ impl Side {
     /// Looks again at a connection made before attach, and ends it.
     fn again(&mut self, attempt: &Attempt, name: &str, dialed: Dialed) -> Seen {
         if dialed.local.is_none() {
-            return Seen { dialed, later: None };
+            return Seen {
+                dialed,
+                later: None,
+            };
         }
         let dialer = self.dialer(attempt);
-        let echo = dialer.ask(name, LATER);
+        let echo = dialer.ask(name, LATER_LINE);
         let later = dialer.look(name);
         dialer.hang(name);
         Seen {
