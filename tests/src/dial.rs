@@ -52,7 +52,7 @@ fn establish(socket: &Socket, dial: &Dial) -> Result<(), Error> {
     prepare(socket, dial)?;
     let to = spell(dial.family, dial.to).into();
     if dial.nonblocking {
-        socket.connect_timeout(&to, Duration::from_millis(dial.timeout_ms))
+        socket.connect_timeout(&to, Duration::from_millis(dial.connect_ms))
     } else {
         // SO_SNDTIMEO bounds a blocking connect too.
         socket.connect(&to)

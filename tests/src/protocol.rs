@@ -122,7 +122,9 @@ pub struct Dial {
     pub reset: bool,
     /// Whether `connect` is asked for on a non-blocking socket.
     pub nonblocking: bool,
-    /// How long connecting may take, and then reading, in milliseconds.
+    /// How long connecting may take, in milliseconds, if it is asked for on a non-blocking socket.
+    pub connect_ms: u64,
+    /// How long connecting may take on a blocking socket, and then reading, in milliseconds.
     pub timeout_ms: u64,
     /// Keep the connection under this name.
     pub keep: Option<String>,
@@ -143,6 +145,7 @@ impl Dial {
             mark: 0,
             reset: false,
             nonblocking: false,
+            connect_ms: 3000,
             timeout_ms: 3000,
             keep: None,
             probe_lengths: Vec::new(),
@@ -170,6 +173,7 @@ impl Dial {
 
     /// Give up after this many milliseconds.
     pub const fn timeout_ms(mut self, timeout: u64) -> Self {
+        self.connect_ms = timeout;
         self.timeout_ms = timeout;
         self
     }

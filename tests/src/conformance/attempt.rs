@@ -14,8 +14,12 @@ use crate::{
     protocol::{Dial, Family, Identity, Transport},
 };
 
-/// Longer than any answer takes; what is dropped on the way costs this much, in milliseconds.
-const PATIENCE_MS: u64 = 300;
+/// Longer than any handshake takes; a SYN that is dropped on the way costs this much, in milliseconds.
+const HANDSHAKE_MS: u64 = 500;
+/// Longer than any answer takes, in milliseconds.
+const ANSWER_MS: u64 = 2000;
+/// The same for a datagram, which may well be dropped.
+const DATAGRAM_MS: u64 = 500;
 
 /// Ports that are tried whatever the options name. Nobody listens on the last two.
 const PORTS: [u16; 17] = [
@@ -223,7 +227,12 @@ impl Attempt {
             mark: self.mark,
             reset: self.transport == Transport::Tcp,
             nonblocking: true,
-            timeout_ms: PATIENCE_MS,
+            connect_ms: HANDSHAKE_MS,
+            timeout_ms: if self.transport == Transport::Tcp {
+                ANSWER_MS
+            } else {
+                DATAGRAM_MS
+            },
             probe_lengths: self.length.into_iter().collect(),
             ..Dial::new(self.family, self.destination(pod))
         }

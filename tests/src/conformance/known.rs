@@ -1,6 +1,6 @@
 //! Where redirect differs from iptables and is known to. docs/behaviour.md has the same list, and a test compares the two.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use super::{
     attempt::Attempt,
@@ -9,7 +9,7 @@ use super::{
         OUTCOME, SERVER_LOCAL, SERVER_PEER, SERVER_SIZED, SERVER_SIZED6,
     },
     place::Place,
-    setting::Setting,
+    setting::{Proxy, Setting},
     world::LATER_LINE,
 };
 use crate::protocol::{Family, Transport};
@@ -36,8 +36,19 @@ impl<'a> Case<'a> {
     }
 }
 
+/// Why a difference is there.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Kind {
+    /// redirect does better on purpose.
+    Deliberate,
+    /// redirect should do as iptables does, and does not.
+    Gap,
+}
+
 /// One difference.
 pub struct Known {
+    /// Why it is there.
+    pub kind: Kind,
     /// What it is about, in the words of the documentation.
     pub name: &'static str,
     /// What redirect does, and what iptables does, in the words of the documentation.
@@ -49,6 +60,7 @@ pub struct Known {
 /// All of them, in the order of the documentation.
 pub const KNOWN: &[Known] = &[
     Known {
+        kind: Kind::Deliberate,
         name: "Established connections",
         explanation: "are left alone by attach. With iptables conntrack begins to look at them, and resets them.",
         applies: |case, line| {
@@ -60,6 +72,7 @@ pub const KNOWN: &[Known] = &[
         },
     },
     Known {
+        kind: Kind::Deliberate,
         name: "`SO_ORIGINAL_DST` where IPv6 is not captured",
         explanation: "answers for IPv6 connections too. With iptables it fails with `ENOENT`: nothing else needs conntrack.",
         applies: |case, line| {
@@ -72,6 +85,7 @@ pub const KNOWN: &[Known] = &[
         },
     },
     Known {
+        kind: Kind::Deliberate,
         name: "`SO_ORIGINAL_DST` with more than 4096 bytes",
         explanation: "comes back with the length of the address, since eBPF programs see one page. With iptables the length stays the caller's.",
         applies: |case, line| {
@@ -82,6 +96,7 @@ pub const KNOWN: &[Known] = &[
         },
     },
     Known {
+        kind: Kind::Deliberate,
         name: "The client's source port",
         explanation: "is always what the proxy sees. Conntrack gives the second of two connections with one source port and one listener another port.",
         applies: |case, line| {
@@ -93,10 +108,60 @@ pub const KNOWN: &[Known] = &[
                 && ip(&line.iptables) == ip(real)
         },
     },
+    Known {
+        kind: Kind::Gap,
+        name: "Unreachable and prohibited destinations",
+        explanation: "that would be captured fail with `ENETUNREACH`. With iptables they fail as the route says: `EHOSTUNREACH` or `EACCES`.",
+        applies: |case, line| {
+            line.what == OUTCOME
+                && [Place::Unreachable, Place::Prohibited].contains(&case.attempt.to)
+                && ["EHOSTUNREACH", "EACCES"].contains(&line.iptables.as_str())
+                && line.redirect == "ENETUNREACH"
+        },
+    },
+    Known {
+        kind: Kind::Gap,
+        name: "IPv4 sockets bound to a loopback address",
+        explanation: "are captured on their way out. With iptables connect() fails with `EINVAL`: a loopback address is no source for a destination outside.",
+        applies: |case, _| {
+            let from_loopback = case
+                .attempt
+                .source
+                .is_some_and(|(place, _)| [Place::Localhost, Place::Passthrough].contains(&place));
+            from_loopback
+                && case.attempt.family.is_ipv4()
+                && case
+                    .line(OUTCOME)
+                    .is_some_and(|line| line.iptables == "EINVAL")
+        },
+    },
+    Known {
+        kind: Kind::Gap,
+        name: "Connections from outside to one of several addresses of an interface",
+        explanation: "reach a proxy on that address or the wildcard, and its `getsockname` shows that address. With iptables both are about the first address of the interface.",
+        applies: |case, line| {
+            let called = case.redirect(CLIENT_PEER);
+            let inward = case.attempt.from.is_none();
+            let bound = case.setting.proxy == Proxy::PodAddress
+                && case.line(OUTCOME).is_some_and(|line| {
+                    [&line.iptables, &line.redirect].contains(&&"ECONNREFUSED".to_owned())
+                });
+            let shown = line.what == SERVER_LOCAL
+                && ip(&line.redirect) == ip(called)
+                && port(&line.redirect) == port(&line.iptables);
+            inward && (bound || shown)
+        },
+    },
 ];
 
-fn ip(text: &str) -> Option<std::net::IpAddr> {
-    text.parse().ok().map(|address: SocketAddr| address.ip())
+fn ip(text: &str) -> Option<IpAddr> {
+    let address: SocketAddr = text.parse().ok()?;
+    Some(address.ip().to_canonical())
+}
+
+fn port(text: &str) -> Option<u16> {
+    let address: SocketAddr = text.parse().ok()?;
+    Some(address.port())
 }
 
 /// The difference that accounts for a line, if one does.

@@ -172,7 +172,7 @@ pub fn settings() -> impl Strategy<Value = Setting> {
         ],
         prop_oneof![3 => Just(String::new()), 1 => list(0..=3, IDS)],
         mostly("", select(LOOPBACK_CIDRS)),
-        prop::bool::weighted(0.75).prop_map(|on| on),
+        prop_oneof![3 => Just(true), 1 => Just(false)],
     );
     let around = (
         prop_oneof![
@@ -253,10 +253,10 @@ impl Setting {
         .into()
     }
 
-    /// Every port that the options name, and its neighbours.
+    /// Every port that the options name, and those on both sides of a range's ends.
     pub fn ports_named(&self) -> BTreeSet<u16> {
         let options = &self.options;
-        [
+        let lists = [
             options.include_inbound,
             options.exclude_inbound,
             options.include_outbound,
@@ -264,12 +264,17 @@ impl Setting {
             options.tunnel_port,
             options.proxy_port,
             options.inbound_port,
-        ]
-        .iter()
-        .flat_map(|list| list.split([',', ':']))
-        .filter_map(|port| port.parse::<u16>().ok())
-        .flat_map(|port| [port, port.saturating_sub(1).max(1), port.saturating_add(1)])
-        .filter(|port| *port != 0)
-        .collect()
+        ];
+        let mut named = BTreeSet::new();
+        for entry in lists.iter().flat_map(|list| list.split(',')) {
+            for port in entry.split(':').filter_map(|port| port.parse::<u16>().ok()) {
+                named.insert(port);
+                if entry.contains(':') {
+                    named.extend([port.saturating_sub(1), port.saturating_add(1)]);
+                }
+            }
+        }
+        named.remove(&0);
+        named
     }
 }

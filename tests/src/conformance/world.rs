@@ -1,6 +1,6 @@
 //! The two pods, alike but for who captures, and the processes in them.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, slice};
 
 use super::{
     attempt::Attempt,
@@ -19,7 +19,9 @@ use crate::{
 };
 
 /// Ports of the application and of the service beside [`PORTS`].
-const MORE_PORTS: [u16; 5] = [79, 8012, 15108, 61_000, 65_534];
+const MORE_PORTS: [u16; 11] = [
+    78, 79, 1022, 1023, 1024, 8001, 8009, 9001, 15108, 61_000, 65_534,
+];
 /// Ports of the service only: where a pod has its proxy.
 const MORE_PROXY_PORTS: [u16; 4] = [15101, 15106, 61_001, DNS_PROXY_PORT];
 /// What is sent over a connection that was made before attach.
@@ -69,59 +71,70 @@ impl World {
                 side.open_proxy(setting);
             }
         }
-        let mut early = BTreeMap::new();
-        for (index, attempt) in attempts.iter().enumerate() {
-            if attempt.before {
-                early.insert(index, self.make(attempt, Some(&format!("before-{index}"))));
-            }
-        }
+        let early = self.make(attempts, |attempt| attempt.before);
         self.attach(&setting.options);
         if setting.late {
             self.iptables.open_proxy(setting);
             self.redirect.open_proxy(setting);
         }
-        let seen = attempts.iter().enumerate().map(|(index, attempt)| {
-            let [iptables, redirect] = match early.remove(&index) {
-                Some([iptables, redirect]) => {
-                    let name = format!("before-{index}");
-                    [
-                        self.iptables.again(attempt, &name, iptables),
-                        self.redirect.again(attempt, &name, redirect),
-                    ]
-                }
-                None => self.make(attempt, None).map(|dialed| Seen {
-                    dialed,
-                    later: None,
-                }),
-            };
-            compare(attempt, &iptables, &redirect)
-        });
-        seen.collect()
+        let late = self.make(attempts, |attempt| !attempt.before);
+        attempts
+            .iter()
+            .enumerate()
+            .zip(early.into_iter().zip(late))
+            .map(|((index, attempt), (early, late))| {
+                let [iptables, redirect] = match (early, late) {
+                    (Some([iptables, redirect]), _) => [
+                        self.iptables.again(attempt, index, iptables),
+                        self.redirect.again(attempt, index, redirect),
+                    ],
+                    (None, late) => seen(late.unwrap()),
+                };
+                compare(attempt, &iptables, &redirect)
+            })
+            .collect()
     }
 
     /// Makes one attempt in both pods at once, under the setting that is in force.
     pub fn repeat(&mut self, attempt: &Attempt) -> Vec<Line> {
-        let [iptables, redirect] = self.make(attempt, None).map(|dialed| Seen {
-            dialed,
-            later: None,
-        });
+        let mut made = self.make(slice::from_ref(attempt), |_| true);
+        let [iptables, redirect] = seen(made.swap_remove(0).unwrap());
         compare(attempt, &iptables, &redirect)
     }
 
-    fn make(&mut self, attempt: &Attempt, keep: Option<&str>) -> [Dialed; 2] {
+    /// Makes those that `are_due`, in both pods at once, and one process's beside another's. Those made before attach are
+    /// kept open.
+    fn make(
+        &mut self,
+        attempts: &[Attempt],
+        are_due: fn(&Attempt) -> bool,
+    ) -> Vec<Option<[Dialed; 2]>> {
         for side in [&mut self.iptables, &mut self.redirect] {
-            let mut dial = attempt.dial(&side.pod);
-            dial.keep = keep.map(str::to_owned);
-            side.dialer(attempt).order(&Request::Dial(dial));
+            for (index, attempt) in attempts.iter().enumerate() {
+                if are_due(attempt) {
+                    let mut dial = attempt.dial(&side.pod);
+                    dial.keep = attempt.before.then(|| name(index));
+                    side.dialer(attempt).order(&Request::Dial(dial));
+                }
+            }
         }
-        [&mut self.iptables, &mut self.redirect].map(|side| match side.dialer(attempt).receive() {
-            Answer::Dialed(dialed) => *dialed,
-            Answer::Failed(error) => Dialed {
-                error: Some(error),
-                ..Dialed::new()
-            },
-            other => panic!("{attempt:?}: {other:?}"),
-        })
+        let mut answer = |attempt: &Attempt| {
+            [&mut self.iptables, &mut self.redirect].map(|side| {
+                match side.dialer(attempt).receive() {
+                    Answer::Dialed(dialed) => *dialed,
+                    Answer::Failed(error) => Dialed {
+                        error: Some(error),
+                        ..Dialed::new()
+                    },
+                    other => panic!("{attempt:?}: {other:?}"),
+                }
+            })
+        };
+        // Each process answers in the order in which it was asked.
+        attempts
+            .iter()
+            .map(|attempt| are_due(attempt).then(|| answer(attempt)))
+            .collect()
     }
 
     fn attach(&mut self, options: &Options) {
@@ -153,6 +166,18 @@ impl Drop for World {
             drop(loader::detach(pod.cgroup.path()));
         }
     }
+}
+
+fn seen(made: [Dialed; 2]) -> [Seen; 2] {
+    made.map(|dialed| Seen {
+        dialed,
+        later: None,
+    })
+}
+
+/// What a connection made before attach is kept as.
+fn name(index: usize) -> String {
+    format!("before-{index}")
 }
 
 /// One pod and its processes, which go before it.
@@ -232,17 +257,17 @@ impl Side {
     }
 
     /// Looks again at a connection made before attach, and ends it.
-    fn again(&mut self, attempt: &Attempt, name: &str, dialed: Dialed) -> Seen {
+    fn again(&mut self, attempt: &Attempt, index: usize, dialed: Dialed) -> Seen {
         if dialed.local.is_none() {
             return Seen {
                 dialed,
                 later: None,
             };
         }
-        let dialer = self.dialer(attempt);
-        let echo = dialer.ask(name, LATER_LINE);
-        let later = dialer.look(name);
-        dialer.hang(name);
+        let (dialer, name) = (self.dialer(attempt), name(index));
+        let echo = dialer.ask(&name, LATER_LINE);
+        let later = dialer.look(&name);
+        dialer.hang(&name);
         Seen {
             dialed,
             later: Some((echo, later)),
