@@ -3,6 +3,7 @@
 use std::{
     env,
     io::{BufRead as _, BufReader, Write as _},
+    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
     sync::mpsc::{Receiver, channel},
@@ -38,6 +39,8 @@ impl Actor {
     /// Starts one.
     pub fn start_as(start: Start) -> Self {
         let mut child = Command::new(executable("actor"))
+            // An interrupt from the keyboard is for the test, which then ends its actors.
+            .process_group(0)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

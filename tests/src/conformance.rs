@@ -2,7 +2,7 @@
 //!
 //! One pod is captured by redirect, the other by the rules that istio-iptables writes for the same options. The same
 //! connection is made in both, and everything that either end can see of it is compared. Where the pods disagree, and
-//! the difference is none that [`known`] declares deliberate, connection and options are made as small as they can be
+//! the difference is none of those in [`known`], connection and options are made as small as they can be
 //! while the pods still disagree.
 //!
 //! Whatever is random comes from the seed and the number of the option set, so that one set can be had again alone.
@@ -30,7 +30,7 @@ use crate::{iptables::Variant, options::Options, protocol::Transport};
 use attempt::{Attempt, attempts};
 use known::{Case, known};
 use observe::{Line, OUTCOME};
-use report::{Difference, Report};
+use report::{Difference, Repeats, Report};
 use setting::{Setting, settings};
 use world::World;
 
@@ -114,6 +114,7 @@ fn run_set(plan: &Plan, set: u64, count: u64, world: &mut World, report: &mut Re
     let made: Vec<Attempt> = trees.iter().map(ValueTree::current).collect();
     let results = world.play(&setting, &made);
     report.sets += 1;
+    let mut found = Vec::new();
     for (index, lines) in results.into_iter().enumerate() {
         report.attempts += 1;
         count_outcome(report, &made[index], &lines);
@@ -121,18 +122,26 @@ fn run_set(plan: &Plan, set: u64, count: u64, world: &mut World, report: &mut Re
         for name in &sorted.known {
             *report.known.entry(name).or_default() += 1;
         }
-        if sorted.unknown.is_empty() {
-            continue;
+        if !sorted.unknown.is_empty() {
+            // Before anything is shrunk, since that takes other settings.
+            let at_once = disagreement(&setting, &made[index], world.repeat(&made[index]));
+            found.push((index, lines, sorted, at_once.is_some()));
         }
+    }
+    for (index, lines, sorted, at_once) in found {
         // What shows in the same way is most likely the same, and is shrunk once.
         let looks = looks(&lines, &sorted.unknown);
         if report.count_again(&looks) {
             continue;
         }
-        let found = shrink(world, setting_tree(), &mut trees[index]);
-        let unsteady = found.is_none();
+        let small = shrink(world, setting_tree(), &mut trees[index]);
+        let repeats = match small {
+            Some(_) => Repeats::Alone,
+            None if at_once => Repeats::AtOnce,
+            None => Repeats::Never,
+        };
         let (setting, attempt, lines) =
-            found.unwrap_or_else(|| (setting, made[index].clone(), lines));
+            small.unwrap_or_else(|| (setting, made[index].clone(), lines));
         let unknown = sort(&setting, &attempt, &lines).unknown;
         let small = self::looks(&lines, &unknown);
         if report.merge(&looks, &small) {
@@ -142,21 +151,13 @@ fn run_set(plan: &Plan, set: u64, count: u64, world: &mut World, report: &mut Re
             looks: vec![looks, small],
             seed: plan.seed,
             set,
-            options: command_line(&setting.options),
-            proxy: format!(
-                "listens on {}{}",
-                setting.proxy.words(),
-                if setting.late {
-                    ", only after attach"
-                } else {
-                    ""
-                }
-            ),
-            attempt: attempt.words(world.pod()),
+            words: attempt.words(world.pod()),
+            setting,
+            attempt,
             unknown,
             lines,
             seen: 1,
-            unsteady,
+            repeats,
         });
     }
 }
@@ -290,26 +291,4 @@ fn descend<T: ValueTree>(
             tree.complicate()
         };
     }
-}
-
-/// The options as they are typed.
-fn command_line(options: &Options) -> String {
-    let quoted = |word: &str| {
-        if word.is_empty() || word.contains(['*', ' ']) {
-            format!("'{word}'")
-        } else {
-            word.to_owned()
-        }
-    };
-    let environment = options.environment();
-    let environment = environment
-        .iter()
-        .map(|(name, value)| format!("{name}={}", quoted(value)));
-    let arguments = options.arguments();
-    let arguments = arguments.iter().map(|word| quoted(word));
-    environment
-        .chain(["redirect attach".to_owned()])
-        .chain(arguments)
-        .collect::<Vec<_>>()
-        .join(" ")
 }

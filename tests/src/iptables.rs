@@ -2,10 +2,14 @@
 
 mod rules;
 
-use std::{env, io::Write as _, process::Stdio};
+use std::{
+    env,
+    io::Write as _,
+    process::{self, Stdio},
+};
 
 use crate::{
-    namespace::errors,
+    namespace::{Namespace, errors},
     options::{Options, TPROXY_MARK},
     pod::Pod,
 };
@@ -31,6 +35,19 @@ impl Variant {
             Ok("nft") | Err(_) => Self::Nft,
             Ok(other) => panic!("REDIRECT_IPTABLES={other}: allowed are nft and legacy"),
         }
+    }
+
+    /// Whether this machine has it: the programs, and what they need of the kernel.
+    pub fn works(self) -> bool {
+        let namespace = Namespace::new(&format!("rd-{}-{}", process::id(), self.name()));
+        ["iptables", "ip6tables"].iter().all(|program| {
+            let program = format!("{program}-{}", self.name());
+            let output = namespace
+                .command(&program)
+                .args(["-t", "nat", "-S"])
+                .output();
+            output.is_ok_and(|output| output.status.success())
+        })
     }
 
     /// As in the programs' names.

@@ -48,6 +48,7 @@ const LENGTHS: &[usize] = &[16, 28, 64, 15, 2, 20, 128, 4096, 5000];
 /// Where most connections go.
 const USUAL: &[Place] = &[
     Place::Service,
+    Place::Service,
     Place::Own,
     Place::Localhost,
     Place::Elsewhere,
@@ -171,6 +172,9 @@ pub fn attempts(setting: &Setting) -> impl Strategy<Value = Attempt> + use<> {
 fn identities() -> impl Strategy<Value = Identity> {
     let apart = vec![
         Identity::APP,
+        Identity::APP,
+        Identity::APP,
+        Identity::APP,
         Identity::PROXY,
         Identity::ROOT,
         Identity::new(1000, 1337),
@@ -200,6 +204,21 @@ fn sources(places: &'static [Place]) -> impl Strategy<Value = Option<(Place, u16
 }
 
 impl Attempt {
+    /// A TCP connection of an unbound socket.
+    pub const fn plain(from: Option<Identity>, family: Family, to: Place, port: u16) -> Self {
+        Self {
+            from,
+            transport: Transport::Tcp,
+            family,
+            to,
+            port,
+            source: None,
+            mark: 0,
+            length: None,
+            before: false,
+        }
+    }
+
     /// The destination in this pod.
     pub fn destination(&self, pod: &Pod) -> SocketAddr {
         SocketAddr::new(address(pod, self.to, self.family.is_ipv4()), self.port)

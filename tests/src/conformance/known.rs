@@ -62,7 +62,7 @@ pub const KNOWN: &[Known] = &[
     Known {
         kind: Kind::Deliberate,
         name: "Established connections",
-        explanation: "are left alone by attach. With iptables conntrack begins to look at them, and resets them.",
+        explanation: "are never reset by attach, by a change of options, or by detach. With iptables conntrack begins or ceases to look at them, and resets them.",
         applies: |case, line| {
             let kept = case.redirect(LATER_ECHO) == LATER_LINE;
             let reset = case
@@ -74,7 +74,7 @@ pub const KNOWN: &[Known] = &[
     Known {
         kind: Kind::Deliberate,
         name: "`SO_ORIGINAL_DST` where IPv6 is not captured",
-        explanation: "answers for IPv6 connections too. With iptables it fails with `ENOENT`: nothing else needs conntrack.",
+        explanation: "answers for IPv6 too. With iptables it fails with `ENOENT`, since conntrack does not look at IPv6 then.",
         applies: |case, line| {
             let own_end = [CLIENT_ORIGINAL, CLIENT_ORIGINAL6].contains(&line.what);
             let real = case.redirect(if own_end { CLIENT_PEER } else { SERVER_LOCAL });
@@ -87,7 +87,7 @@ pub const KNOWN: &[Known] = &[
     Known {
         kind: Kind::Deliberate,
         name: "`SO_ORIGINAL_DST` with more than 4096 bytes",
-        explanation: "comes back with the length of the address, since eBPF programs see one page. With iptables the length stays the caller's.",
+        explanation: "comes back with the length of the address: eBPF programs are shown one page. With iptables the length stays the caller's.",
         applies: |case, line| {
             let address = |text: &str| text.split_once(", ").map(|(address, _)| address.to_owned());
             [SERVER_SIZED, SERVER_SIZED6].contains(&line.what)
@@ -98,7 +98,7 @@ pub const KNOWN: &[Known] = &[
     Known {
         kind: Kind::Deliberate,
         name: "The client's source port",
-        explanation: "is always what the proxy sees. Conntrack gives the second of two connections with one source port and one listener another port.",
+        explanation: "is what the proxy sees, always. With iptables the second of two connections with one source port gets another one where both end at one listener.",
         applies: |case, line| {
             let real = case.redirect(CLIENT_LOCAL);
             line.what == SERVER_PEER

@@ -108,7 +108,18 @@ const PORTS: &[&str] = &[
     "61000",
     "65535",
 ];
-const IDS: &[&str] = &["1337", "1000", "0", "3", "4", "2001", "3-4", "1000-1337"];
+const IDS: &[&str] = &[
+    "1337",
+    "1337",
+    "1337",
+    "1000",
+    "0",
+    "3",
+    "4",
+    "2001",
+    "3-4",
+    "1000-1337",
+];
 const CIDRS: &[&str] = &[
     "203.0.113.0/24",
     "2001:db8:113::/48",
@@ -150,27 +161,24 @@ pub fn settings() -> impl Strategy<Value = Setting> {
         mostly("", select(INBOUND_PORTS)),
         mostly("", select(TUNNEL_PORTS)),
     );
-    let ids = (
-        list(1..=3, IDS),
-        prop_oneof![2 => Just(String::new()), 3 => list(1..=3, IDS)],
-    );
+    let ids = (list(1..=3, IDS), sometimes(list(1..=3, IDS)));
     let inbound = (
         prop_oneof![2 => Just("*".to_owned()), 1 => list(0..=4, PORTS)],
-        list(0..=3, PORTS),
+        sometimes(list(1..=3, PORTS)),
     );
     let outbound = (
         prop_oneof![3 => Just("*".to_owned()), 2 => list(0..=5, CIDRS)],
-        list(0..=2, CIDRS),
-        list(0..=3, PORTS),
-        list(0..=2, PORTS),
+        sometimes(list(1..=2, CIDRS)),
+        sometimes(list(1..=3, PORTS)),
+        sometimes(list(1..=2, PORTS)),
     );
     let groups = (
         prop_oneof![
-            6 => Just(None),
+            8 => Just(None),
             1 => Just(Some("*".to_owned())),
             2 => list(0..=3, IDS).prop_map(Some),
         ],
-        prop_oneof![3 => Just(String::new()), 1 => list(0..=3, IDS)],
+        prop_oneof![3 => Just(String::new()), 1 => list(1..=3, IDS)],
         mostly("", select(LOOPBACK_CIDRS)),
         prop_oneof![3 => Just(true), 1 => Just(false)],
     );
@@ -220,6 +228,11 @@ fn mostly<T: Clone + std::fmt::Debug + 'static>(
     strategy: impl Strategy<Value = T> + 'static,
 ) -> impl Strategy<Value = T> {
     prop_oneof![3 => Just(usual), 1 => strategy]
+}
+
+/// Two times out of five a list, else none.
+fn sometimes(list: impl Strategy<Value = String> + 'static) -> impl Strategy<Value = String> {
+    prop_oneof![3 => Just(String::new()), 2 => list]
 }
 
 fn list(

@@ -1,11 +1,15 @@
 //! The two pods, alike but for who captures, and the processes in them.
 
-use std::{collections::BTreeMap, slice};
+use std::{
+    collections::BTreeMap,
+    slice,
+    time::{Duration, Instant},
+};
 
 use super::{
     attempt::Attempt,
-    observe::{Line, Seen, compare},
-    place,
+    observe::{Line, OUTCOME, Seen, compare},
+    place::{self, Place},
     setting::Setting,
 };
 use crate::{
@@ -14,7 +18,7 @@ use crate::{
     loader,
     options::{DNS_PROXY_PORT, Options},
     pod::Pod,
-    protocol::{Answer, Dialed, Identity, Listen, Request, Start},
+    protocol::{Answer, Dialed, Family, Identity, Listen, Request, Start},
     scene::{APP, PORTS, PROXY_PORTS, SERVICE, wildcards},
 };
 
@@ -24,6 +28,8 @@ const MORE_PORTS: [u16; 11] = [
 ];
 /// Ports of the service only: where a pod has its proxy.
 const MORE_PROXY_PORTS: [u16; 4] = [15101, 15106, 61_001, DNS_PROXY_PORT];
+/// How long new links may take.
+const WARM_UP: Duration = Duration::from_secs(10);
 /// What is sent over a connection that was made before attach.
 pub const LATER_LINE: &str = "still there";
 
@@ -44,13 +50,34 @@ impl World {
     pub fn new(variant: Variant, distortion: fn(Options) -> Options) -> Self {
         let anchor = Pod::new();
         loader::attach(&anchor, &Options::ISTIO);
-        Self {
+        let mut world = Self {
             iptables: Side::new(),
             redirect: Side::new(),
             anchor,
             variant,
             distortion,
             attached: false,
+        };
+        world.warm_up();
+        world
+    }
+
+    /// Waits until the pods and their peers know each other's link addresses: new IPv6 links take a second.
+    fn warm_up(&mut self) {
+        let deadline = Instant::now() + WARM_UP;
+        for attempt in first_attempts() {
+            loop {
+                let lines = self.repeat(&attempt);
+                let answered = lines.iter().any(|line| {
+                    line.what == OUTCOME
+                        && line.iptables == line.redirect
+                        && [APP, SERVICE].contains(&line.redirect.as_str())
+                });
+                if answered {
+                    break;
+                }
+                assert!(Instant::now() < deadline, "{attempt:?}: {lines:?}");
+            }
         }
     }
 
@@ -178,6 +205,25 @@ fn seen(made: [Dialed; 2]) -> [Seen; 2] {
 /// What a connection made before attach is kept as.
 fn name(index: usize) -> String {
     format!("before-{index}")
+}
+
+/// Over each link, in each direction and family.
+fn first_attempts() -> Vec<Attempt> {
+    let mut attempts = Vec::new();
+    for (from, places) in [
+        (
+            Some(Identity::APP),
+            [Place::Service, Place::Peer, Place::OtherPeer],
+        ),
+        (None, [Place::Own, Place::Second, Place::Other]),
+    ] {
+        for family in [Family::V4, Family::V6] {
+            for to in places {
+                attempts.push(Attempt::plain(from.clone(), family, to, 80));
+            }
+        }
+    }
+    attempts
 }
 
 /// One pod and its processes, which go before it.
