@@ -6,6 +6,7 @@ use std::{
     env,
     io::Write as _,
     process::{self, Stdio},
+    sync::OnceLock,
 };
 
 use crate::{
@@ -39,14 +40,15 @@ impl Variant {
 
     /// Whether this machine has it: the programs, and what they need of the kernel.
     pub fn works(self) -> bool {
-        let namespace = Namespace::new(&format!("rd-{}-{}", process::id(), self.name()));
-        ["iptables", "ip6tables"].iter().all(|program| {
-            let program = format!("{program}-{}", self.name());
-            let output = namespace
-                .command(&program)
-                .args(["-t", "nat", "-S"])
-                .output();
-            output.is_ok_and(|output| output.status.success())
+        static WORKS: [OnceLock<bool>; 2] = [OnceLock::new(), OnceLock::new()];
+        *WORKS[self as usize].get_or_init(|| {
+            let namespace = Namespace::new(&format!("rd-{}-{}", process::id(), self.name()));
+            ["iptables", "ip6tables"].iter().all(|program| {
+                let program = format!("{program}-{}", self.name());
+                let list = ["-t", "nat", "-S"];
+                let output = namespace.command(&program).args(list).output();
+                output.is_ok_and(|output| output.status.success())
+            })
         })
     }
 
@@ -70,7 +72,12 @@ pub fn apply(pod: &Pod, options: &Options, variant: Variant) {
     if options.tproxy && !options.include_inbound.is_empty() {
         for (family, all) in [("-4", "0.0.0.0/0"), ("-6", "::/0")] {
             if family == "-4" || options.ipv6 {
-                pod.netns.ip(&format!("{family} rule add fwmark {TPROXY_MARK} lookup {TPROXY_TABLE}\n{family} route replace local {all} dev lo table {TPROXY_TABLE}"));
+                for command in [
+                    format!("{family} rule add fwmark {TPROXY_MARK} lookup {TPROXY_TABLE}"),
+                    format!("{family} route replace local {all} dev lo table {TPROXY_TABLE}"),
+                ] {
+                    assert!(pod.netns.try_ip(&command), "ip {command}");
+                }
             }
         }
     }
