@@ -181,6 +181,11 @@ impl Sock {
     }
 
     #[inline(always)]
+    pub fn is_tcp(self) -> bool {
+        read!(self.0, protocol) == IPPROTO_TCP
+    }
+
+    #[inline(always)]
     pub fn source(self) -> Address {
         by_family(
             self.family(),

@@ -61,10 +61,10 @@ pub fn getsockopt(ctx: &SockOpt) -> i32 {
 }
 
 /// Where the connection was meant to go. Like conntrack this knows the answer for every connected
-/// socket, captured or not, on both sides.
+/// TCP socket, captured or not, on both sides.
 #[inline(always)]
 fn original(sock: Sock, netns_cookie: u64) -> Option<(Address, u16)> {
-    if sock.destination_port() == 0 {
+    if !sock.is_tcp() || sock.destination_port() == 0 {
         return None;
     }
     match part::of(sock, netns_cookie) {

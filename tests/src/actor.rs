@@ -3,6 +3,7 @@
 use std::{
     env,
     io::{BufRead as _, BufReader, Write as _},
+    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, ExitStatus, Stdio},
     sync::mpsc::{Receiver, channel},
@@ -27,22 +28,24 @@ pub struct Actor {
 impl Actor {
     /// Starts one in a namespace and, maybe, a cgroup.
     pub fn start(netns: &Path, cgroup: Option<PathBuf>, identity: Identity) -> Self {
-        Self::start_by(
-            &mut Command::new(executable("actor")),
-            netns,
+        Self::start_as(Start {
             cgroup,
+            netns: netns.to_owned(),
+            net_admin: false,
             identity,
-        )
+        })
+    }
+
+    /// Starts one.
+    pub fn start_as(start: Start) -> Self {
+        Self::start_by(&mut Command::new(executable("actor")), start)
     }
 
     /// Starts one by a command that ends in running the actor's program.
-    pub fn start_by(
-        command: &mut Command,
-        netns: &Path,
-        cgroup: Option<PathBuf>,
-        identity: Identity,
-    ) -> Self {
+    pub fn start_by(command: &mut Command, start: Start) -> Self {
         let mut child = command
+            // An interrupt from the keyboard is for the test, which then ends its actors.
+            .process_group(0)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -58,15 +61,10 @@ impl Actor {
             }
         });
         let mut actor = Self {
-            identity: identity.clone(),
+            identity: start.identity.clone(),
             child,
             stdin,
             answers,
-        };
-        let start = Start {
-            cgroup,
-            netns: netns.to_owned(),
-            identity,
         };
         actor.send(&serde_json::to_string(&start).unwrap());
         actor.receive();
@@ -93,8 +91,13 @@ impl Actor {
 
     /// Asks for something.
     pub fn request(&mut self, request: &Request) -> Answer {
-        self.send(&serde_json::to_string(request).unwrap());
+        self.order(request);
         self.receive()
+    }
+
+    /// Asks for something without waiting; [`Self::receive`] has to follow.
+    pub fn order(&mut self, request: &Request) {
+        self.send(&serde_json::to_string(request).unwrap());
     }
 
     /// Makes a connection.
@@ -186,7 +189,8 @@ impl Actor {
         writeln!(self.stdin.as_mut().unwrap(), "{line}").unwrap();
     }
 
-    fn receive(&self) -> Answer {
+    /// Waits for the answer to [`Self::order`].
+    pub fn receive(&self) -> Answer {
         let line = self
             .answers
             .recv_timeout(PATIENCE)

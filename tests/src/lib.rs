@@ -8,7 +8,7 @@
 //! | [`namespace`], [`cgroup`], [`pod`] | a pod and its peer, removed again whatever happens |
 //! | [`container`] | the `istio-iptables` program in a container of a pod |
 //! | [`protocol`], [`actor`] | a process with a chosen identity that dials and listens on request |
-//! | [`dial`], [`server`], [`sockopt`] | the code that runs inside such a process |
+//! | [`dial`], [`datagram`], [`server`], [`sockopt`] | the code that runs inside such a process |
 //! | [`options`], [`loader`], [`iptables`], [`backend`] | the capture under test and the reference it is compared with |
 //! | [`envoy`], [`skip`] | a real Envoy in the pod, and what is said where there is none |
 //! | [`follower`] | `redirect log` beside a test |
@@ -16,6 +16,7 @@
 //! | [`tracer`] | running the loader call by call, and killing it after any of them |
 //! | [`foreign`] | somebody else's eBPF program on the same hook |
 //! | [`scene`] | a pod with a proxy, an application and a service, and the check of one connection |
+//! | [`conformance`] | random options and connections, in two pods alike: one captured by redirect, one by iptables |
 #![allow(
     clippy::unwrap_used,
     reason = "a test panics where it fails, so that the backtrace points at the line"
@@ -25,7 +26,9 @@ pub mod actor;
 pub mod backend;
 pub mod bpffs;
 pub mod cgroup;
+pub mod conformance;
 pub mod container;
+pub mod datagram;
 pub mod dial;
 pub mod envoy;
 pub mod follower;

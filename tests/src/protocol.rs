@@ -94,18 +94,37 @@ impl Family {
     }
 }
 
+/// How a server is spoken to.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub enum Transport {
+    /// TCP.
+    Tcp,
+    /// UDP on a connected socket.
+    ConnectedUdp,
+    /// UDP on a socket that names the destination with every datagram.
+    Udp,
+}
+
 /// A connection to make.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Dial {
+    /// The protocol.
+    pub transport: Transport,
     /// The kind of socket.
     pub family: Family,
     /// The destination; IPv4 addresses are mapped where `family` says so.
     pub to: SocketAddr,
     /// Address and port to bind before connecting. An unspecified address or port 0 leave that half to the kernel.
     pub bind: Option<SocketAddr>,
+    /// `SO_MARK`, which needs `CAP_NET_ADMIN`; 0 leaves it alone.
+    pub mark: u32,
+    /// Reset the connection when it is closed, so that neither end waits in TIME_WAIT.
+    pub reset: bool,
     /// Whether `connect` is asked for on a non-blocking socket.
     pub nonblocking: bool,
-    /// How long connecting may take, and then reading, in milliseconds.
+    /// How long connecting may take, in milliseconds, if it is asked for on a non-blocking socket.
+    pub connect_ms: u64,
+    /// How long connecting may take on a blocking socket, and then reading, in milliseconds.
     pub timeout_ms: u64,
     /// Keep the connection under this name.
     pub keep: Option<String>,
@@ -119,10 +138,14 @@ impl Dial {
     /// A blocking connection with three seconds of patience.
     pub const fn new(family: Family, to: SocketAddr) -> Self {
         Self {
+            transport: Transport::Tcp,
             family,
             to,
             bind: None,
+            mark: 0,
+            reset: false,
             nonblocking: false,
+            connect_ms: 3000,
             timeout_ms: 3000,
             keep: None,
             probe_lengths: Vec::new(),
@@ -150,6 +173,7 @@ impl Dial {
 
     /// Give up after this many milliseconds.
     pub const fn timeout_ms(mut self, timeout: u64) -> Self {
+        self.connect_ms = timeout;
         self.timeout_ms = timeout;
         self
     }
@@ -174,6 +198,8 @@ pub struct Listen {
     pub v6_only: bool,
     /// What is done with a connection.
     pub manner: Manner,
+    /// Whether this is a UDP socket, which answers every datagram with a greeting.
+    pub udp: bool,
 }
 
 /// What a listener does with a connection.
@@ -196,7 +222,14 @@ impl Listen {
             reuseport: 0,
             v6_only: true,
             manner: Manner::Converse,
+            udp: false,
         }
+    }
+
+    /// UDP in place of TCP.
+    pub const fn udp(mut self) -> Self {
+        self.udp = true;
+        self
     }
 
     /// Serve IPv4 on an IPv6 socket too.
@@ -325,7 +358,7 @@ pub struct Greeting {
     pub who: String,
     /// `getpeername`.
     pub peer: SocketAddr,
-    /// `getsockname`.
+    /// `getsockname`; for UDP, the address that the datagram was sent to as it arrived.
     pub local: SocketAddr,
     /// `SO_ORIGINAL_DST` at `SOL_IP` with a `sockaddr_in`.
     pub original: Probe,
@@ -334,7 +367,7 @@ pub struct Greeting {
 }
 
 /// What a client saw of a connection.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub struct Dialed {
     /// Name of the errno that ended it.
     pub error: Option<String>,
@@ -344,6 +377,8 @@ pub struct Dialed {
     pub local: Option<SocketAddr>,
     /// `getpeername`.
     pub peer: Option<SocketAddr>,
+    /// Where the answer to a datagram came from.
+    pub replied: Option<SocketAddr>,
     /// The client's own `SO_ORIGINAL_DST` at `SOL_IP`.
     pub original: Option<Probe>,
     /// The client's own `SO_ORIGINAL_DST` at `SOL_IPV6`.
@@ -353,6 +388,20 @@ pub struct Dialed {
 }
 
 impl Dialed {
+    /// Nothing seen yet.
+    pub const fn new() -> Self {
+        Self {
+            error: None,
+            greeting: None,
+            local: None,
+            peer: None,
+            replied: None,
+            original: None,
+            original6: None,
+            probes: Vec::new(),
+        }
+    }
+
     /// The name of whoever answered, or of the error, for messages and comparisons.
     pub fn outcome(&self) -> &str {
         match (&self.error, &self.greeting) {
@@ -387,6 +436,8 @@ pub struct Start {
     pub cgroup: Option<PathBuf>,
     /// The network namespace to enter.
     pub netns: PathBuf,
+    /// Keep `CAP_NET_ADMIN`, and no other capability, whatever the identity is.
+    pub net_admin: bool,
     /// The identity to take at last.
     pub identity: Identity,
 }

@@ -29,7 +29,7 @@ use redirect_tests::{
     loader::{self, finish, redirect_inside},
     namespace::errors,
     pod::Pod,
-    protocol::{Dial, Family, Identity},
+    protocol::{Dial, Family, Identity, Start},
     scene::{Lands, Scene, To, inward},
 };
 use rstest::rstest;
@@ -52,7 +52,13 @@ fn run_shell(scene: &Scene, script: &str) -> Command {
 fn run_actor(scene: &Scene) -> Actor {
     let mut command = run(scene);
     command.arg("--").arg(executable("actor"));
-    Actor::start_by(&mut command, &scene.pod.netns.path(), None, Identity::APP)
+    let start = Start {
+        cgroup: None,
+        netns: scene.pod.netns.path(),
+        net_admin: false,
+        identity: Identity::APP,
+    };
+    Actor::start_by(&mut command, start)
 }
 
 /// The cgroup made by a `redirect run` with that process id.
