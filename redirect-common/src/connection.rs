@@ -12,10 +12,17 @@ use crate::address::Address;
 /// original destination, so that neither socket has to remember it, and a pod can hold as many
 /// connections to a destination as without capture.
 pub const STEERED_PORT_FIRST: u16 = 61_000;
-/// How many steered ports there are.
-pub const STEERED_PORTS: u16 = u16::MAX - STEERED_PORT_FIRST;
+/// How many steered ports stand for destinations.
+pub const STEERED_PORTS: u16 = 4_000;
 /// How many ports are tried for a destination before its connections are told apart one by one.
 pub const STEERED_PORT_TRIES: u32 = 8;
+/// First of the steered ports that stand for nothing: for connections told apart one by one. A
+/// range of their own, so that these never take the place of the others.
+pub const SPARE_PORT_FIRST: u16 = STEERED_PORT_FIRST + STEERED_PORTS;
+/// How many there are.
+pub const SPARE_PORTS: u16 = u16::MAX - SPARE_PORT_FIRST;
+/// How many of them are tried for a socket that is bound to a port.
+pub const SPARE_PORT_TRIES: u16 = 16;
 
 /// True if `port` is one that captured connections are sent to.
 #[inline(always)]
@@ -132,8 +139,8 @@ pub struct SocketState {
     pub original: Original,
     /// One of the `ROLE_` constants.
     pub role: u32,
-    /// 1 while state changes of the socket are watched for us.
-    pub watching: u32,
+    /// Padding, zero.
+    pub _pad: u32,
 }
 
 crate::assert_size!(SocketState, 32);
@@ -150,7 +157,7 @@ impl SocketState {
                 _pad: 0,
             },
             role: ROLE_LISTENER,
-            watching: 0,
+            _pad: 0,
         }
     }
 }

@@ -3,34 +3,13 @@
 use redirect_common::address::Address;
 use redirect_common::connection::{ROLE_ACCEPTED_OUTBOUND, ROLE_CLIENT, ROLE_CLIENT_DIRECT};
 
-use crate::ctx::{AF_INET, AF_INET6, SOL_IP, SOL_IPV6, Sock, SockOpt};
+use crate::ctx::{SOL_IP, SOL_IPV6, Sock, SockOpt, SockaddrIn, SockaddrIn6};
 use crate::maps;
 use crate::part;
 
 /// `SO_ORIGINAL_DST` and `IP6T_SO_ORIGINAL_DST`.
 const SO_ORIGINAL_DST: i32 = 80;
 const ALLOW: i32 = 1;
-
-/// `struct sockaddr_in`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct SockaddrIn {
-    family: u16,
-    port_be: u16,
-    address_be: u32,
-    zero: [u32; 2],
-}
-
-/// `struct sockaddr_in6`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct SockaddrIn6 {
-    family: u16,
-    port_be: u16,
-    flow_info: u32,
-    address_be: [u32; 4],
-    scope_id: u32,
-}
 
 #[inline(always)]
 pub fn getsockopt(ctx: &SockOpt) -> i32 {
@@ -41,20 +20,9 @@ pub fn getsockopt(ctx: &SockOpt) -> i32 {
     let netns_cookie = ctx.netns_cookie();
     if let Some((address, port)) = ctx.sock().and_then(|sock| original(sock, netns_cookie)) {
         if level == SOL_IP && address.is_v4() {
-            ctx.answer(&SockaddrIn {
-                family: AF_INET as u16,
-                port_be: port.to_be(),
-                address_be: address.v4_be(),
-                zero: [0; 2],
-            });
+            ctx.answer(&SockaddrIn::new(&address, port));
         } else if level == SOL_IPV6 && !address.is_v4() {
-            ctx.answer(&SockaddrIn6 {
-                family: AF_INET6 as u16,
-                port_be: port.to_be(),
-                flow_info: 0,
-                address_be: address.words_be,
-                scope_id: 0,
-            });
+            ctx.answer(&SockaddrIn6::new(&address, port));
         }
     }
     ALLOW

@@ -20,7 +20,6 @@ use crate::maps;
 
 /// The system call goes on.
 const CONTINUE: u32 = 1;
-const TCP_SYN_SENT: u32 = 2;
 const TCP_CLOSE: u32 = 7;
 
 #[inline(always)]
@@ -50,7 +49,7 @@ fn connecting(ctx: &SockOps) {
         Some(state) if is_steered_port(remote_port) => {
             let flow = own_flow(ctx);
             if maps::publish_flow(&flow, &state.original) {
-                state.watching = u32::from(ctx.watch_state());
+                ctx.watch_state();
             } else {
                 let original = &state.original;
                 maps::count(flow.netns_cookie, Rule::FlowLost);
@@ -68,6 +67,9 @@ fn connecting(ctx: &SockOps) {
 #[inline(always)]
 fn remember_client(ctx: &SockOps, sock: Sock) {
     let netns_cookie = ctx.netns_cookie();
+    if maps::pod(netns_cookie).is_none() {
+        return;
+    }
     let (local, remote) = ctx.addresses();
     let port = ctx.remote_port();
     let original = if destinations::is_steered(netns_cookie, &local, &remote, port) {
@@ -82,28 +84,17 @@ fn remember_client(ctx: &SockOps, sock: Sock) {
         } else {
             ROLE_CLIENT_DIRECT
         },
-        watching: 0,
+        _pad: 0,
     });
 }
 
-/// An attempt to connect has ended. If it failed, nobody will take its flow; if not, there is
-/// nothing more to watch.
+/// A connecting socket has closed: if the proxy has not taken its flow, nobody will.
 #[inline(always)]
 fn state_changed(ctx: &SockOps) {
-    let (old, new) = ctx.old_and_new_state();
-    if old != TCP_SYN_SENT || !is_steered_port(ctx.remote_port()) {
-        return;
+    let (_, new) = ctx.old_and_new_state();
+    if new == TCP_CLOSE && is_steered_port(ctx.remote_port()) {
+        maps::take_flow(&own_flow(ctx));
     }
-    if let Some(state) = ctx.sock().and_then(Sock::state)
-        && state.watching != 0
-    {
-        state.watching = 0;
-        ctx.unwatch_state();
-    }
-    if new != TCP_CLOSE {
-        return;
-    }
-    maps::take_flow(&own_flow(ctx));
 }
 
 /// The key under which a connecting socket's flow is published.
@@ -144,7 +135,7 @@ fn accepted(ctx: &SockOps) {
             sock.set_state(&SocketState {
                 original: Original::default(),
                 role: ROLE_ACCEPTED_DIRECT,
-                watching: 0,
+                _pad: 0,
             });
         }
         None => {}
@@ -187,7 +178,7 @@ fn handed_over(
             } else {
                 ROLE_ACCEPTED_OUTBOUND
             },
-            watching: 0,
+            _pad: 0,
         });
     }
     if published.is_some() {

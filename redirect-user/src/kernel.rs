@@ -10,7 +10,8 @@ use crate::observe::identity::INITIAL_USER_NAMESPACE;
 
 const BTF: &str = "/sys/kernel/btf/vmlinux";
 
-/// Where `xt_owner`'s way from a socket to its creator's ids lies in this kernel, in bytes.
+/// Where things lie in this kernel's structures, in bytes: `xt_owner`'s way from a socket to its
+/// creator's ids, and the way to the network namespace's ephemeral ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Offsets {
     /// `struct sock.sk_socket`
@@ -23,6 +24,12 @@ pub struct Offsets {
     pub cred_fsuid: u32,
     /// `struct cred.fsgid`
     pub cred_fsgid: u32,
+    /// `struct sock.__sk_common.skc_net.net`
+    pub sock_net: u32,
+    /// `struct net.ipv4.ip_local_ports.range`
+    pub net_port_range: u32,
+    /// Whether `range` is one word (since Linux 6.8) and not two.
+    pub port_range_packed: bool,
 }
 
 impl Offsets {
@@ -31,21 +38,29 @@ impl Offsets {
         let bytes = std::fs::read(BTF).with_context(|| format!("reading {BTF}"))?;
         let types = TypeInformation::new(&Bytes(bytes))
             .map_err(|error| anyhow::anyhow!("reading {BTF}: {error:?}"))?;
-        let offset = |name: &str, member: &str| -> Result<u32> {
+        let member = |name: &str, member: &str| -> Result<(u32, u32)> {
             let id = types
                 .id_of(name)
                 .with_context(|| format!("{BTF} has no struct {name}"))?;
             match types.offset_of(id, member) {
-                Ok((_, Offset::ByteOffset(bytes))) => Ok(bytes),
+                Ok((kind, Offset::ByteOffset(bytes))) => Ok((kind, bytes)),
                 other => bail!("{BTF} does not tell where struct {name} has {member}: {other:?}"),
             }
         };
+        let offset = |name: &str, path: &str| member(name, path).map(|(_, bytes)| bytes);
+        let (port_range, net_port_range) = member("net", "ipv4.ip_local_ports.range")?;
+        let port_range_bytes = types
+            .size_of(port_range)
+            .map_err(|error| anyhow::anyhow!("reading {BTF}: {error:?}"))?;
         Ok(Self {
             sock_socket: offset("sock", "sk_socket")?,
             socket_file: offset("socket", "file")?,
             file_cred: offset("file", "f_cred")?,
             cred_fsuid: offset("cred", "fsuid")?,
             cred_fsgid: offset("cred", "fsgid")?,
+            sock_net: offset("sock", "__sk_common.skc_net.net")?,
+            net_port_range,
+            port_range_packed: port_range_bytes == 4,
         })
     }
 }

@@ -136,6 +136,7 @@ impl Programs {
             return Self::open(&directory);
         }
         let offsets = Offsets::of_running_kernel()?;
+        let port_range_packed = u32::from(offsets.port_range_packed);
         let has_set_retval = u32::from(kernel::version()? >= (5, 18));
         let mut object = EbpfLoader::new();
         object
@@ -144,6 +145,9 @@ impl Programs {
             .override_global("OFFSET_FILE_CRED", &offsets.file_cred, true)
             .override_global("OFFSET_CRED_FSUID", &offsets.cred_fsuid, true)
             .override_global("OFFSET_CRED_FSGID", &offsets.cred_fsgid, true)
+            .override_global("OFFSET_SOCK_NET", &offsets.sock_net, true)
+            .override_global("OFFSET_NET_PORT_RANGE", &offsets.net_port_range, true)
+            .override_global("PORT_RANGE_PACKED", &port_range_packed, true)
             .override_global("HAS_SET_RETVAL", &has_set_retval, true);
         let mut object = load_object(&mut object, pins)?;
         let staged = pins.stage()?;

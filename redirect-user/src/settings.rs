@@ -1,5 +1,6 @@
 //! From a validated policy and what was read of a pod to map entries. Pure: nothing is written here.
 
+use std::collections::HashSet;
 use std::net::IpAddr;
 
 use anyhow::{Result, ensure};
@@ -11,7 +12,7 @@ use redirect_common::pod::{
     FLAG_OUTBOUND_ALL, PodConfig,
 };
 use redirect_common::route::{
-    ROUTE_LOCAL, ROUTE_PREFIX_BITS, ROUTE_UNREACHABLE, RouteInfo, RouteKey,
+    ROUTE_BIND_SOURCE, ROUTE_LOCAL, ROUTE_PREFIX_BITS, ROUTE_UNREACHABLE, RouteInfo, RouteKey,
 };
 
 use crate::observe::identity::IdMap;
@@ -137,10 +138,25 @@ pub fn route_entries(netns_cookie: u64, table: &RoutingTable) -> Vec<(RoutePrefi
         };
         (key, info)
     };
+    let sources: HashSet<IpAddr> = table.routes.iter().map(|route| route.source).collect();
+    let secondary: HashSet<IpAddr> = sources
+        .into_iter()
+        .filter(|source| {
+            let routes = table.routes.iter().filter(|r| r.prefix.contains(source));
+            let route = routes.max_by_key(|route| route.prefix.prefix_len());
+            route.is_some_and(|route| route.source != *source)
+        })
+        .collect();
     let routes = table.routes.iter().map(|route| {
+        let local = if route.local { ROUTE_LOCAL } else { 0 };
+        let bind = if secondary.contains(&route.source) {
+            ROUTE_BIND_SOURCE
+        } else {
+            0
+        };
         let info = RouteInfo {
             source: Address::from(route.source),
-            flags: if route.local { ROUTE_LOCAL } else { 0 },
+            flags: local | bind,
             interface: route.interface,
         };
         entry(&route.prefix, info)
