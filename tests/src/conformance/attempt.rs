@@ -19,7 +19,7 @@ const HANDSHAKE_MS: u64 = 500;
 /// Longer than any answer takes, in milliseconds.
 const ANSWER_MS: u64 = 2000;
 /// The same for a datagram, which may well be dropped.
-const DATAGRAM_MS: u64 = 500;
+const DATAGRAM_MS: u64 = 1000;
 
 /// Ports that are tried whatever the options name. Nobody listens on the last two.
 const PORTS: [u16; 17] = [
