@@ -137,16 +137,22 @@ pub const KNOWN: &[Known] = &[
         name: "Connections from outside to one of several addresses of an interface",
         explanation: "reach a proxy on that address or the wildcard, and its `getsockname` shows that address. With iptables both are about the first address of the interface.",
         applies: |case, line| {
-            let called = case.redirect(CLIENT_PEER);
-            let inward = case.attempt.from.is_none();
+            // The kernel keeps IPv4 addresses in the order they were added in, and IPv6 ones in the reverse.
+            let first = if case.attempt.family.is_ipv4() {
+                Place::Own
+            } else {
+                Place::Second
+            };
+            let another =
+                [Place::Own, Place::Second].contains(&case.attempt.to) && case.attempt.to != first;
             let bound = case.setting.proxy == Proxy::PodAddress
                 && case.line(OUTCOME).is_some_and(|line| {
-                    [&line.iptables, &line.redirect].contains(&&"ECONNREFUSED".to_owned())
+                    line.iptables == "ECONNREFUSED" || line.redirect == "ECONNREFUSED"
                 });
             let shown = line.what == SERVER_LOCAL
-                && endpoint(&line.redirect).0 == endpoint(called).0
+                && endpoint(&line.redirect).0 == endpoint(case.redirect(CLIENT_PEER)).0
                 && endpoint(&line.redirect).1 == endpoint(&line.iptables).1;
-            inward && (bound || shown)
+            case.attempt.from.is_none() && another && (bound || shown)
         },
     },
 ];
