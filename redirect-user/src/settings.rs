@@ -1,7 +1,7 @@
 //! From a validated policy and what was read of a pod to map entries. Pure: nothing is written here.
 
 use std::collections::HashSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyhow::{Result, ensure};
 use ipnet::IpNet;
@@ -109,10 +109,8 @@ pub fn list_entries(policy: &Policy) -> Vec<(ListPrefix, u8)> {
         ),
     ];
     let cidrs = cidrs.into_iter().flat_map(|(list, nets)| {
-        nets.iter().map(move |net| {
-            let (address, bits) = prefix(net);
-            (ListKey::address(id, list, address), bits)
-        })
+        let prefixes = nets.iter().flat_map(prefixes_of_family);
+        prefixes.map(move |(address, bits)| (ListKey::address(id, list, address), bits))
     });
     let ports = ports.into_iter().flat_map(|(list, ranges)| {
         ranges.iter().flat_map(move |range| {
@@ -171,9 +169,34 @@ pub fn route_entries(netns_cookie: u64, table: &RoutingTable) -> Vec<(RoutePrefi
     routes.chain(holes).collect()
 }
 
+/// Prefix length of `::ffff:0:0/96`, where IPv4 addresses are kept.
+const MAPPED_BITS: u32 = 96;
+
+/// A network as prefixes of the 16-byte form that cover addresses of its own family only: an IPv6 one around
+/// `::ffff:0:0/96`, such as `::/0`, goes in pieces that leave IPv4 out.
+fn prefixes_of_family(net: &IpNet) -> Vec<(Address, u32)> {
+    const MAPPED: u128 = Ipv4Addr::UNSPECIFIED.to_ipv6_mapped().to_bits();
+    let (address, bits) = prefix(net);
+    let IpNet::V6(net) = net else {
+        return vec![(address, bits)];
+    };
+    let common = (net.network().to_bits() ^ MAPPED).leading_zeros();
+    if common < bits.min(MAPPED_BITS) {
+        return vec![(address, bits)];
+    }
+    // What is inside IPv4's place leaves nothing.
+    let pieces = (bits..MAPPED_BITS).map(|length| {
+        let sibling = MAPPED ^ (1 << (127 - length));
+        let network = sibling & (u128::MAX << (127 - length));
+        (Ipv6Addr::from_bits(network).into(), length + 1)
+    });
+    pieces
+        .map(|(address, bits): (IpAddr, u32)| (address.into(), bits))
+        .collect()
+}
+
 /// A network as a prefix of the 16-byte form.
 fn prefix(net: &IpNet) -> (Address, u32) {
-    const MAPPED_BITS: u32 = 96;
     let bits = u32::from(net.prefix_len());
     match net.network() {
         address @ IpAddr::V4(_) => (address.into(), MAPPED_BITS + bits),
@@ -202,6 +225,54 @@ fn port_prefixes(range: PortRange) -> impl Iterator<Item = (u16, u32)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn prefixes_of_a_network_cover_its_own_family_only() {
+        let addresses = [
+            "::",
+            "::1",
+            "::fffe:ffff:ffff",
+            "::1:0:0:0",
+            "2001:db8::1",
+            "fd00::1",
+            "ffff::1",
+            "0.0.0.0",
+            "10.1.2.3",
+            "255.255.255.255",
+        ];
+        let nets = [
+            "::/0",
+            "::/1",
+            "::/16",
+            "::/80",
+            "::/95",
+            "::/96",
+            "::fffe:0:0/95",
+            "::ffff:0:0/96",
+            "::ffff:10.0.0.0/104",
+            "2000::/3",
+            "8000::/1",
+            "0.0.0.0/0",
+            "10.0.0.0/8",
+        ];
+        let words = |address: Address| {
+            let [a, b, c, d] = address.words_be.map(u32::from_be);
+            Ipv6Addr::from_bits(
+                u128::from(a) << 96 | u128::from(b) << 64 | u128::from(c) << 32 | u128::from(d),
+            )
+            .to_bits()
+        };
+        for net in nets.map(|net| net.parse::<IpNet>().unwrap()) {
+            let prefixes = prefixes_of_family(&net);
+            for address in addresses.map(|address| address.parse::<IpAddr>().unwrap()) {
+                let bits = words(address.into());
+                let covered = prefixes
+                    .iter()
+                    .any(|(network, length)| (words(*network) ^ bits).leading_zeros() >= *length);
+                assert_eq!(covered, net.contains(&address), "{net} and {address}");
+            }
+        }
+    }
 
     #[test]
     fn port_prefixes_cover_exactly_the_range() {

@@ -250,6 +250,29 @@ fn excluded_cidrs_pass_even_with_included_ports_and_lists(
 }
 
 #[rstest]
+#[case::included("::/0", "", Direct, Outbound)]
+#[case::included_ipv4("0.0.0.0/0", "", Outbound, Direct)]
+#[case::excluded("*", "::/0", Outbound, Direct)]
+#[case::excluded_ipv4("*", "0.0.0.0/0", Direct, Outbound)]
+fn a_cidr_is_about_its_own_family_only(
+    #[values(Redirect, Iptables)] backend: Backend,
+    #[values(V4, V6, Mapped)] family: Family,
+    #[case] include_cidrs: &'static str,
+    #[case] exclude_cidrs: &'static str,
+    #[case] ipv4: Lands,
+    #[case] ipv6: Lands,
+) {
+    let options = Options {
+        include_cidrs,
+        exclude_cidrs,
+        ..Options::ISTIO
+    };
+    let lands = if family.is_ipv4() { ipv4 } else { ipv6 };
+    let attempts = [out(APP, To::Service(80), lands)];
+    table(backend, family, options, &attempts);
+}
+
+#[rstest]
 fn excluded_cidr_of_the_pod_itself_still_hands_the_proxys_call_inbound(
     #[values(Redirect, Iptables)] backend: Backend,
     #[values(V4, Mapped)] family: Family,

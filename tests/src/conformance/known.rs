@@ -1,7 +1,5 @@
 //! Where redirect differs from iptables and is known to. docs/behaviour.md has the same list, and a test compares the two.
 
-use std::net::{IpAddr, SocketAddr};
-
 use super::{
     attempt::Attempt,
     observe::{
@@ -103,9 +101,8 @@ pub const KNOWN: &[Known] = &[
             let real = case.redirect(CLIENT_LOCAL);
             line.what == SERVER_PEER
                 && case.attempt.transport == Transport::Tcp
-                && !case.attempt.has_ephemeral_port()
-                && line.redirect == real
-                && ip(&line.iptables) == ip(real)
+                && endpoint(&line.redirect) == endpoint(real)
+                && endpoint(&line.iptables).0 == endpoint(real).0
         },
     },
     Known {
@@ -140,28 +137,31 @@ pub const KNOWN: &[Known] = &[
         name: "Connections from outside to one of several addresses of an interface",
         explanation: "reach a proxy on that address or the wildcard, and its `getsockname` shows that address. With iptables both are about the first address of the interface.",
         applies: |case, line| {
-            let called = case.redirect(CLIENT_PEER);
-            let inward = case.attempt.from.is_none();
+            // The kernel keeps IPv4 addresses in the order they were added in, and IPv6 ones in the reverse.
+            let first = if case.attempt.family.is_ipv4() {
+                Place::Own
+            } else {
+                Place::Second
+            };
+            let another =
+                [Place::Own, Place::Second].contains(&case.attempt.to) && case.attempt.to != first;
             let bound = case.setting.proxy == Proxy::PodAddress
                 && case.line(OUTCOME).is_some_and(|line| {
-                    [&line.iptables, &line.redirect].contains(&&"ECONNREFUSED".to_owned())
+                    line.iptables == "ECONNREFUSED" || line.redirect == "ECONNREFUSED"
                 });
             let shown = line.what == SERVER_LOCAL
-                && ip(&line.redirect) == ip(called)
-                && port(&line.redirect) == port(&line.iptables);
-            inward && (bound || shown)
+                && endpoint(&line.redirect).0 == endpoint(case.redirect(CLIENT_PEER)).0
+                && endpoint(&line.redirect).1 == endpoint(&line.iptables).1;
+            case.attempt.from.is_none() && another && (bound || shown)
         },
     },
 ];
 
-fn ip(text: &str) -> Option<IpAddr> {
-    let address: SocketAddr = text.parse().ok()?;
-    Some(address.ip().to_canonical())
-}
-
-fn port(text: &str) -> Option<u16> {
-    let address: SocketAddr = text.parse().ok()?;
-    Some(address.port())
+/// Address and port of what a line shows, without the IPv4-in-IPv6 mapping; a port that the kernel drew has no number.
+fn endpoint(text: &str) -> (&str, &str) {
+    let (address, port) = text.rsplit_once(':').unwrap_or((text, ""));
+    let address = address.trim_matches(['[', ']']);
+    (address.strip_prefix("::ffff:").unwrap_or(address), port)
 }
 
 /// The difference that accounts for a line, if one does.
