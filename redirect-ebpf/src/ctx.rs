@@ -449,13 +449,7 @@ impl SockAddr {
         };
         // SAFETY: `tuple` has `length` bytes.
         let sk = unsafe {
-            helpers::bpf_skc_lookup_tcp(
-                self.pointer.cast(),
-                tuple,
-                length as u32,
-                CURRENT_NETNS,
-                0,
-            )
+            helpers::bpf_skc_lookup_tcp(self.pointer.cast(), tuple, length as u32, CURRENT_NETNS, 0)
         };
         if sk.is_null() {
             return false;

@@ -5,6 +5,7 @@ use std::{
     net::{Shutdown, TcpListener, TcpStream},
     sync::Arc,
     thread::{self, JoinHandle},
+    time::Duration,
 };
 
 use socket2::{Domain, Protocol, Socket, Type};
@@ -31,14 +32,30 @@ impl Server {
             threads: Vec::new(),
         };
         for _ in 0..listen.reuseport.max(1) {
-            let socket = Arc::new(TcpListener::from(bound(listen)?));
-            let (accepting, who, silent) = (Arc::clone(&socket), listen.who.clone(), listen.silent);
-            server.sockets.push(socket);
-            server
-                .threads
-                .push(thread::spawn(move || serve(&accepting, &who, silent)));
+            server.serve(bound(listen)?, listen);
         }
         Ok(server)
+    }
+
+    /// Listens on a socket that is bound already, or lets the kernel choose a port.
+    pub fn on(socket: Socket, who: &str) -> Result<Self, Error> {
+        socket.listen(16)?;
+        let at = socket.local_addr()?.as_socket().unwrap();
+        let mut server = Self {
+            who: who.to_owned(),
+            sockets: Vec::new(),
+            threads: Vec::new(),
+        };
+        server.serve(socket, &Listen::new(who, at));
+        Ok(server)
+    }
+
+    fn serve(&mut self, socket: Socket, listen: &Listen) {
+        let socket = Arc::new(TcpListener::from(socket));
+        let (accepting, listen) = (Arc::clone(&socket), listen.clone());
+        self.sockets.push(socket);
+        self.threads
+            .push(thread::spawn(move || serve(&accepting, &listen)));
     }
 }
 
@@ -58,7 +75,11 @@ fn bound(listen: &Listen) -> Result<Socket, Error> {
     let socket = Socket::new(
         Domain::for_address(listen.at),
         Type::STREAM,
-        Some(Protocol::TCP),
+        Some(if listen.multipath {
+            Protocol::MPTCP
+        } else {
+            Protocol::TCP
+        }),
     )?;
     if listen.at.is_ipv6() {
         socket.set_only_v6(listen.v6_only)?;
@@ -68,18 +89,19 @@ fn bound(listen: &Listen) -> Result<Socket, Error> {
         socket.set_reuse_port(true)?;
     }
     socket.bind(&listen.at.into())?;
-    socket.listen(4096)?;
+    socket.listen(listen.backlog)?;
     Ok(socket)
 }
 
-fn serve(listener: &TcpListener, who: &str, silent: bool) {
+fn serve(listener: &TcpListener, listen: &Listen) {
+    thread::sleep(Duration::from_millis(listen.delay_ms));
     let mut held = Vec::new();
     while let Ok((stream, _)) = listener.accept() {
-        if silent {
+        if listen.silent {
             held.push(stream);
             continue;
         }
-        let who = who.to_owned();
+        let who = listen.who.clone();
         // A client that hangs up early is its own business.
         thread::spawn(move || drop(converse(&stream, who)));
     }
