@@ -1,10 +1,11 @@
 //! Sockets passed between processes by `SCM_RIGHTS`.
 
 use std::{
+    fs::{self, Permissions},
     io::{Error, IoSlice, IoSliceMut},
     os::{
         fd::{AsRawFd as _, RawFd},
-        unix::net::UnixDatagram,
+        unix::{fs::PermissionsExt as _, net::UnixDatagram},
     },
     path::Path,
     time::Duration,
@@ -18,6 +19,8 @@ use crate::raw::adopt;
 /// Where sockets are received: a datagram socket with a path.
 pub fn open(path: &Path) -> Result<UnixDatagram, Error> {
     let post = UnixDatagram::bind(path)?;
+    // Senders are other users.
+    fs::set_permissions(path, Permissions::from_mode(0o666))?;
     post.set_read_timeout(Some(Duration::from_secs(3)))?;
     Ok(post)
 }

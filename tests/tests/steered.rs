@@ -124,12 +124,12 @@ fn port_that_stands_for_a_destination_is_a_port_like_others(
         assert_eq!(originals(&dialed)[0], Some(to), "{attempt:?}");
         scene.judge(&dialed, to, attempt).unwrap();
     }
-    let excluded = Options {
-        exclude_inbound: Box::leak(port.to_string().into_boxed_str()),
-        ..Options::ISTIO
-    };
-    scene.attach(backend, &excluded);
-    if family != Mapped && backend == Redirect {
+    if backend == Redirect && family != Mapped {
+        let excluded = Options {
+            exclude_inbound: Box::leak(port.to_string().into_boxed_str()),
+            ..Options::ISTIO
+        };
+        scene.attach(backend, &excluded);
         scene.attempt(family, &inward(port, Direct)).unwrap();
     }
 }
