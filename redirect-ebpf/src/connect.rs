@@ -175,21 +175,21 @@ fn random_spare_port() -> u16 {
     SPARE_PORT_FIRST + (random() % u32::from(SPARE_PORTS)) as u16
 }
 
-/// A spare port, from `first` on, for a socket that is bound to a port. Another socket of the same
+/// `port` or another spare one, for a socket that is bound to a port. Another socket of the same
 /// source may have drawn the same one: connect() would fail.
 #[inline(always)]
 fn free_spare_port(
     ctx: &SockAddr,
-    first: u16,
+    mut port: u16,
     source: (&Address, u16),
     steered: &Address,
 ) -> Option<u16> {
-    for attempt in 0..SPARE_PORT_TRIES {
-        let port = SPARE_PORT_FIRST + (first - SPARE_PORT_FIRST + attempt) % SPARE_PORTS;
+    for _ in 0..SPARE_PORT_TRIES {
         // The socket's own would connect it to itself.
         if port != source.1 && !ctx.is_connected(source, (steered, port)) {
             return Some(port);
         }
+        port = random_spare_port();
     }
     None
 }

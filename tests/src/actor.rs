@@ -3,6 +3,7 @@
 use std::{
     env,
     io::{BufRead as _, BufReader, Write as _},
+    net::SocketAddr,
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, ExitStatus, Stdio},
@@ -128,10 +129,68 @@ impl Actor {
         self.done(&Request::Assume(identity.clone()));
     }
 
-    /// Connects a socket made by [`Self::create`].
+    /// Connects a socket made by [`Self::create`], or kept after a connection. It is kept.
     pub fn connect(&mut self, name: &str, dial: &Dial) -> Dialed {
         let (name, dial) = (name.to_owned(), dial.clone());
         self.dialed(&Request::Connect { name, dial })
+    }
+
+    /// Dissolves a connection and keeps the socket.
+    pub fn disconnect(&mut self, name: &str) {
+        self.done(&Request::Disconnect {
+            name: name.to_owned(),
+        });
+    }
+
+    /// Listens on a socket made before.
+    pub fn serve(&mut self, name: &str, who: &str) {
+        let (name, who) = (name.to_owned(), who.to_owned());
+        self.done(&Request::Serve { name, who });
+    }
+
+    /// Makes a connection in a child process, on a socket it inherits or on its own.
+    pub fn spawn(&mut self, name: Option<&str>, dial: &Dial) -> Dialed {
+        let (name, dial) = (name.map(str::to_owned), dial.clone());
+        self.dialed(&Request::Spawn { name, dial })
+    }
+
+    /// Connects to consecutive addresses and returns what went wrong.
+    pub fn sweep(&mut self, to: SocketAddr, addresses: u32) -> Vec<Dialed> {
+        match self.request(&Request::Sweep { to, addresses }) {
+            Answer::Several(wrong) => wrong,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Makes connections at the same time.
+    pub fn together(&mut self, dials: Vec<Dial>) -> Vec<Dialed> {
+        match self.request(&Request::Together(dials)) {
+            Answer::Several(dialed) => dialed,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Hands a copy of a socket to another process.
+    pub fn give(&mut self, name: &str, other: &mut Self) {
+        let place = env::temp_dir().join(format!("redirect-{}", other.pid()));
+        let name = name.to_owned();
+        other.done(&Request::Expect(place.clone()));
+        self.done(&Request::Give {
+            name: name.clone(),
+            to: place.clone(),
+        });
+        other.done(&Request::Take { name });
+        std::fs::remove_file(place).unwrap();
+    }
+
+    /// Sends a line, stops sending, and returns all that comes.
+    pub fn half_close(&mut self, name: &str, line: &str) -> Result<String, String> {
+        let (name, line) = (name.to_owned(), line.to_owned());
+        match self.request(&Request::HalfClose { name, line }) {
+            Answer::Said(line) => Ok(line),
+            Answer::Failed(error) => Err(error),
+            other => panic!("{other:?}"),
+        }
     }
 
     /// Sends a line on a kept connection and returns the echo, or the name of the error.

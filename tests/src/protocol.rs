@@ -1,11 +1,14 @@
 //! What a test and its actor say to each other: one JSON document per line, a request down, an answer up.
 
 use std::{
+    io::Error,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
 };
 
 use serde::{Deserialize, Serialize};
+
+use crate::sockopt::errno_name;
 
 /// The user and group ids a process runs with.
 ///
@@ -105,6 +108,39 @@ pub enum Transport {
     Udp,
 }
 
+/// How a connection is asked for.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub enum Way {
+    /// connect(2).
+    Blocking,
+    /// connect(2) on a non-blocking socket, then poll(2).
+    Nonblocking,
+    /// sendto(2) with `MSG_FASTOPEN`; sends [`EARLY`].
+    FastOpen,
+    /// connect(2) with `TCP_FASTOPEN_CONNECT`, which waits for the first write: [`EARLY`].
+    FastOpenConnect,
+    /// `IORING_OP_CONNECT`.
+    IoUring,
+}
+
+/// What fast-open connections send first; servers echo it after their greeting.
+pub const EARLY: &str = "early";
+
+/// A socket option, set before binding and connecting.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub enum Setting {
+    /// `SO_BINDTODEVICE`.
+    Device(String),
+    /// `IP_BIND_ADDRESS_NO_PORT`.
+    BindAddressNoPort,
+    /// `IP_FREEBIND`.
+    Freebind,
+    /// `IP_TRANSPARENT`.
+    Transparent,
+    /// `SO_REUSEPORT`.
+    ReusePort,
+}
+
 /// A connection to make.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Dial {
@@ -120,8 +156,12 @@ pub struct Dial {
     pub mark: u32,
     /// Reset the connection when it is closed, so that neither end waits in TIME_WAIT.
     pub reset: bool,
-    /// Whether `connect` is asked for on a non-blocking socket.
-    pub nonblocking: bool,
+    /// How it is asked for.
+    pub way: Way,
+    /// Options of the socket.
+    pub settings: Vec<Setting>,
+    /// Whether the socket is of `IPPROTO_MPTCP`.
+    pub multipath: bool,
     /// How long connecting may take, in milliseconds, if it is asked for on a non-blocking socket.
     pub connect_ms: u64,
     /// How long connecting may take on a blocking socket, and then reading, in milliseconds.
@@ -144,7 +184,9 @@ impl Dial {
             bind: None,
             mark: 0,
             reset: false,
-            nonblocking: false,
+            way: Way::Blocking,
+            settings: Vec::new(),
+            multipath: false,
             connect_ms: 3000,
             timeout_ms: 3000,
             keep: None,
@@ -165,9 +207,21 @@ impl Dial {
         self
     }
 
-    /// Connect without blocking.
-    pub const fn nonblocking(mut self) -> Self {
-        self.nonblocking = true;
+    /// Connect in another way.
+    pub const fn way(mut self, way: Way) -> Self {
+        self.way = way;
+        self
+    }
+
+    /// Set a socket option first.
+    pub fn setting(mut self, setting: Setting) -> Self {
+        self.settings.push(setting);
+        self
+    }
+
+    /// Use an MPTCP socket.
+    pub const fn multipath(mut self) -> Self {
+        self.multipath = true;
         self
     }
 
@@ -200,6 +254,12 @@ pub struct Listen {
     pub manner: Manner,
     /// Whether this is a UDP socket, which answers every datagram with a greeting.
     pub udp: bool,
+    /// Length of the queue of connections not accepted yet.
+    pub backlog: i32,
+    /// How long to wait before the first is accepted, in milliseconds.
+    pub delay_ms: u64,
+    /// Whether the socket is of `IPPROTO_MPTCP`.
+    pub multipath: bool,
 }
 
 /// What a listener does with a connection.
@@ -223,6 +283,9 @@ impl Listen {
             v6_only: true,
             manner: Manner::Converse,
             udp: false,
+            backlog: 4096,
+            delay_ms: 0,
+            multipath: false,
         }
     }
 
@@ -249,6 +312,18 @@ impl Listen {
         self.manner = manner;
         self
     }
+
+    /// Keep few connections waiting, and for so many milliseconds.
+    pub const fn slow(mut self, backlog: i32, delay_ms: u64) -> Self {
+        (self.backlog, self.delay_ms) = (backlog, delay_ms);
+        self
+    }
+
+    /// Use an MPTCP socket.
+    pub const fn multipath(mut self) -> Self {
+        self.multipath = true;
+        self
+    }
 }
 
 /// One thing an actor is asked to do.
@@ -265,6 +340,56 @@ pub enum Request {
     },
     /// Take another identity, for good.
     Assume(Identity),
+    /// Dissolve a socket's connection: connect(2) to `AF_UNSPEC`.
+    Disconnect {
+        /// Name of the connection.
+        name: String,
+    },
+    /// Listen on a socket that is there, and serve.
+    Serve {
+        /// Name of the socket, which is gone afterwards.
+        name: String,
+        /// Who a client is told it has reached.
+        who: String,
+    },
+    /// Make a connection in a child process.
+    Spawn {
+        /// On this socket, which it inherits; else on one of its own.
+        name: Option<String>,
+        /// How.
+        dial: Dial,
+    },
+    /// Connect to consecutive addresses, one after another, and tell of those where an end did not
+    /// see the right destination.
+    Sweep {
+        /// The first.
+        to: SocketAddr,
+        /// How many.
+        addresses: u32,
+    },
+    /// Make connections at the same time, each in its own thread.
+    Together(Vec<Dial>),
+    /// Open a place where sockets of other processes arrive.
+    Expect(PathBuf),
+    /// Send a socket to such a place.
+    Give {
+        /// Name of the socket, which is kept too.
+        name: String,
+        /// The place.
+        to: PathBuf,
+    },
+    /// Receive a socket at the place opened.
+    Take {
+        /// Name to keep it under.
+        name: String,
+    },
+    /// Send a line, stop sending, and read all that comes.
+    HalfClose {
+        /// Name of the connection.
+        name: String,
+        /// What to send.
+        line: String,
+    },
     /// Connect a socket that was created before.
     Connect {
         /// Its name.
@@ -327,6 +452,8 @@ pub enum Answer {
     Failed(String),
     /// A connection was attempted.
     Dialed(Box<Dialed>),
+    /// Several were.
+    Several(Vec<Dialed>),
     /// The echo.
     Said(String),
     /// What the traffic met.
@@ -399,6 +526,14 @@ impl Dialed {
             original: None,
             original6: None,
             probes: Vec::new(),
+        }
+    }
+
+    /// One that did not come about.
+    pub fn failed(error: &Error) -> Self {
+        Self {
+            error: Some(errno_name(error)),
+            ..Self::new()
         }
     }
 

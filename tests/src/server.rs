@@ -6,6 +6,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd},
     sync::Arc,
     thread::{self, JoinHandle},
+    time::Duration,
 };
 
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
@@ -42,14 +43,30 @@ impl Server {
             return Ok(server);
         }
         for _ in 0..listen.reuseport.max(1) {
-            let socket = Arc::new(TcpListener::from(bound(listen)?));
-            let (accepting, who, manner) = (Arc::clone(&socket), listen.who.clone(), listen.manner);
-            server.sockets.push(socket);
-            server
-                .threads
-                .push(thread::spawn(move || serve(&accepting, &who, manner)));
+            server.serve(bound(listen)?, listen);
         }
         Ok(server)
+    }
+
+    /// Listens on a socket that is bound already, or lets the kernel choose a port.
+    pub fn on(socket: Socket, who: &str) -> Result<Self, Error> {
+        socket.listen(16)?;
+        let at = socket.local_addr()?.as_socket().unwrap();
+        let mut server = Self {
+            who: who.to_owned(),
+            sockets: Vec::new(),
+            threads: Vec::new(),
+        };
+        server.serve(socket, &Listen::new(who, at));
+        Ok(server)
+    }
+
+    fn serve(&mut self, socket: Socket, listen: &Listen) {
+        let socket = Arc::new(TcpListener::from(socket));
+        let (accepting, listen) = (Arc::clone(&socket), listen.clone());
+        self.sockets.push(socket);
+        self.threads
+            .push(thread::spawn(move || serve(&accepting, &listen)));
     }
 }
 
@@ -69,6 +86,8 @@ impl Drop for Server {
 fn bound(listen: &Listen) -> Result<Socket, Error> {
     let (kind, protocol) = if listen.udp {
         (Type::DGRAM, Protocol::UDP)
+    } else if listen.multipath {
+        (Type::STREAM, Protocol::MPTCP)
     } else {
         (Type::STREAM, Protocol::TCP)
     };
@@ -82,19 +101,20 @@ fn bound(listen: &Listen) -> Result<Socket, Error> {
     }
     socket.bind(&listen.at.into())?;
     if !listen.udp {
-        socket.listen(4096)?;
+        socket.listen(listen.backlog)?;
     }
     Ok(socket)
 }
 
-fn serve(listener: &TcpListener, who: &str, manner: Manner) {
+fn serve(listener: &TcpListener, listen: &Listen) {
+    thread::sleep(Duration::from_millis(listen.delay_ms));
     let mut held = Vec::new();
     while let Ok((stream, _)) = listener.accept() {
-        match manner {
+        match listen.manner {
             Manner::Hold => held.push(stream),
             Manner::HangUp => drop(stream),
             Manner::Converse => {
-                let who = who.to_owned();
+                let who = listen.who.clone();
                 // A client that hangs up early is its own business.
                 thread::spawn(move || drop(converse(&stream, who)));
             }

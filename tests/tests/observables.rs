@@ -11,7 +11,7 @@ use redirect_tests::{
     backend::Backend,
     options::Options,
     pod::Pod,
-    protocol::{Dial, Dialed, Family, Identity, Listen, Probe, canonical},
+    protocol::{Dial, Dialed, Family, Identity, Listen, Probe, Way, canonical},
     scene::{self, Lands, Scene, To, answered, inward, out, wildcards},
 };
 use rstest::rstest;
@@ -182,7 +182,9 @@ fn addresses_stay_the_same_while_the_connection_lives(
     attach(&mut scene, backend, family, &[OUT]);
     let to = scene.address(family, To::Service(80));
     let mut dial = Dial::new(family, to).keep("kept");
-    dial.nonblocking = nonblocking;
+    if nonblocking {
+        dial = dial.way(Way::Nonblocking);
+    }
     let first = scene.app.dial(&dial);
     assert_eq!(first.outcome(), "15001");
     assert_eq!(scene.app.ask("kept", "hello").as_deref(), Ok("hello"));
@@ -466,7 +468,9 @@ fn no_proxy_refuses_the_client(
     let mut scene = Scene::without_proxy(Pod::new(), &Options::ISTIO);
     attach(&mut scene, backend, family, &[OUT]);
     let mut dial = Dial::new(family, scene.address(family, To::Service(80)));
-    dial.nonblocking = nonblocking;
+    if nonblocking {
+        dial = dial.way(Way::Nonblocking);
+    }
     assert_eq!(scene.app.dial(&dial).outcome(), "ECONNREFUSED");
     assert_eq!(scene.proxy.dial(&dial).outcome(), "service");
 }

@@ -11,7 +11,7 @@ use super::{
 use crate::{
     options::{DNS_PROXY_PORT, TPROXY_MARK},
     pod::Pod,
-    protocol::{Dial, Family, Identity, Transport},
+    protocol::{Dial, Family, Identity, Transport, Way},
 };
 
 /// Longer than any handshake takes; a SYN that is dropped on the way costs this much, in milliseconds.
@@ -250,7 +250,7 @@ impl Attempt {
             bind: self.binding(pod),
             mark: self.mark,
             reset: self.transport == Transport::Tcp,
-            nonblocking: true,
+            way: Way::Nonblocking,
             connect_ms: HANDSHAKE_MS,
             timeout_ms: if self.transport == Transport::Tcp {
                 ANSWER_MS
