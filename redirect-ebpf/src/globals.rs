@@ -19,6 +19,10 @@ static OFFSET_CRED_FSGID: u32 = 0;
 #[unsafe(no_mangle)]
 static HAS_SET_RETVAL: u32 = 0;
 
+/// 1 if the context of `sk_lookup` tells the interface.
+#[unsafe(no_mangle)]
+static HAS_INGRESS_INTERFACE: u32 = 0;
+
 /// The pod's network namespace: `sk_lookup` programs have no helper that tells it.
 #[unsafe(no_mangle)]
 static NETNS_COOKIE: u64 = 0;
@@ -51,6 +55,11 @@ pub fn offset_cred_fsgid() -> u64 {
 #[inline(always)]
 pub fn has_set_retval() -> bool {
     read_global(&HAS_SET_RETVAL) != 0
+}
+
+#[inline(always)]
+pub fn has_ingress_interface() -> bool {
+    read_global(&HAS_INGRESS_INTERFACE) != 0
 }
 
 #[inline(always)]

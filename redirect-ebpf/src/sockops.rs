@@ -10,6 +10,7 @@ use redirect_common::connection::{
     FlowKey, Original, ROLE_ACCEPTED_DIRECT, ROLE_ACCEPTED_INBOUND, ROLE_ACCEPTED_OUTBOUND,
     ROLE_CLIENT, ROLE_CLIENT_DIRECT, ROLE_LISTENER, SocketState, is_steered_port,
 };
+use redirect_common::pod::FLAG_TPROXY;
 use redirect_common::verdict::Rule;
 
 use crate::ctx::{Sock, SockOps};
@@ -40,14 +41,11 @@ pub fn sockops(ctx: &SockOps) -> u32 {
 #[inline(always)]
 fn connecting(ctx: &SockOps) {
     let (local_port, remote_port) = (ctx.local_port(), ctx.remote_port());
-    if !is_steered_port(remote_port) && !is_steered_port(local_port) {
-        return;
-    }
     let Some(sock) = ctx.sock() else {
         return;
     };
     match sock.state() {
-        Some(state) if is_steered_port(remote_port) => {
+        Some(state) if is_steered_port(remote_port) || state.original.in_place != 0 => {
             let flow = own_flow(ctx);
             if maps::publish_flow(&flow, &state.original) {
                 state.watching = u32::from(ctx.watch_state());
@@ -88,13 +86,25 @@ fn remember_client(ctx: &SockOps, sock: Sock) {
 
 /// An attempt to connect has ended. If it failed, nobody will take its flow; if not, there is
 /// nothing more to watch.
+///
+/// A flow in place lives as long as its socket at most: what comes from outside with the same
+/// addresses must not be taken for it.
 #[inline(always)]
 fn state_changed(ctx: &SockOps) {
     let (old, new) = ctx.old_and_new_state();
+    let state = ctx.sock().and_then(Sock::state);
+    if let Some(state) = &state
+        && state.original.in_place != 0
+    {
+        if new == TCP_CLOSE {
+            maps::take_flow(&own_flow(ctx));
+        }
+        return;
+    }
     if old != TCP_SYN_SENT || !is_steered_port(ctx.remote_port()) {
         return;
     }
-    if let Some(state) = ctx.sock().and_then(Sock::state)
+    if let Some(state) = state
         && state.watching != 0
     {
         state.watching = 0;
@@ -117,6 +127,17 @@ fn own_flow(ctx: &SockOps) -> FlowKey {
     )
 }
 
+/// The key under which an accepted socket's flow was published.
+#[inline(always)]
+fn accepted_flow(ctx: &SockOps) -> FlowKey {
+    let (local, remote) = ctx.addresses();
+    FlowKey::new(
+        ctx.netns_cookie(),
+        (remote, ctx.remote_port()),
+        (local, ctx.local_port()),
+    )
+}
+
 /// The handshake is done on the accepting side, accept() has not returned yet.
 #[inline(always)]
 fn accepted(ctx: &SockOps) {
@@ -135,12 +156,18 @@ fn accepted(ctx: &SockOps) {
     {
         return;
     }
+    let pod = maps::pod(ctx.netns_cookie());
+    let tproxy = pod.is_some_and(|pod| pod.has(FLAG_TPROXY));
+    if tproxy {
+        maps::take_flow(&accepted_flow(ctx));
+    }
     match listener {
-        Some(state) if ctx.local_port() != state.original.proxy_port => {
+        Some(state) if !tproxy && ctx.local_port() != state.original.proxy_port => {
             state.role = ROLE_ACCEPTED_INBOUND;
         }
+        // With TPROXY the socket's own address is the one to show.
         Some(state) => state.role = ROLE_ACCEPTED_DIRECT,
-        None if maps::pod(ctx.netns_cookie()).is_some() => {
+        None if pod.is_some() => {
             sock.set_state(&SocketState {
                 original: Original::default(),
                 role: ROLE_ACCEPTED_DIRECT,
@@ -164,11 +191,7 @@ fn handed_over(
     if !destinations::is_steered(netns_cookie, &remote, &local, ctx.local_port()) {
         return false;
     }
-    let flow = FlowKey::new(
-        netns_cookie,
-        (remote, ctx.remote_port()),
-        (local, ctx.local_port()),
-    );
+    let flow = accepted_flow(ctx);
     let published = maps::flow(&flow);
     let original = match published {
         Some(original) => original,
@@ -182,7 +205,7 @@ fn handed_over(
     if published.is_some() || inherited || is_steered_port(ctx.remote_port()) {
         sock.set_state(&SocketState {
             original: *original,
-            role: if original.proxy_port == 0 {
+            role: if original.proxy_port == 0 || original.in_place != 0 {
                 ROLE_ACCEPTED_DIRECT
             } else {
                 ROLE_ACCEPTED_OUTBOUND

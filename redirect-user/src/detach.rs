@@ -1,15 +1,19 @@
 //! Detaching: new connections are let alone first, then everything of the pod is removed.
 
 use std::fs;
+use std::os::fd::AsFd;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
 use crate::collect;
 use crate::pins::{self, Pins};
+use crate::programs::SK_LOOKUP;
 use crate::record::{self, Notes};
 use crate::sys::bpf;
 use crate::tables::{RoutePrefix, Tables};
+use crate::tproxy;
 
 /// How long to wait for connections that are being handed to the proxy; a handshake inside the pod
 /// takes microseconds.
@@ -34,16 +38,15 @@ pub fn detach_all() -> Result<usize> {
         return Ok(0);
     };
     let pods = pins.pods()?;
-    if pods.is_empty() {
-        pins.remove_all()?;
-        return Ok(0);
-    }
     match Tables::open(&pins) {
         Ok(tables) => {
-            for cgroup_id in &pods {
+            // Notes without links: an attachment, or a detachment, was interrupted.
+            let noted = tables.records.keys().context("reading RECORDS")?;
+            for cgroup_id in pods.iter().chain(&noted) {
                 one(&pins, &tables, *cgroup_id)?;
             }
         }
+        Err(_) if pods.is_empty() => {}
         // Capture ends with the links; what the maps hold goes with them.
         Err(error) => tracing::warn!("removing pins without reading the maps: {error:#}"),
     }
@@ -76,11 +79,21 @@ pub(crate) fn one(pins: &Pins, tables: &Tables, cgroup_id: u64) -> Result<()> {
     for name in ["connect4", "connect6"] {
         let _ = fs::remove_file(directory.join(name));
     }
+    if let Some(notes) = notes.as_ref().filter(|_| !shared && !namespace_is_gone(&directory)) {
+        tproxy::take_back_noted(notes)?;
+    }
     pins::remove(&directory)?;
     if let Some(notes) = notes.as_ref().filter(|_| !shared) {
         forget_namespace(tables, notes)?;
     }
     tables.records.remove(&cgroup_id).context("writing RECORDS")
+}
+
+/// True if the kernel has cut the link to the network namespace off.
+fn namespace_is_gone(directory: &Path) -> bool {
+    bpf::open_pinned(&directory.join(SK_LOOKUP))
+        .and_then(|link| bpf::netns_link(link.as_fd()))
+        .is_ok_and(|link| link.target == 0)
 }
 
 /// Removes what no pod uses any more.

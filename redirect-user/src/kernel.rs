@@ -79,6 +79,11 @@ pub fn version() -> Result<(u32, u32)> {
     }
 }
 
+/// Whether `sk_lookup` programs can read the interface a packet came by.
+pub fn tells_ingress_interface() -> Result<bool> {
+    Ok(version()? >= (5, 17))
+}
+
 /// Refuses a kernel or a process that cannot do it, naming what is missing.
 pub fn require() -> Result<()> {
     let (major, minor) = version()?;

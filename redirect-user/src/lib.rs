@@ -19,3 +19,4 @@ mod settings;
 pub mod status;
 mod sys;
 mod tables;
+pub mod tproxy;

@@ -6,11 +6,12 @@
 
 pub mod cgroup;
 pub mod identity;
+pub mod interfaces;
 pub mod listeners;
 pub mod netns;
 pub mod routes;
 
-mod netlink;
-mod proc;
+pub(crate) mod netlink;
+pub(crate) mod proc;
 #[cfg(test)]
 mod testing;

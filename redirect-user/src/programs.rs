@@ -198,8 +198,11 @@ impl Programs {
 /// Loads a pod's own `sk_lookup` program: it learns its network namespace from a constant, since
 /// no helper tells it.
 pub fn load_sk_lookup(pins: &Pins, netns_cookie: u64) -> Result<OwnedFd> {
+    let has_ingress_interface = u32::from(kernel::tells_ingress_interface()?);
     let mut object = EbpfLoader::new();
-    object.override_global("NETNS_COOKIE", &netns_cookie, true);
+    object
+        .override_global("NETNS_COOKIE", &netns_cookie, true)
+        .override_global("HAS_INGRESS_INTERFACE", &has_ingress_interface, true);
     load_program(&mut load_object(&mut object, pins)?, SK_LOOKUP_PROGRAM)
 }
 

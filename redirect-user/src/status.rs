@@ -8,6 +8,7 @@ use redirect_common::listener::ListenerKey;
 use redirect_common::verdict::Rule;
 use serde::Serialize;
 
+use crate::observe::interfaces::interfaces;
 use crate::observe::netns::NetworkNamespace;
 use crate::observe::routes::routing_table;
 use crate::options::Policy;
@@ -45,8 +46,8 @@ pub struct Pod {
     pub build: String,
     /// False if an attach was interrupted: nothing is captured until it is repeated.
     pub capturing: bool,
-    /// Whether the addresses and routes known here are those of the namespace; None if it cannot be
-    /// opened by the path it was attached with.
+    /// Whether the addresses, routes and excluded interfaces known here are those of the namespace;
+    /// None if it cannot be opened by the path it was attached with.
     pub routes_current: Option<bool>,
     /// Whether IPv6 is captured.
     pub ipv6: bool,
@@ -130,8 +131,15 @@ fn routes_current(tables: &Tables, notes: &Notes) -> Option<bool> {
     }
     let wanted = settings::route_entries(notes.netns_cookie, &routing_table(&netns).ok()?);
     let known = crate::detach::routes_of(tables, notes.netns_cookie).ok()?;
+    let excluded = settings::excluded_interfaces(&notes.policy, &interfaces(&netns).ok()?).ok();
+    let config = tables.pods.get(&notes.netns_cookie).ok()?;
+    let known_excluded = config.map(|config| {
+        let count = config.excluded_interface_count as usize;
+        config.excluded_interfaces[..count].to_vec()
+    });
     Some(
-        wanted.len() == known.len()
+        (known_excluded.is_none() || known_excluded == excluded)
+            && wanted.len() == known.len()
             && wanted
                 .iter()
                 .all(|(key, info)| tables.routes.get(key).ok().flatten() == Some(*info)),

@@ -106,8 +106,8 @@ impl Decision {
             gid: owner(raw.gid),
             action: match rule.map(Rule::action) {
                 _ if rule == Some(Rule::NoRoute) => Outcome::Refused,
-                Some(Action::CaptureOutbound | Action::CaptureInbound) => Outcome::Captured,
                 Some(Action::Pass) | None => Outcome::Passed,
+                Some(_) => Outcome::Captured,
             },
             rule: label,
             proxy_port: port(raw.proxy_port),
