@@ -303,7 +303,7 @@ impl Table {
         let captured = Some(Rule::InboundCaptured);
         let capture = Tproxy(INBOUND_PORT);
         table.add("ISTIO_TPROXY", &[NotTo(loopback)], capture, captured);
-        let mut hand_over = |table: &mut Self, ports: &[Match]| {
+        let hand_over = |table: &mut Self, ports: &[Match]| {
             let established = [ports, &[Established]].concat();
             table.add("ISTIO_INBOUND", &established, Return, Some(Rule::PodLocal));
             table.add("ISTIO_INBOUND", ports, Jump("ISTIO_TPROXY"), None);

@@ -127,17 +127,6 @@ fn own_flow(ctx: &SockOps) -> FlowKey {
     )
 }
 
-/// The key under which an accepted socket's flow was published.
-#[inline(always)]
-fn accepted_flow(ctx: &SockOps) -> FlowKey {
-    let (local, remote) = ctx.addresses();
-    FlowKey::new(
-        ctx.netns_cookie(),
-        (remote, ctx.remote_port()),
-        (local, ctx.local_port()),
-    )
-}
-
 /// The handshake is done on the accepting side, accept() has not returned yet.
 #[inline(always)]
 fn accepted(ctx: &SockOps) {
@@ -151,18 +140,22 @@ fn accepted(ctx: &SockOps) {
         None => None,
     };
     let (local, remote) = ctx.addresses();
-    if is_steered_port(ctx.local_port())
-        && handed_over(ctx, sock, listener.is_some(), (remote, local))
-    {
+    let netns_cookie = ctx.netns_cookie();
+    let flow = FlowKey::new(
+        netns_cookie,
+        (remote, ctx.remote_port()),
+        (local, ctx.local_port()),
+    );
+    if is_steered_port(flow.steered_port) && handed_over(sock, listener.is_some(), &flow) {
         return;
     }
-    let pod = maps::pod(ctx.netns_cookie());
+    let pod = maps::pod(netns_cookie);
     let tproxy = pod.is_some_and(|pod| pod.has(FLAG_TPROXY));
     if tproxy {
-        maps::take_flow(&accepted_flow(ctx));
+        maps::take_flow(&flow);
     }
     match listener {
-        Some(state) if !tproxy && ctx.local_port() != state.original.proxy_port => {
+        Some(state) if !tproxy && flow.steered_port != state.original.proxy_port => {
             state.role = ROLE_ACCEPTED_INBOUND;
         }
         // With TPROXY the socket's own address is the one to show.
@@ -181,28 +174,22 @@ fn accepted(ctx: &SockOps) {
 /// A connection made in the pod to a steered port: takes over what it was meant for. False if it is
 /// none of ours.
 #[inline(always)]
-fn handed_over(
-    ctx: &SockOps,
-    sock: Sock,
-    inherited: bool,
-    (remote, local): (Address, Address),
-) -> bool {
-    let netns_cookie = ctx.netns_cookie();
-    if !destinations::is_steered(netns_cookie, &remote, &local, ctx.local_port()) {
+fn handed_over(sock: Sock, inherited: bool, flow: &FlowKey) -> bool {
+    let (netns_cookie, port) = (flow.netns_cookie, flow.steered_port);
+    if !destinations::is_steered(netns_cookie, &flow.client, &flow.steered, port) {
         return false;
     }
-    let flow = accepted_flow(ctx);
-    let published = maps::flow(&flow);
+    let published = maps::flow(flow);
     let original = match published {
         Some(original) => original,
-        None => match destinations::of_port(netns_cookie, ctx.local_port()) {
+        None => match destinations::of_port(netns_cookie, port) {
             Some(original) => original,
             None => return false,
         },
     };
     // The port tells all that is to be known, unless the client's lies among the steered ones too
     // or the listener has told something else.
-    if published.is_some() || inherited || is_steered_port(ctx.remote_port()) {
+    if published.is_some() || inherited || is_steered_port(flow.client_port) {
         sock.set_state(&SocketState {
             original: *original,
             role: if original.proxy_port == 0 || original.in_place != 0 {
@@ -214,7 +201,7 @@ fn handed_over(
         });
     }
     if published.is_some() {
-        maps::take_flow(&flow);
+        maps::take_flow(flow);
     }
     true
 }

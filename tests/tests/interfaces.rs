@@ -170,9 +170,8 @@ fn socket_bound_to_a_device_leaves_by_it(
 ) {
     let mut scene = two_links(&EXCLUDED);
     let gateway = of(family, PEER4, PEER6, 0).ip();
-    let flag = if family == V4 { "-4" } else { "-6" };
     let netns = &scene.pod.netns;
-    netns.ip(&format!("{flag} route add default via {gateway} dev net1 metric 5000"));
+    netns.ip(&format!("route add default via {gateway} dev net1 metric 5000"));
     scene.attach(backend, &EXCLUDED);
     let to = scene.address(family, To::Service(80));
     let unbound = Dial::new(family, to);
@@ -246,7 +245,7 @@ fn too_many_interfaces_are_refused_before_anything_is_touched() {
     let scene = Scene::new();
     for number in 0..17 {
         let netns = &scene.pod.netns;
-        netns.ip(&format!("link add many{number} type dummy"));
+        netns.ip(&format!("link add many{number} type veth peer name peer{number}"));
     }
     let mut command = loader::attach_command(&scene.pod);
     let output = loader::finish(command.args(["-c", "many+"]));

@@ -152,9 +152,7 @@ fn marks_decide(
         out(Identity::ROOT, To::Own(8080), InPlace).mark(SELF_MARK),
         out(Identity::ROOT, To::Own(8080), Direct).mark(MARK),
         out(Identity::ROOT, To::Own(8080), Direct).mark(7),
-        // The way out does not depend on them.
-        out(Identity::ROOT, To::Service(80), Outbound).mark(MARK),
-        out(Identity::TPROXY, To::Service(80), Direct).mark(SELF_MARK),
+        out(Identity::ROOT, To::Service(80), Outbound).mark(SELF_MARK),
     ];
     table(backend, family, TPROXY, &attempts);
 }
