@@ -221,7 +221,11 @@ impl Table {
         for ports in &options.exclude_outbound_ports {
             output(&[Port(*ports)], Return, Rule::ExcludedPort);
         }
-        output(&[Interface(LO), Match::From(own6)], Return, Rule::ProxyPassthrough);
+        output(
+            &[Interface(LO), Match::From(own6)],
+            Return,
+            Rule::ProxyPassthrough,
+        );
         // 10 and 11
         let loopback_included = options.loopback_included();
         let to_self = [Interface(LO), NotTo(loopback), NotPort(options.tunnel_port)];
@@ -558,7 +562,9 @@ fn by_the_rules_in(options: &Options, packet: &Packet) -> Rule {
         (None, _) if v6 && !options.ipv6 => Rule::InboundIpv6Off,
         (None, All::These(ports)) if ports.is_empty() => Rule::InboundOff,
         (None, All::Star) => Rule::InboundLoopback,
-        (None, All::These(ports)) if to_loopback && ports.iter().any(|(a, b)| (*a..=*b).contains(&packet.port)) => {
+        (None, All::These(ports))
+            if to_loopback && ports.iter().any(|(a, b)| (*a..=*b).contains(&packet.port)) =>
+        {
             Rule::InboundLoopback
         }
         (None, _) => Rule::InboundPortNotIncluded,
@@ -953,17 +959,59 @@ fn tproxy_takes_what_the_nat_table_leaves() {
     };
     let by_root = (0, 1337);
     let rows = [
-        ("root's gid", by_root, 0, POD_IP, 8080, Rule::ProxyToSelfInPlace),
-        ("tunnel", by_root, 0, POD_IP, 15008, Rule::ProxyToSelfInPlace),
+        (
+            "root's gid",
+            by_root,
+            0,
+            POD_IP,
+            8080,
+            Rule::ProxyToSelfInPlace,
+        ),
+        (
+            "tunnel",
+            by_root,
+            0,
+            POD_IP,
+            15008,
+            Rule::ProxyToSelfInPlace,
+        ),
         ("excluded", by_root, 0, POD_IP, 15020, Rule::PodLocal),
         ("marked", by_root, 1337, POD_IP, 8080, Rule::PodLocal),
         ("nat first", PROXY, 0, POD_IP, 8080, Rule::ProxyToSelf),
-        ("nat first, marked", PROXY, 1337, POD_IP, 8080, Rule::ProxyToSelf),
-        ("nat's exception", PROXY, 0, POD_IP, 15008, Rule::ProxyToSelfInPlace),
+        (
+            "nat first, marked",
+            PROXY,
+            1337,
+            POD_IP,
+            8080,
+            Rule::ProxyToSelf,
+        ),
+        (
+            "nat's exception",
+            PROXY,
+            0,
+            POD_IP,
+            15008,
+            Rule::ProxyToSelfInPlace,
+        ),
         ("loopback", by_root, 0, "127.0.0.1", 8080, Rule::PodLocal),
-        ("not L", by_root, 0, "127.0.0.5", 8080, Rule::ProxyToSelfInPlace),
+        (
+            "not L",
+            by_root,
+            0,
+            "127.0.0.5",
+            8080,
+            Rule::ProxyToSelfInPlace,
+        ),
         ("application", APP, 0, POD_IP, 8080, Rule::PodLocal),
-        ("its mark", APP, SELF_MARK, POD_IP, 8080, Rule::ProxyToSelfInPlace),
+        (
+            "its mark",
+            APP,
+            SELF_MARK,
+            POD_IP,
+            8080,
+            Rule::ProxyToSelfInPlace,
+        ),
     ];
     for (name, owner, mark, destination, port, wanted) in rows {
         let packet = Packet {

@@ -14,8 +14,8 @@ use redirect_common::pod::PodConfig;
 
 use crate::collect;
 use crate::detach;
-use crate::observe::cgroup::Cgroup;
 use crate::kernel;
+use crate::observe::cgroup::Cgroup;
 use crate::observe::identity::UserNamespace;
 use crate::observe::interfaces::interfaces;
 use crate::observe::listeners::{Listeners, listeners};
@@ -61,7 +61,9 @@ pub fn attach(request: &Request) -> Result<Outcome> {
     let ipv6 = captures_ipv6(request)?;
     let ids = UserNamespace::owning(&request.netns)?.id_map()?;
     if !request.policy.exclude_interfaces.is_empty() && !kernel::tells_ingress_interface()? {
-        bail!("--istio-exclude-interfaces: needs Linux 5.17, where programs can read the interface a packet came by");
+        bail!(
+            "--istio-exclude-interfaces: needs Linux 5.17, where programs can read the interface a packet came by"
+        );
     }
     let interfaces = interfaces(&request.netns)?;
     let config = settings::pod_config(&request.policy, ipv6, &ids, &interfaces)?;
@@ -175,15 +177,15 @@ fn changes_made(tables: &Tables, cgroup_id: u64, notes: &Notes) -> Result<Vec<Ch
 
 /// Writes down what is about to be made, so that it is taken back even after a kill. The rest of the
 /// notes stays as it was: nothing else has changed yet.
-fn note_changes(
-    tables: &Tables,
-    cgroup_id: u64,
-    notes: &Notes,
-    obsolete: &[Change],
-) -> Result<()> {
+fn note_changes(tables: &Tables, cgroup_id: u64, notes: &Notes, obsolete: &[Change]) -> Result<()> {
     let changes = notes.with_also(obsolete).changes;
     let known = Notes::read(tables, cgroup_id).ok().flatten();
-    if known.as_ref().map(|known| &known.changes).unwrap_or(&Vec::new()) == &changes {
+    if known
+        .as_ref()
+        .map(|known| &known.changes)
+        .unwrap_or(&Vec::new())
+        == &changes
+    {
         return Ok(());
     }
     let ahead = Notes {

@@ -79,7 +79,10 @@ pub(crate) fn one(pins: &Pins, tables: &Tables, cgroup_id: u64) -> Result<()> {
     for name in ["connect4", "connect6"] {
         let _ = fs::remove_file(directory.join(name));
     }
-    if let Some(notes) = notes.as_ref().filter(|_| !shared && !namespace_is_gone(&directory)) {
+    if let Some(notes) = notes
+        .as_ref()
+        .filter(|_| !shared && !namespace_is_gone(&directory))
+    {
         tproxy::take_back_noted(notes)?;
     }
     pins::remove(&directory)?;

@@ -17,6 +17,7 @@ use crate::programs;
 use crate::record::{self, Notes};
 use crate::settings;
 use crate::tables::Tables;
+use crate::tproxy;
 
 /// The state of this machine.
 #[derive(Debug, Serialize)]
@@ -46,8 +47,8 @@ pub struct Pod {
     pub build: String,
     /// False if an attach was interrupted: nothing is captured until it is repeated.
     pub capturing: bool,
-    /// Whether the addresses, routes and excluded interfaces known here are those of the namespace;
-    /// None if it cannot be opened by the path it was attached with.
+    /// Whether the addresses, routes and excluded interfaces known here are those of the namespace,
+    /// and what TPROXY needs is there; None if it cannot be opened by the path it was attached with.
     pub routes_current: Option<bool>,
     /// Whether IPv6 is captured.
     pub ipv6: bool,
@@ -137,8 +138,10 @@ fn routes_current(tables: &Tables, notes: &Notes) -> Option<bool> {
         let count = config.excluded_interface_count as usize;
         config.excluded_interfaces[..count].to_vec()
     });
+    let complete = tproxy::is_complete(&netns, &notes.policy, notes.ipv6).ok()?;
     Some(
-        (known_excluded.is_none() || known_excluded == excluded)
+        complete
+            && (known_excluded.is_none() || known_excluded == excluded)
             && wanted.len() == known.len()
             && wanted
                 .iter()

@@ -107,6 +107,16 @@ pub(crate) fn plan(
     })
 }
 
+/// True if all is there that a policy needs, whoever made it.
+pub(crate) fn is_complete(netns: &NetworkNamespace, policy: &Policy, ipv6: bool) -> Result<bool> {
+    let mut complete = true;
+    each(netns, &wanted(policy, ipv6), |change, netlink| {
+        complete &= change.is_made(netlink)?;
+        Ok(false)
+    })?;
+    Ok(complete)
+}
+
 /// Makes what is missing of `changes`. True if anything was.
 pub(crate) fn make(netns: &NetworkNamespace, changes: &[Change]) -> Result<bool> {
     each(netns, changes, |change, netlink| {
@@ -176,7 +186,11 @@ fn wanted(policy: &Policy, ipv6: bool) -> Vec<Change> {
         before: String::new(),
     };
     let mut wanted = vec![sysctl(ACCEPT)];
-    for (ipv6, reflect) in [false, true].into_iter().zip(REFLECT).take(1 + usize::from(ipv6)) {
+    for (ipv6, reflect) in [false, true]
+        .into_iter()
+        .zip(REFLECT)
+        .take(1 + usize::from(ipv6))
+    {
         wanted.push(sysctl(reflect));
         // The route first: a rule without it would send marked packets out of the pod.
         wanted.push(Change::Route { ipv6, table });
@@ -448,6 +462,9 @@ mod tests {
             let there = inside(&netns, |netlink| change.is_made(netlink)).unwrap();
             assert!(there, "{change}");
         }
+        assert!(is_complete(&netns, &policy(), false).unwrap());
+        take_back(&netns, &plan[..1]).unwrap();
+        assert!(!is_complete(&netns, &policy(), false).unwrap());
     }
 
     #[test]

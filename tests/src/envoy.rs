@@ -81,7 +81,11 @@ impl Envoy {
         // Envoy writes its access log there, unprivileged.
         fs::set_permissions(&folder, Permissions::from_mode(0o777)).unwrap();
         let config = folder.join("envoy.yaml");
-        fs::write(&config, configuration(pod, &folder.join("access.log"), inbound)).unwrap();
+        fs::write(
+            &config,
+            configuration(pod, &folder.join("access.log"), inbound),
+        )
+        .unwrap();
         let script = "echo 0 > \"$0/cgroup.procs\"; exec nsenter \"--net=$1\" \
              setpriv --reuid \"$4\" --regid 1337 --clear-groups \
              \"$2\" --config-path \"$3\" --disable-hot-restart --concurrency 2 --log-level warning --file-flush-interval-msec 20";

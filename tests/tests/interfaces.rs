@@ -98,16 +98,28 @@ fn excluded_interface_is_not_captured_in_or_out(
         ..Options::ISTIO
     };
     let mut scene = two_links(&options);
-    assert_eq!(answers(&mut scene, family), ["service", "service", "app", "app"]);
+    assert_eq!(
+        answers(&mut scene, family),
+        ["service", "service", "app", "app"]
+    );
     scene.attach(backend, &Options::ISTIO);
-    assert_eq!(answers(&mut scene, family), ["15001", "15001", "15006", "15006"]);
+    assert_eq!(
+        answers(&mut scene, family),
+        ["15001", "15001", "15006", "15006"]
+    );
     if backend == Iptables {
         scene.detach();
     }
     scene.attach(backend, &options);
-    assert_eq!(answers(&mut scene, family), ["15001", "service", "15006", "app"]);
+    assert_eq!(
+        answers(&mut scene, family),
+        ["15001", "service", "15006", "app"]
+    );
     scene.detach();
-    assert_eq!(answers(&mut scene, family), ["service", "service", "app", "app"]);
+    assert_eq!(
+        answers(&mut scene, family),
+        ["service", "service", "app", "app"]
+    );
 }
 
 #[rstest]
@@ -121,7 +133,10 @@ fn tproxy_leaves_excluded_interfaces_alone(
     };
     let mut scene = two_links(&options);
     scene.attach(backend, &options);
-    assert_eq!(answers(&mut scene, family), ["15001", "service", "15006", "app"]);
+    assert_eq!(
+        answers(&mut scene, family),
+        ["15001", "service", "15006", "app"]
+    );
 }
 
 #[rstest]
@@ -135,7 +150,10 @@ fn every_interface_may_be_excluded(
     };
     let mut scene = two_links(&options);
     scene.attach(backend, &options);
-    assert_eq!(answers(&mut scene, family), ["service", "service", "app", "app"]);
+    assert_eq!(
+        answers(&mut scene, family),
+        ["service", "service", "app", "app"]
+    );
     // Also the proxy's way to its own pod.
     let own = SocketAddr::new(scene.pod.own(family), 8080);
     assert_eq!(scene.proxy.dial(&Dial::new(family, own)).outcome(), "app");
@@ -159,7 +177,10 @@ fn excluded_lo_lets_the_proxy_reach_its_own_pod(
         let dialed = scene.actor(&identity).dial(&Dial::new(family, own));
         assert_eq!(dialed.outcome(), "app", "{identity:?}");
     }
-    assert_eq!(answers(&mut scene, family), ["15001", "15001", "15006", "15006"]);
+    assert_eq!(
+        answers(&mut scene, family),
+        ["15001", "15001", "15006", "15006"]
+    );
 }
 
 /// The route says eth0; the socket is bound to net1.
@@ -171,7 +192,9 @@ fn socket_bound_to_a_device_leaves_by_it(
     let mut scene = two_links(&EXCLUDED);
     let gateway = of(family, PEER4, PEER6, 0).ip();
     let netns = &scene.pod.netns;
-    netns.ip(&format!("route add default via {gateway} dev net1 metric 5000"));
+    netns.ip(&format!(
+        "route add default via {gateway} dev net1 metric 5000"
+    ));
     scene.attach(backend, &EXCLUDED);
     let to = scene.address(family, To::Service(80));
     let unbound = Dial::new(family, to).timeout_ms(800);
@@ -195,19 +218,23 @@ fn socket_bound_to_a_device_leaves_by_it(
 
 /// It is the interface that counts, not the address.
 #[rstest]
-fn address_of_another_interface_does_not_matter(
-    #[values(Redirect, Iptables)] backend: Backend,
-) {
+fn address_of_another_interface_does_not_matter(#[values(Redirect, Iptables)] backend: Backend) {
     let mut scene = two_links(&EXCLUDED);
     let own = scene.pod.own(V4);
     scene.attach(backend, &EXCLUDED);
     let to = Dial::new(V4, SocketAddr::new(own, 8080));
     assert_eq!(scene.outside.dial(&to).outcome(), "15006");
-    scene.pod.peer.ip(&format!("route add {own}/32 via {POD4} dev net1"));
+    scene
+        .pod
+        .peer
+        .ip(&format!("route add {own}/32 via {POD4} dev net1"));
     assert_eq!(scene.outside.dial(&to).outcome(), "app");
     let second = Dial::new(V4, (POD4, 8080).into());
     let first_hop = scene.pod.ipv4;
-    scene.pod.peer.ip(&format!("route add {POD4}/32 via {first_hop} dev eth0"));
+    scene
+        .pod
+        .peer
+        .ip(&format!("route add {POD4}/32 via {first_hop} dev eth0"));
     assert_eq!(scene.outside.dial(&second).outcome(), "15006");
 }
 
@@ -219,7 +246,10 @@ fn interface_that_comes_or_is_renamed_counts_after_the_next_attach() {
         let path = scene.pod.cgroup.path().display().to_string();
         let status = loader::status();
         let pods = status["pods"].as_array().unwrap();
-        let pod = pods.iter().find(|pod| pod["cgroup"] == path.as_str()).unwrap();
+        let pod = pods
+            .iter()
+            .find(|pod| pod["cgroup"] == path.as_str())
+            .unwrap();
         pod["routes_current"].as_bool().unwrap()
     };
     scene.attach(Redirect, &EXCLUDED);
@@ -229,16 +259,25 @@ fn interface_that_comes_or_is_renamed_counts_after_the_next_attach() {
     assert_eq!(answers(&mut scene, V4)[3], "15006");
     scene.attach(Redirect, &EXCLUDED);
     assert!(current(&scene));
-    assert_eq!(answers(&mut scene, V4), ["15001", "service", "15006", "app"]);
+    assert_eq!(
+        answers(&mut scene, V4),
+        ["15001", "service", "15006", "app"]
+    );
 
     let netns = &scene.pod.netns;
     netns.ip("link set net1 down\nlink set net1 name net9\nlink set net9 up");
     // The routes are the same: it is the name that tells.
     assert!(!current(&scene));
-    assert_eq!(answers(&mut scene, V4), ["15001", "service", "15006", "app"]);
+    assert_eq!(
+        answers(&mut scene, V4),
+        ["15001", "service", "15006", "app"]
+    );
     scene.attach(Redirect, &EXCLUDED);
     assert!(current(&scene));
-    assert_eq!(answers(&mut scene, V4), ["15001", "15001", "15006", "15006"]);
+    assert_eq!(
+        answers(&mut scene, V4),
+        ["15001", "15001", "15006", "15006"]
+    );
 
     scene.pod.netns.ip("link del net9");
     scene.attach(Redirect, &EXCLUDED);
@@ -250,7 +289,9 @@ fn too_many_interfaces_are_refused_before_anything_is_touched() {
     let scene = Scene::new();
     for number in 0..17 {
         let netns = &scene.pod.netns;
-        netns.ip(&format!("link add many{number} type veth peer name peer{number}"));
+        netns.ip(&format!(
+            "link add many{number} type veth peer name peer{number}"
+        ));
     }
     let mut command = loader::attach_command(&scene.pod);
     let output = loader::finish(command.args(["-c", "many+"]));

@@ -14,13 +14,13 @@ use redirect_tests::{
     backend::Backend,
     options::Options,
     pod::Pod,
-    protocol::{Dial, Family, Identity, Listen},
+    protocol::{Dial, Family, Identity, Listen, canonical},
     scene::{Attempt, Lands, Scene, To, inward, out, wildcards},
 };
 use rstest::rstest;
 
 use Backend::{Iptables, Redirect};
-use Family::{V4, V6};
+use Family::{Mapped, V4, V6};
 use Lands::{Direct, InPlace, Inbound, Outbound};
 
 /// What Istio's injector gives for `interceptionMode: TPROXY`.
@@ -117,7 +117,7 @@ fn no_list_captures_nothing_inbound(
 #[rstest]
 fn proxy_reaches_its_own_listener_in_place_or_by_nat(
     #[values(Redirect, Iptables)] backend: Backend,
-    #[values(V4, V6)] family: Family,
+    #[values(V4, V6, Mapped)] family: Family,
 ) {
     let attempts = [
         // The nat table has no rule for this uid, the mangle table has one for the gid.
@@ -141,10 +141,7 @@ fn proxy_reaches_its_own_listener_in_place_or_by_nat(
 }
 
 #[rstest]
-fn marks_decide(
-    #[values(Redirect, Iptables)] backend: Backend,
-    #[values(V4, V6)] family: Family,
-) {
+fn marks_decide(#[values(Redirect, Iptables)] backend: Backend, #[values(V4, V6)] family: Family) {
     let attempts = [
         out(Identity::TPROXY, To::Own(8080), Direct).mark(MARK),
         out(Identity::TPROXY, To::Own(8080), InPlace).mark(7),
@@ -269,7 +266,11 @@ fn listener_need_not_be_transparent(#[case] backend: Backend, #[case] answers: &
     scene.attach(backend, &TPROXY);
     let to = scene.address(V4, To::Own(8080));
     let dialed = scene.outside.dial(&Dial::new(V4, to).timeout_ms(700));
-    assert_eq!(dialed.outcome().replace("EINPROGRESS", "EAGAIN"), answers, "{dialed:?}");
+    assert_eq!(
+        dialed.outcome().replace("EINPROGRESS", "EAGAIN"),
+        answers,
+        "{dialed:?}"
+    );
     if backend == Redirect {
         assert_eq!(dialed.greeting.unwrap().local, to);
     }
@@ -277,7 +278,7 @@ fn listener_need_not_be_transparent(#[case] backend: Backend, #[case] answers: &
 
 /// Envoy's `original_src`: from the client's address to the application.
 fn as_client(scene: &Scene, family: Family, port: u16) -> Dial {
-    let client: IpAddr = if family == V4 {
+    let client: IpAddr = if family.is_ipv4() {
         scene.pod.peer4.into()
     } else {
         scene.pod.peer6.into()
@@ -291,7 +292,7 @@ fn as_client(scene: &Scene, family: Family, port: u16) -> Dial {
 #[rstest]
 fn proxy_dials_from_its_clients_address(
     #[values(Redirect, Iptables)] backend: Backend,
-    #[values(V4, V6)] family: Family,
+    #[values(V4, V6, Mapped)] family: Family,
 ) {
     let mut scene = Scene::with(Pod::new(), &TPROXY);
     let dial = as_client(&scene, family, 8080);
@@ -304,7 +305,7 @@ fn proxy_dials_from_its_clients_address(
         let dialed = scene.actor(&proxy).dial(&dial.clone().keep("kept"));
         assert_eq!(dialed.outcome(), "app", "{dialed:?}");
         let greeting = dialed.greeting.unwrap();
-        assert_eq!(Some(greeting.peer), dialed.local);
+        assert_eq!(Some(greeting.peer), dialed.local.map(canonical));
         assert_eq!(greeting.peer.ip(), dial.bind.unwrap().ip());
         assert_eq!(greeting.local, dial.to);
         let long = "x".repeat(100_000);
@@ -319,6 +320,22 @@ fn proxy_dials_from_its_clients_address(
     scene.attempt(family, &inward(8080, InPlace)).unwrap();
     scene.detach();
     assert_ne!(scene.actor(&proxy).dial(&dial).outcome(), "app");
+}
+
+/// With SYN cookies the listener is looked for once more, when the handshake ends.
+#[rstest]
+fn syn_cookies_change_nothing(#[values(V4, V6)] family: Family) {
+    let mut scene = Scene::with(Pod::new(), &TPROXY);
+    scene.pod.netns.sysctl(&[("ipv4/tcp_syncookies", "2")]);
+    scene.attach(Redirect, &TPROXY);
+    let dial = as_client(&scene, family, 8080);
+    for _ in 0..10 {
+        scene.attempt(family, &inward(8080, InPlace)).unwrap();
+        let to_self = out(Identity::TPROXY, To::Own(8080), InPlace);
+        scene.attempt(family, &to_self).unwrap();
+        let dialed = scene.actor(&Identity::TPROXY).dial(&dial);
+        assert_eq!(dialed.outcome(), "app", "{dialed:?}");
+    }
 }
 
 /// What let the proxy's connection pass ends with it: the same addresses and ports, from outside, are captured.

@@ -7,7 +7,7 @@ use anyhow::Result;
 use comfy_table::{Table, presets};
 use owo_colors::OwoColorize;
 
-use crate::options::Policy;
+use crate::options::{Mode, Policy};
 use crate::status::{Pod, Status};
 
 /// Prints to standard output, coloured on a terminal.
@@ -91,9 +91,13 @@ fn policy(policy: &Policy) -> String {
         ("-o", join(&policy.exclude_outbound_ports)),
         ("-b", policy.inbound_ports.to_string()),
         ("-d", join(&policy.exclude_inbound_ports)),
+        ("-c", join(&policy.exclude_interfaces)),
     ];
     for (flag, list) in lists.iter().filter(|(_, list)| !list.is_empty()) {
         let _ = write!(text, " {flag} {list}");
+    }
+    if let Mode::Tproxy { mark, table } = policy.mode {
+        let _ = write!(text, " -m TPROXY -t {mark} -r {table}");
     }
     text
 }

@@ -96,6 +96,10 @@ mod tests {
             panic!("{before:?} {after:?}")
         };
         assert_eq!(renamed.name, "net9");
-        assert!(before.iter().any(|was| was.index == renamed.index && was.name == "net1"));
+        assert!(
+            before
+                .iter()
+                .any(|was| was.index == renamed.index && was.name == "net1")
+        );
     }
 }
