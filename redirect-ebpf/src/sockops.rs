@@ -5,7 +5,6 @@ use aya_ebpf::bindings::{
     BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_TCP_CONNECT_CB,
     BPF_SOCK_OPS_TCP_LISTEN_CB,
 };
-use redirect_common::address::Address;
 use redirect_common::connection::{
     FlowKey, Original, ROLE_ACCEPTED_DIRECT, ROLE_ACCEPTED_INBOUND, ROLE_ACCEPTED_OUTBOUND,
     ROLE_CLIENT, ROLE_CLIENT_DIRECT, ROLE_LISTENER, SocketState, is_steered_port,

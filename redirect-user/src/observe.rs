@@ -14,4 +14,4 @@ pub mod routes;
 pub(crate) mod netlink;
 pub(crate) mod proc;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
