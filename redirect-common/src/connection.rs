@@ -101,10 +101,11 @@ pub struct Original {
     pub destination: Address,
     /// The original destination's port, host order.
     pub port: u16,
-    /// The port the proxy listens on, host order.
+    /// The port the proxy listens on, host order; 0 if the connection is let alone.
     pub proxy_port: u16,
-    /// Padding, zero.
-    pub _pad: u32,
+    /// 1 if the connection is not steered to another port but goes where it was meant to, and is
+    /// known by its flow alone.
+    pub in_place: u32,
 }
 
 crate::assert_size!(Original, 24);
@@ -154,7 +155,7 @@ impl SocketState {
                 destination: Address::UNSPECIFIED,
                 port: 0,
                 proxy_port: port,
-                _pad: 0,
+                in_place: 0,
             },
             role: ROLE_LISTENER,
             _pad: 0,

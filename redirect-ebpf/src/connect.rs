@@ -10,6 +10,7 @@ use redirect_common::connection::{
     SocketState, is_steered_port,
 };
 use redirect_common::decide::{self, Outbound};
+use redirect_common::pod::FLAG_TPROXY;
 use redirect_common::route::{ROUTE_BIND_SOURCE, ROUTE_LOCAL, RouteInfo};
 use redirect_common::verdict::{Action, Rule};
 
@@ -48,11 +49,20 @@ pub fn connect(ctx: &SockAddr) -> i32 {
     } else {
         bound
     };
+    let routed = route.map_or(0, |route| route.interface);
+    let bound_interface = sock.bound_interface();
     let connection = Outbound {
         source,
         destination,
         port: ctx.port(),
         local,
+        // What goes to the pod itself leaves through `lo`, whatever the socket is bound to.
+        interface: if local || bound_interface == 0 {
+            routed
+        } else {
+            bound_interface
+        },
+        mark: sock.mark(),
         owner: owner::of(sock),
     };
     let lists = PolicyLists { policy: pod.policy };
@@ -64,7 +74,19 @@ pub fn connect(ctx: &SockAddr) -> i32 {
     maps::count(netns_cookie, rule);
     log::decided(&about, rule);
     let proxy_port = match wanted.action() {
-        Action::Pass => return pass(ctx, sock, &connection),
+        Action::Pass => {
+            // A foreign source makes it look like one from outside.
+            let like_inbound = pod.has(FLAG_TPROXY)
+                && local
+                && !bound.is_unspecified()
+                && !maps::is_local(netns_cookie, &bound);
+            return if like_inbound {
+                in_place(ctx, sock, &connection, 0)
+            } else {
+                pass(ctx, sock, &connection)
+            };
+        }
+        Action::CaptureInPlace => return in_place(ctx, sock, &connection, pod.inbound_port),
         Action::CaptureOutbound => pod.outbound_port,
         Action::CaptureInbound => pod.inbound_port,
     };
@@ -77,7 +99,7 @@ pub fn connect(ctx: &SockAddr) -> i32 {
         destination,
         port: connection.port,
         proxy_port,
-        _pad: 0,
+        in_place: 0,
     };
     let standing = destinations::port_of(netns_cookie, &original, sock.source_port());
     let port = match standing {
@@ -154,20 +176,39 @@ fn other_loopback(address: &Address) -> Address {
 #[inline(always)]
 fn pass(ctx: &SockAddr, sock: Sock, connection: &Outbound) -> i32 {
     if connection.local && is_steered_port(connection.port) {
-        let original = Original {
-            destination: connection.destination,
-            port: connection.port,
-            proxy_port: 0,
-            _pad: 0,
-        };
-        if !remember(sock, original, ROLE_CLIENT_DIRECT) {
-            ctx.set_error(ENOMEM);
-            return REFUSE;
-        }
-    } else {
-        forget(sock);
+        return remember_direct(ctx, sock, connection, 0, 0);
     }
+    forget(sock);
     ALLOW
+}
+
+/// Lets the connection go to the pod's own address that it is meant for. Only its flow tells
+/// `sk_lookup` what to do with it: to give it to the proxy, or with `proxy_port` 0 to let it alone.
+#[inline(always)]
+fn in_place(ctx: &SockAddr, sock: Sock, connection: &Outbound, proxy_port: u16) -> i32 {
+    remember_direct(ctx, sock, connection, proxy_port, 1)
+}
+
+#[inline(always)]
+fn remember_direct(
+    ctx: &SockAddr,
+    sock: Sock,
+    connection: &Outbound,
+    proxy_port: u16,
+    in_place: u32,
+) -> i32 {
+    let original = Original {
+        destination: connection.destination,
+        port: connection.port,
+        proxy_port,
+        in_place,
+    };
+    if remember(sock, original, ROLE_CLIENT_DIRECT) {
+        ALLOW
+    } else {
+        ctx.set_error(ENOMEM);
+        REFUSE
+    }
 }
 
 #[inline(always)]

@@ -289,6 +289,18 @@ impl Sock {
         u16::from_be(read!(self.0, dst_port))
     }
 
+    /// `SO_MARK`.
+    #[inline(always)]
+    pub fn mark(self) -> u32 {
+        read!(self.0, mark)
+    }
+
+    /// Index of the interface it is bound to (`SO_BINDTODEVICE`); 0 if it is not.
+    #[inline(always)]
+    pub fn bound_interface(self) -> u32 {
+        read!(self.0, bound_dev_if)
+    }
+
     /// Address in kernel memory, as a number: the verifier allows no arithmetic on the pointer.
     #[inline(always)]
     pub fn address(self) -> u64 {
@@ -676,6 +688,16 @@ impl SockLookup {
     #[inline(always)]
     pub fn remote_port(&self) -> u16 {
         u16::from_be(read!(self.pointer, remote_port))
+    }
+
+    /// Index of the interface the packet came by; 0 before Linux 5.17, which does not tell.
+    #[inline(always)]
+    pub fn interface(&self) -> u32 {
+        if crate::globals::has_ingress_interface() {
+            read!(self.pointer, ingress_ifindex)
+        } else {
+            0
+        }
     }
 
     /// Gives the packet to the listener under `key` if it accepts `serves` (asked with the address

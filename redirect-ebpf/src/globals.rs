@@ -29,6 +29,10 @@ static PORT_RANGE_PACKED: u32 = 0;
 #[unsafe(no_mangle)]
 static HAS_SET_RETVAL: u32 = 0;
 
+/// 1 if the context of `sk_lookup` tells the interface.
+#[unsafe(no_mangle)]
+static HAS_INGRESS_INTERFACE: u32 = 0;
+
 #[inline(always)]
 pub fn offset_sock_socket() -> u64 {
     u64::from(read_global(&OFFSET_SOCK_SOCKET))
@@ -72,4 +76,9 @@ pub fn is_port_range_packed() -> bool {
 #[inline(always)]
 pub fn has_set_retval() -> bool {
     read_global(&HAS_SET_RETVAL) != 0
+}
+
+#[inline(always)]
+pub fn has_ingress_interface() -> bool {
+    read_global(&HAS_INGRESS_INTERFACE) != 0
 }

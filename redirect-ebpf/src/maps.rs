@@ -11,7 +11,7 @@ use redirect_common::connection::{DestinationKey, FlowKey, Original, SocketState
 use redirect_common::listener::ListenerKey;
 use redirect_common::lists::{LIST_PREFIX_BITS, List, ListKey, Lists};
 use redirect_common::log::{self, Follower};
-use redirect_common::pod::PodConfig;
+use redirect_common::pod::{FLAG_TPROXY, PodConfig};
 use redirect_common::record::Record;
 use redirect_common::route::{
     ROUTE_LOCAL, ROUTE_PREFIX_BITS, ROUTE_UNREACHABLE, RouteInfo, RouteKey,
@@ -79,6 +79,12 @@ pub fn pod(netns_cookie: u64) -> Option<&'static PodConfig> {
 #[inline(always)]
 pub fn netns_cookie() -> Option<u64> {
     NETNS.get(0).copied()
+}
+
+/// True if the pod's inbound connections keep their local address.
+#[inline(always)]
+pub fn is_tproxy(netns_cookie: u64) -> bool {
+    pod(netns_cookie).is_some_and(|pod| pod.has(FLAG_TPROXY))
 }
 
 #[inline(always)]

@@ -3,7 +3,7 @@
 
 use redirect_common::address::Address;
 use redirect_common::connection::FlowKey;
-use redirect_common::decide;
+use redirect_common::decide::{self, Inbound};
 use redirect_common::verdict::{Action, Rule};
 
 use crate::ctx::SockLookup;
@@ -24,17 +24,22 @@ pub fn sk_lookup(ctx: &SockLookup) -> u32 {
         return PASS;
     };
     let (local, remote) = ctx.addresses();
-    if destinations::is_steered(netns_cookie, &remote, &local, ctx.local_port()) {
+    let steered = destinations::is_steered(netns_cookie, &remote, &local, ctx.local_port());
+    if steered || maps::is_tproxy(netns_cookie) {
         let flow = FlowKey::new(
             netns_cookie,
             (remote, ctx.remote_port()),
             (local, ctx.local_port()),
         );
-        let original =
-            maps::flow(&flow).or_else(|| destinations::of_port(netns_cookie, ctx.local_port()));
-        if let Some(original) = original
-            && original.proxy_port != 0
-        {
+        let original = match maps::flow(&flow) {
+            Some(original) => Some(original),
+            None if steered => destinations::of_port(netns_cookie, ctx.local_port()),
+            None => None,
+        };
+        if let Some(original) = original {
+            if original.proxy_port == 0 {
+                return PASS;
+            }
             let target = local.loopback_of_family();
             return to_listener(
                 ctx,
@@ -54,7 +59,12 @@ pub fn sk_lookup(ctx: &SockLookup) -> u32 {
         return PASS;
     };
     let lists = PolicyLists { policy: pod.policy };
-    let rule = decide::inbound(pod, &lists, &local, ctx.local_port());
+    let connection = Inbound {
+        destination: local,
+        port: ctx.local_port(),
+        interface: ctx.interface(),
+    };
+    let rule = decide::inbound(pod, &lists, &connection);
     maps::count(netns_cookie, rule);
     let (from, to) = ((remote, ctx.remote_port()), (local, ctx.local_port()));
     log::decided(&log::inbound(netns_cookie, pod, from, to), rule);

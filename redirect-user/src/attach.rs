@@ -14,8 +14,10 @@ use redirect_common::pod::PodConfig;
 
 use crate::collect;
 use crate::detach;
+use crate::kernel;
 use crate::observe::cgroup::Cgroup;
 use crate::observe::identity::UserNamespace;
+use crate::observe::interfaces::interfaces;
 use crate::observe::listeners::{Listeners, listeners};
 use crate::observe::netns::NetworkNamespace;
 use crate::observe::routes::{Family, first_global_family, routing_table};
@@ -26,6 +28,7 @@ use crate::record::{self, Notes};
 use crate::settings;
 use crate::sys::bpf;
 use crate::tables::Tables;
+use crate::tproxy::{self, Change};
 
 /// What to attach.
 #[derive(Debug)]
@@ -57,8 +60,14 @@ pub enum Outcome {
 pub fn attach(request: &Request) -> Result<Outcome> {
     let ipv6 = captures_ipv6(&request.policy, &request.netns)?;
     let ids = UserNamespace::owning(&request.netns)?.id_map()?;
-    let config = settings::pod_config(&request.policy, ipv6, &ids)?;
-    let notes = Notes {
+    if !request.policy.exclude_interfaces.is_empty() && !kernel::tells_ingress_interface()? {
+        bail!(
+            "--istio-exclude-interfaces: needs Linux 5.17, where programs can read the interface a packet came by"
+        );
+    }
+    let interfaces = interfaces(&request.netns)?;
+    let config = settings::pod_config(&request.policy, ipv6, &ids, &interfaces)?;
+    let mut notes = Notes {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         build: programs::build_id(),
         cgroup: request.cgroup.path().to_owned(),
@@ -67,9 +76,10 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         netns_inode: request.netns.inode(),
         ipv6,
         run_by: request.run_by,
+        changes: Vec::new(),
         policy: request.policy.clone(),
     };
-    let record = notes.encode()?;
+    notes.encode()?;
 
     let pins = Pins::open()?;
     let programs = Programs::open_or_load(&pins)?;
@@ -88,8 +98,15 @@ pub fn attach(request: &Request) -> Result<Outcome> {
     }
     let known = pins.pod(cgroup_id).is_dir();
     let attached = Notes::read(&tables, cgroup_id).ok().flatten();
+    let made = changes_made(&tables, cgroup_id, &notes)?;
+    notes.changes = tproxy::plan(&request.netns, &request.policy, ipv6, &made)?;
+    let obsolete: Vec<_> = made
+        .into_iter()
+        .filter(|change| !notes.changes.contains(change))
+        .collect();
+    let record = notes.encode()?;
     let steps = || -> Result<Outcome> {
-        let mut changed = false;
+        let mut changed = !obsolete.is_empty();
         if !known {
             // First of all, so that what comes next is found and removed if this call is killed.
             tables
@@ -97,6 +114,8 @@ pub fn attach(request: &Request) -> Result<Outcome> {
                 .set(&cgroup_id, &record)
                 .context("writing RECORDS")?;
         }
+        note_changes(&tables, cgroup_id, &notes, &obsolete)?;
+        changed |= tproxy::make(&request.netns, &notes.changes)?;
         for (key, value) in settings::list_entries(&request.policy) {
             tables.lists.set(&key, &value).context("writing LISTS")?;
         }
@@ -108,10 +127,11 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         let found = find_listeners(&tables, request, &notes)?;
         changed |= link(&pins, &programs, request, &notes, attached.as_ref())?;
         let before = tables.pods.get(&notes.netns_cookie)?;
-        if attached.as_ref() != Some(&notes) {
+        let kept = notes.with_also(&obsolete);
+        if attached.as_ref() != Some(&kept) {
             tables
                 .records
-                .set(&cgroup_id, &record)
+                .set(&cgroup_id, &kept.encode()?)
                 .context("writing RECORDS")?;
             changed = true;
         }
@@ -123,6 +143,13 @@ pub fn attach(request: &Request) -> Result<Outcome> {
             changed = true;
             // A proxy may have begun to listen before its port was known to the sockops program.
             find_listeners(&tables, request, &notes)?;
+        }
+        if !obsolete.is_empty() {
+            tproxy::take_back(&request.netns, &obsolete)?;
+            tables
+                .records
+                .set(&cgroup_id, &record)
+                .context("writing RECORDS")?;
         }
         warn_about_listeners(&found, &request.policy);
         Ok(match (known && before.is_some(), changed) {
@@ -154,6 +181,45 @@ pub fn attach(request: &Request) -> Result<Outcome> {
     }
 }
 
+/// What was made in the namespace for this cgroup, or for another one that shares it.
+fn changes_made(tables: &Tables, cgroup_id: u64, notes: &Notes) -> Result<Vec<Change>> {
+    let mut all = record::all(tables)?;
+    // The cgroup's own notes first: those of the others are copies.
+    all.sort_by_key(|(id, _)| *id != cgroup_id);
+    Ok(all
+        .into_iter()
+        .find(|(_, known)| known.netns_cookie == notes.netns_cookie && !known.changes.is_empty())
+        .map(|(_, known)| known.changes)
+        .unwrap_or_default())
+}
+
+/// Writes down what is about to be made, so that it is taken back even after a kill. The rest of the
+/// notes stays as it was: nothing else has changed yet.
+fn note_changes(tables: &Tables, cgroup_id: u64, notes: &Notes, obsolete: &[Change]) -> Result<()> {
+    let changes = notes.with_also(obsolete).changes;
+    let known = Notes::read(tables, cgroup_id).ok().flatten();
+    if known
+        .as_ref()
+        .map(|known| &known.changes)
+        .unwrap_or(&Vec::new())
+        == &changes
+    {
+        return Ok(());
+    }
+    let ahead = Notes {
+        changes,
+        // Of no build: its programs are not attached yet.
+        ..known.unwrap_or(Notes {
+            build: 0,
+            ..notes.clone()
+        })
+    };
+    tables
+        .records
+        .set(&cgroup_id, &ahead.encode()?)
+        .context("writing RECORDS")
+}
+
 /// Whether IPv6 is captured, by the policy and the namespace's addresses.
 pub fn captures_ipv6(policy: &Policy, netns: &NetworkNamespace) -> Result<bool> {
     Ok(match policy.ipv6 {
@@ -183,12 +249,13 @@ fn refuse_overlap(
                 request.cgroup,
             );
         }
-        if other.netns_cookie == notes.netns_cookie
+        let same_pod = other.netns_cookie == notes.netns_cookie;
+        let same_options = other.policy.mode == notes.policy.mode
             && tables
                 .pods
                 .get(&notes.netns_cookie)?
-                .is_some_and(|attached| attached != *config)
-        {
+                .is_none_or(|attached| attached == *config);
+        if same_pod && !same_options {
             bail!(
                 "network namespace {} is captured with other options for cgroup {theirs}; use the same or detach that first",
                 request.netns,

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -12,6 +13,7 @@ use crate::programs::{HOOKS, SK_LOOKUP};
 use crate::record::{self, Notes};
 use crate::sys::bpf;
 use crate::tables::{RoutePrefix, Tables};
+use crate::tproxy;
 
 /// How long to wait for connections that are being handed to the proxy; a handshake inside the pod
 /// takes microseconds.
@@ -40,16 +42,15 @@ pub fn detach_all() -> Result<usize> {
         return Ok(0);
     };
     let pods = pins.pods()?;
-    if pods.is_empty() {
-        pins.remove_all()?;
-        return Ok(0);
-    }
     match Tables::open(&pins) {
         Ok(tables) => {
-            for cgroup_id in &pods {
+            // Notes without links: an attachment, or a detachment, was interrupted.
+            let noted = tables.records.keys().context("reading RECORDS")?;
+            for cgroup_id in pods.iter().chain(&noted) {
                 one(&pins, &tables, *cgroup_id)?;
             }
         }
+        Err(_) if pods.is_empty() => {}
         // Capture ends with the links; what the maps hold goes with them.
         Err(error) => tracing::warn!("removing pins without reading the maps: {error:#}"),
     }
@@ -89,11 +90,24 @@ pub(crate) fn one(pins: &Pins, tables: &Tables, cgroup_id: u64) -> Result<()> {
             let _ = fs::remove_file(&path);
         }
     }
+    if let Some(notes) = notes
+        .as_ref()
+        .filter(|_| !shared && !namespace_is_gone(&directory))
+    {
+        tproxy::take_back_noted(notes)?;
+    }
     pins::remove(&directory)?;
     if let Some(notes) = notes.as_ref().filter(|_| !shared) {
         forget_namespace(tables, notes)?;
     }
     tables.records.remove(&cgroup_id).context("writing RECORDS")
+}
+
+/// True if the kernel has cut the link to the network namespace off.
+fn namespace_is_gone(directory: &Path) -> bool {
+    bpf::open_pinned(&directory.join(SK_LOOKUP))
+        .and_then(|link| bpf::netns_link(link.as_fd()))
+        .is_ok_and(|link| link.target == 0)
 }
 
 /// Removes what no pod uses any more.

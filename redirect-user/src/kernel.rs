@@ -97,6 +97,11 @@ pub fn version() -> Result<(u32, u32)> {
     }
 }
 
+/// Whether `sk_lookup` programs can read the interface a packet came by.
+pub fn tells_ingress_interface() -> Result<bool> {
+    Ok(version()? >= (5, 17))
+}
+
 /// What a call is about to do, which decides what it takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Task {

@@ -21,3 +21,4 @@ mod settings;
 pub mod status;
 mod sys;
 mod tables;
+pub mod tproxy;

@@ -6,6 +6,7 @@
 
 pub mod cgroup;
 pub mod identity;
+pub mod interfaces;
 pub mod listeners;
 pub mod mounts;
 pub mod netns;
@@ -13,6 +14,6 @@ pub mod pod_cgroup;
 pub mod routes;
 
 pub(crate) mod netlink;
-mod proc;
+pub(crate) mod proc;
 #[cfg(test)]
 pub(crate) mod testing;

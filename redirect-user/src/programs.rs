@@ -137,6 +137,7 @@ impl Programs {
         }
         let offsets = Offsets::of_running_kernel()?;
         let port_range_packed = u32::from(offsets.port_range_packed);
+        let has_ingress_interface = u32::from(kernel::tells_ingress_interface()?);
         let has_set_retval = u32::from(kernel::version()? >= (5, 18));
         let mut object = EbpfLoader::new();
         object
@@ -148,7 +149,8 @@ impl Programs {
             .override_global("OFFSET_SOCK_NET", &offsets.sock_net, true)
             .override_global("OFFSET_NET_PORT_RANGE", &offsets.net_port_range, true)
             .override_global("PORT_RANGE_PACKED", &port_range_packed, true)
-            .override_global("HAS_SET_RETVAL", &has_set_retval, true);
+            .override_global("HAS_SET_RETVAL", &has_set_retval, true)
+            .override_global("HAS_INGRESS_INTERFACE", &has_ingress_interface, true);
         let mut object = load_object(&mut object, pins)?;
         let staged = pins.stage()?;
         for hook in HOOKS {

@@ -9,19 +9,26 @@ use redirect_common::address::Address;
 use redirect_common::lists::{LIST_PREFIX_BITS, List, ListKey};
 use redirect_common::pod::{
     self, FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6, FLAG_LOOPBACK_INCLUDED,
-    FLAG_OUTBOUND_ALL, PodConfig,
+    FLAG_OUTBOUND_ALL, FLAG_TPROXY, MAX_EXCLUDED_INTERFACES, PodConfig,
 };
 use redirect_common::route::{
     ROUTE_BIND_SOURCE, ROUTE_LOCAL, ROUTE_PREFIX_BITS, ROUTE_UNREACHABLE, RouteInfo, RouteKey,
 };
 
 use crate::observe::identity::IdMap;
+use crate::observe::interfaces::Interface;
 use crate::observe::routes::RoutingTable;
-use crate::options::{IdRange, Policy, PortRange};
+use crate::options::{IdRange, Mode, Policy, PortRange};
 use crate::tables::{ListPrefix, RoutePrefix};
 
-/// The pod's entry of `PODS`. `ids` translates the pod's user and group ids to the kernel's.
-pub fn pod_config(policy: &Policy, ipv6: bool, ids: &IdMap) -> Result<PodConfig> {
+/// The pod's entry of `PODS`. `ids` translates the pod's user and group ids to the kernel's,
+/// `interfaces` are those of its network namespace.
+pub fn pod_config(
+    policy: &Policy,
+    ipv6: bool,
+    ids: &IdMap,
+    interfaces: &[Interface],
+) -> Result<PodConfig> {
     let mut config = PodConfig {
         policy: policy.digest(),
         outbound_port: policy.outbound_port,
@@ -37,6 +44,7 @@ pub fn pod_config(policy: &Policy, ipv6: bool, ids: &IdMap) -> Result<PodConfig>
         (FLAG_INBOUND_ALL, policy.inbound_ports.is_all()),
         (FLAG_LOOPBACK_INCLUDED, policy.loopback_included),
         (FLAG_GROUPS_INCLUDE, !policy.owner_groups.is_all()),
+        (FLAG_TPROXY, policy.mode != Mode::Redirect),
     ] {
         if set {
             config.flags |= flag;
@@ -45,6 +53,12 @@ pub fn pod_config(policy: &Policy, ipv6: bool, ids: &IdMap) -> Result<PodConfig>
     for (key, _) in list_entries(policy) {
         config.lists |= 1 << key.data.list;
     }
+    if let Mode::Tproxy { mark, .. } = policy.mode {
+        config.tproxy_mark = mark;
+    }
+    let excluded = excluded_interfaces(policy, interfaces)?;
+    config.excluded_interface_count = excluded.len() as u32;
+    config.excluded_interfaces[..excluded.len()].copy_from_slice(&excluded);
     let groups = if policy.owner_groups.is_all() {
         &policy.owner_groups_exclude
     } else {
@@ -60,6 +74,23 @@ pub fn pod_config(policy: &Policy, ipv6: bool, ids: &IdMap) -> Result<PodConfig>
         Ok(ids.gids(range.first, range.last)?)
     })?;
     Ok(config)
+}
+
+/// Indexes of the interfaces that `-c` names now, in ascending order.
+pub fn excluded_interfaces(policy: &Policy, interfaces: &[Interface]) -> Result<Vec<u32>> {
+    let patterns = &policy.exclude_interfaces;
+    let mut excluded: Vec<u32> = interfaces
+        .iter()
+        .filter(|interface| patterns.iter().any(|p| p.matches(&interface.name)))
+        .map(|interface| interface.index)
+        .collect();
+    ensure!(
+        excluded.len() <= MAX_EXCLUDED_INTERFACES,
+        "--istio-exclude-interfaces names {} interfaces of the pod, allowed are {MAX_EXCLUDED_INTERFACES}",
+        excluded.len()
+    );
+    excluded.sort_unstable();
+    Ok(excluded)
 }
 
 fn translate(

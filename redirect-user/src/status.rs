@@ -9,6 +9,7 @@ use redirect_common::verdict::Rule;
 use serde::Serialize;
 
 use crate::observe::cgroup::Cgroup;
+use crate::observe::interfaces::interfaces;
 use crate::observe::netns::NetworkNamespace;
 use crate::observe::routes::routing_table;
 use crate::options::Policy;
@@ -17,6 +18,7 @@ use crate::programs;
 use crate::record::{self, Notes};
 use crate::settings;
 use crate::tables::Tables;
+use crate::tproxy;
 
 /// The state of this machine.
 #[derive(Debug, Serialize)]
@@ -46,8 +48,9 @@ pub struct Pod {
     pub build: String,
     /// False if an attach was interrupted: nothing is captured until it is repeated.
     pub capturing: bool,
-    /// Whether the addresses and routes known here are those of the namespace; None if it is
-    /// found neither by the path it was attached with nor by a process of the pod.
+    /// Whether the addresses, routes and excluded interfaces known here are those of the namespace,
+    /// and what TPROXY needs is there; None if it is found neither by the path it was attached
+    /// with nor by a process of the pod.
     pub routes_current: Option<bool>,
     /// Whether IPv6 is captured.
     pub ipv6: bool,
@@ -128,8 +131,17 @@ fn routes_current(tables: &Tables, notes: &Notes) -> Option<bool> {
     let netns = namespace(notes)?;
     let wanted = settings::route_entries(notes.netns_cookie, &routing_table(&netns).ok()?);
     let known = crate::detach::routes_of(tables, notes.netns_cookie).ok()?;
+    let excluded = settings::excluded_interfaces(&notes.policy, &interfaces(&netns).ok()?).ok();
+    let config = tables.pods.get(&notes.netns_cookie).ok()?;
+    let known_excluded = config.map(|config| {
+        let count = config.excluded_interface_count as usize;
+        config.excluded_interfaces[..count].to_vec()
+    });
+    let complete = tproxy::is_complete(&netns, &notes.policy, notes.ipv6).ok()?;
     Some(
-        wanted.len() == known.len()
+        complete
+            && (known_excluded.is_none() || known_excluded == excluded)
+            && wanted.len() == known.len()
             && wanted
                 .iter()
                 .all(|(key, info)| tables.routes.get(key).ok().flatten() == Some(*info)),

@@ -94,6 +94,15 @@ fn establish(socket: &Socket, dial: &Dial) -> Result<(), Error> {
     }
 }
 
+/// `IP_TRANSPARENT` or `IPV6_TRANSPARENT`.
+pub fn set_transparent(socket: &Socket, ipv4: bool) -> Result<(), Error> {
+    if ipv4 {
+        socket.set_ip_transparent_v4(true)
+    } else {
+        socket.set_ip_transparent_v6(true)
+    }
+}
+
 /// Everything that comes before `connect`.
 pub fn prepare(socket: &Socket, dial: &Dial) -> Result<(), Error> {
     let timeout = Duration::from_millis(dial.timeout_ms);
@@ -129,8 +138,7 @@ fn set(socket: &Socket, family: Family, setting: &Setting) -> Result<(), Error> 
         Setting::BindAddressNoPort => Ok(setsockopt(socket, IpBindAddressNoPort, &true)?),
         Setting::Freebind if ipv4 => socket.set_freebind_v4(true),
         Setting::Freebind => socket.set_freebind_v6(true),
-        Setting::Transparent if ipv4 => socket.set_ip_transparent_v4(true),
-        Setting::Transparent => socket.set_ip_transparent_v6(true),
+        Setting::Transparent => set_transparent(socket, ipv4),
         Setting::ReusePort => socket.set_reuse_port(true),
     }
 }

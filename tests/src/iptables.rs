@@ -72,6 +72,7 @@ pub fn apply(pod: &Pod, options: &Options, variant: Variant) {
     if options.tproxy && !options.include_inbound.is_empty() {
         for (family, all) in [("-4", "0.0.0.0/0"), ("-6", "::/0")] {
             if family == "-4" || options.ipv6 {
+                // A batch of `ip` commands cannot choose the family.
                 for command in [
                     format!("{family} rule add fwmark {TPROXY_MARK} lookup {TPROXY_TABLE}"),
                     format!("{family} route replace local {all} dev lo table {TPROXY_TABLE}"),

@@ -34,6 +34,8 @@ impl Identity {
     pub const APP: Self = Self::new(1000, 1000);
     /// The proxy, as Istio runs it.
     pub const PROXY: Self = Self::new(1337, 1337);
+    /// The proxy, as Istio runs it for TPROXY: it needs a superuser's rights.
+    pub const TPROXY: Self = Self::new(0, 1337);
 
     /// `uid` and `gid`, real and effective, no supplementary groups.
     pub const fn new(uid: u32, gid: u32) -> Self {
@@ -201,6 +203,22 @@ impl Dial {
         self
     }
 
+    /// Set `SO_MARK`.
+    pub const fn mark(mut self, mark: u32) -> Self {
+        self.mark = mark;
+        self
+    }
+
+    /// Come from an address that need not be the pod's own.
+    pub fn transparent(self, source: SocketAddr) -> Self {
+        self.setting(Setting::Transparent).bind(source)
+    }
+
+    /// Leave by that interface.
+    pub fn device(self, name: &str) -> Self {
+        self.setting(Setting::Device(name.to_owned()))
+    }
+
     /// Keep the connection open under `name`.
     pub fn keep(mut self, name: &str) -> Self {
         self.keep = Some(name.to_owned());
@@ -254,6 +272,8 @@ pub struct Listen {
     pub manner: Manner,
     /// Whether this is a UDP socket, which answers every datagram with a greeting.
     pub udp: bool,
+    /// `IP_TRANSPARENT`; needs `CAP_NET_ADMIN`.
+    pub transparent: bool,
     /// Length of the queue of connections not accepted yet.
     pub backlog: i32,
     /// How long to wait before the first is accepted, in milliseconds.
@@ -282,11 +302,18 @@ impl Listen {
             reuseport: 0,
             v6_only: true,
             manner: Manner::Converse,
+            transparent: false,
             udp: false,
             backlog: 4096,
             delay_ms: 0,
             multipath: false,
         }
+    }
+
+    /// With `IP_TRANSPARENT`, as iptables' TPROXY asks for.
+    pub const fn transparent(mut self) -> Self {
+        self.transparent = true;
+        self
     }
 
     /// UDP in place of TCP.

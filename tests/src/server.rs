@@ -13,6 +13,7 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::{
     datagram,
+    dial::set_transparent,
     protocol::{Greeting, Listen, Manner},
     sockopt::{original_dst, original_dst6},
 };
@@ -98,6 +99,9 @@ fn bound(listen: &Listen) -> Result<Socket, Error> {
     socket.set_reuse_address(true)?;
     if listen.reuseport > 1 {
         socket.set_reuse_port(true)?;
+    }
+    if listen.transparent {
+        set_transparent(&socket, listen.at.is_ipv4())?;
     }
     socket.bind(&listen.at.into())?;
     if !listen.udp {

@@ -338,15 +338,6 @@ fn identities() {
 fn what_is_not_supported_yet_is_never_ignored() {
     all(&[
         (
-            &["-m", "TPROXY"],
-            &[],
-            &[
-                "--istio-inbound-interception-mode",
-                "TPROXY",
-                "not supported yet",
-            ],
-        ),
-        (
             &["-m", "tproxy"],
             &[],
             &["--istio-inbound-interception-mode", "tproxy", "REDIRECT"],
@@ -355,11 +346,6 @@ fn what_is_not_supported_yet_is_never_ignored() {
             &["-m", "NONE"],
             &[],
             &["--istio-inbound-interception-mode", "NONE"],
-        ),
-        (
-            &[],
-            &["ISTIO_INBOUND_INTERCEPTION_MODE=TPROXY"],
-            &["ISTIO_INBOUND_INTERCEPTION_MODE", "not supported yet"],
         ),
         (
             &["--redirect-dns=true"],
@@ -436,16 +422,6 @@ fn what_is_not_supported_yet_is_never_ignored() {
             &[],
             &["KUBE_VIRT_INTERFACES=tap0,!tap1"],
             &["KUBE_VIRT_INTERFACES", "!tap1"],
-        ),
-        (
-            &["-c", "eth1"],
-            &[],
-            &["--istio-exclude-interfaces", "eth1", "not supported yet"],
-        ),
-        (
-            &[],
-            &["ISTIO_EXCLUDE_INTERFACES=net1,net2"],
-            &["ISTIO_EXCLUDE_INTERFACES", "net1,net2", "not supported yet"],
         ),
         (
             &["-k", "tap0"],

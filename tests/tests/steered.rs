@@ -31,7 +31,7 @@ fn port_of_service(scene: &Scene, family: Family) -> u16 {
         destination: scene.address(family, To::Service(80)).ip().into(),
         port: 80,
         proxy_port: 15001,
-        _pad: 0,
+        in_place: 0,
     };
     original.steered_port(0)
 }

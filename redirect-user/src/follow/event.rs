@@ -105,13 +105,13 @@ impl Decision {
             gid: owner(raw.gid),
             action: match rule.map(Rule::action) {
                 _ if rule == Some(Rule::NoRoute) => Outcome::Refused,
-                Some(Action::CaptureOutbound | Action::CaptureInbound) => Outcome::Captured,
                 Some(Action::Pass) | None => Outcome::Passed,
+                Some(_) => Outcome::Captured,
             },
             rule: label,
             proxy_port: match rule.map(Rule::action) {
                 Some(Action::CaptureOutbound) => Some(raw.outbound_port),
-                Some(Action::CaptureInbound) => Some(raw.inbound_port),
+                Some(Action::CaptureInbound | Action::CaptureInPlace) => Some(raw.inbound_port),
                 Some(Action::Pass) | None => None,
             },
         }

@@ -94,7 +94,7 @@ impl Netlink {
                 }
                 rest = rest.get(length..).unwrap_or_default();
             }
-            if flags & NLM_F_DUMP == 0 {
+            if flags & NLM_F_DUMP != NLM_F_DUMP {
                 return Ok((answers, interrupted));
             }
         }

@@ -135,9 +135,7 @@ const REFUSED_FLAGS: &[(&[&str], &str, &str)] = &[
     (&["-k", ".."], r#"--kube-virt-interfaces: ".." is not a name that an interface can have"#, INTERFACES),
     (&["-k", "eth0:1"], r#"--kube-virt-interfaces: "eth0:1" is not a name that an interface can have"#, INTERFACES),
     // Not yet.
-    (&["-m", "TPROXY"], r#"--istio-inbound-interception-mode: "TPROXY""#, LATER),
     (&["--redirect-dns", "--capture-all-dns"], r#"--redirect-dns: "true""#, LATER),
-    (&["-c", "eth1"], r#"--istio-exclude-interfaces: "eth1""#, LATER),
     (&["-k", "tap0,tap1"], r#"--kube-virt-interfaces: "tap0,tap1""#, LATER),
 ];
 
@@ -159,7 +157,6 @@ const REFUSED_VARIABLES: &[(&str, &str, &str, &str)] = &[
     ("ISTIO_OUTBOUND_OWNER_GROUPS", "ghost", r#"ISTIO_OUTBOUND_OWNER_GROUPS: "ghost" is not a known group"#, GIDS_ALL),
     ("ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE", "*", r#"ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE: "*" is not a known group"#, GIDS),
     ("ISTIO_INBOUND_INTERCEPTION_MODE", "NONE", r#"ISTIO_INBOUND_INTERCEPTION_MODE: "NONE" is not an interception mode"#, MODE),
-    ("ISTIO_INBOUND_INTERCEPTION_MODE", "TPROXY", r#"ISTIO_INBOUND_INTERCEPTION_MODE: "TPROXY""#, LATER),
     ("CAPTURE_ALL_DNS", "yes", r#"CAPTURE_ALL_DNS: "yes" is not a boolean"#, BOOLEAN),
     ("REDIRECT_DNS", "yes", r#"REDIRECT_DNS: "yes" is not a boolean"#, BOOLEAN),
     ("ISTIO_META_DNS_CAPTURE", "x", r#"ISTIO_META_DNS_CAPTURE: "x" is not a boolean"#, BOOLEAN),
@@ -168,7 +165,6 @@ const REFUSED_VARIABLES: &[(&str, &str, &str, &str)] = &[
     ("ISTIO_EXCLUDE_INTERFACES", "eth0/1", r#"ISTIO_EXCLUDE_INTERFACES: "eth0/1" is not a name that an interface can have"#, INTERFACES),
     ("KUBE_VIRT_INTERFACES", "tap0,*", r#"KUBE_VIRT_INTERFACES: "tap0,*": "*" has a *, where a + at the end means any ending"#, INTERFACES),
     ("DUAL_STACK", "2", r#"DUAL_STACK: "2" is not a boolean"#, BOOLEAN),
-    ("ISTIO_EXCLUDE_INTERFACES", "eth+", r#"ISTIO_EXCLUDE_INTERFACES: "eth+""#, LATER),
     ("KUBE_VIRT_INTERFACES", "tap0", r#"KUBE_VIRT_INTERFACES: "tap0""#, LATER),
     ("ISTIO_DUAL_STACK", "on", r#"ISTIO_DUAL_STACK: "on" is not a boolean"#, BOOLEAN),
 ];
