@@ -135,6 +135,25 @@ fn port_that_stands_for_a_destination_is_a_port_like_others(
 }
 
 #[rstest]
+fn udp_socket_is_never_taken_for_a_captured_connection(
+    #[values(Redirect, Iptables)] backend: Backend,
+    #[values(V4, V6)] family: Family,
+) {
+    let mut scene = attached(backend, false);
+    let port = port_of_service(&scene, family);
+    scene
+        .attempt(family, &out(APP, To::Service(80), Outbound))
+        .unwrap();
+    for to in [To::Own(port), To::Localhost(port), To::Service(port)] {
+        let real = scene.address(family, to);
+        let socket = scene.app.datagram(real);
+        assert_eq!(socket.peer, Some(real));
+        assert_eq!(socket.original.unwrap().address, None);
+        assert_eq!(socket.original6.unwrap().address, None);
+    }
+}
+
+#[rstest]
 fn ephemeral_ports_may_be_steered_ports(
     #[values(Redirect, Iptables)] backend: Backend,
     #[values(V4, V6, Mapped)] family: Family,
