@@ -28,6 +28,7 @@ pub const SOL_IPV6: i32 = 41;
 pub const AF_INET: u32 = 2;
 pub const AF_INET6: u32 = 10;
 pub const IPPROTO_TCP: u32 = 6;
+pub const IPPROTO_MPTCP: u32 = 262;
 const BPF_SK_STORAGE_GET_F_CREATE: u64 = 1;
 const TCP_LISTEN: u32 = 10;
 /// `BPF_F_CURRENT_NETNS`, which is negative.
@@ -242,8 +243,8 @@ impl Sock {
     }
 
     #[inline(always)]
-    pub fn is_tcp(self) -> bool {
-        read!(self.0, protocol) == IPPROTO_TCP
+    pub fn protocol(self) -> u32 {
+        read!(self.0, protocol)
     }
 
     #[inline(always)]

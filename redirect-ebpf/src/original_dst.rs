@@ -3,7 +3,7 @@
 use redirect_common::address::Address;
 use redirect_common::connection::{ROLE_ACCEPTED_OUTBOUND, ROLE_CLIENT, ROLE_CLIENT_DIRECT};
 
-use crate::ctx::{SOL_IP, SOL_IPV6, Sock, SockOpt, SockaddrIn, SockaddrIn6};
+use crate::ctx::{IPPROTO_TCP, SOL_IP, SOL_IPV6, Sock, SockOpt, SockaddrIn, SockaddrIn6};
 use crate::maps;
 use crate::part;
 
@@ -32,7 +32,7 @@ pub fn getsockopt(ctx: &SockOpt) -> i32 {
 /// TCP socket, captured or not, on both sides.
 #[inline(always)]
 fn original(sock: Sock, netns_cookie: u64) -> Option<(Address, u16)> {
-    if !sock.is_tcp() || sock.destination_port() == 0 {
+    if sock.destination_port() == 0 {
         return None;
     }
     match part::of(sock, netns_cookie) {
@@ -40,7 +40,7 @@ fn original(sock: Sock, netns_cookie: u64) -> Option<(Address, u16)> {
             Some((part.original.destination, part.original.port))
         }
         Some(part) if part.role != ROLE_CLIENT_DIRECT => Some((sock.source(), sock.source_port())),
-        None if maps::pod(netns_cookie).is_none() => None,
+        None if maps::pod(netns_cookie).is_none() || sock.protocol() != IPPROTO_TCP => None,
         _ => Some((sock.destination(), sock.destination_port())),
     }
 }

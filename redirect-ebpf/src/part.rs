@@ -2,13 +2,17 @@
 
 use redirect_common::connection::{Original, ROLE_ACCEPTED_OUTBOUND, ROLE_CLIENT, SocketState};
 
-use crate::ctx::Sock;
+use crate::ctx::{IPPROTO_MPTCP, IPPROTO_TCP, Sock};
 use crate::destinations;
 
 /// What the socket remembers, or else what its ports tell. None if it is not connected.
 #[inline(always)]
 pub fn of(sock: Sock, netns_cookie: u64) -> Option<SocketState> {
     let (source_port, destination_port) = (sock.source_port(), sock.destination_port());
+    let protocol = sock.protocol();
+    if protocol != IPPROTO_TCP && protocol != IPPROTO_MPTCP {
+        return None;
+    }
     // Disconnected: what it was before must not be told.
     if destination_port == 0 {
         return None;

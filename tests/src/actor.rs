@@ -162,6 +162,11 @@ impl Actor {
         }
     }
 
+    /// Connects a UDP socket and looks at it.
+    pub fn datagram(&mut self, to: SocketAddr) -> Dialed {
+        self.dialed(&Request::Datagram(to))
+    }
+
     /// Makes connections at the same time.
     pub fn together(&mut self, dials: Vec<Dial>) -> Vec<Dialed> {
         match self.request(&Request::Together(dials)) {

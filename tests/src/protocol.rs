@@ -394,6 +394,8 @@ pub enum Request {
         /// How many.
         addresses: u32,
     },
+    /// Connect a UDP socket and look at it.
+    Datagram(SocketAddr),
     /// Make connections at the same time, each in its own thread.
     Together(Vec<Dial>),
     /// Open a place where sockets of other processes arrive.

@@ -269,7 +269,7 @@ fn a_cidr_is_about_its_own_family_only(
     };
     let lands = if family.is_ipv4() { ipv4 } else { ipv6 };
     let attempts = [out(APP, To::Service(80), lands)];
-    table(backend, family, options, &attempts);
+    Scene::run(backend, family, options, &attempts);
 }
 
 #[rstest]

@@ -48,13 +48,17 @@ fn attached(backend: Backend, exhausted: bool) -> Scene {
 
 /// What either end says the original destination was.
 fn originals(dialed: &Dialed) -> [Option<SocketAddr>; 2] {
-    let greeting = dialed
-        .greeting
-        .as_ref()
-        .unwrap_or_else(|| panic!("{dialed:?}"));
-    let client = [&dialed.original, &dialed.original6].map(|probe| probe.clone().unwrap());
-    let server = [greeting.original.clone(), greeting.original6.clone()];
-    let level = usize::from(!canonical(dialed.peer.unwrap()).is_ipv4());
+    let (Some(original), Some(original6), Some(greeting), Some(peer)) = (
+        &dialed.original,
+        &dialed.original6,
+        &dialed.greeting,
+        dialed.peer,
+    ) else {
+        panic!("{dialed:?}");
+    };
+    let client = [original, original6];
+    let server = [&greeting.original, &greeting.original6];
+    let level = usize::from(!canonical(peer).is_ipv4());
     [&client, &server].map(|end| end[level].address)
 }
 
@@ -135,6 +139,25 @@ fn port_that_stands_for_a_destination_is_a_port_like_others(
 }
 
 #[rstest]
+fn udp_socket_is_never_taken_for_a_captured_connection(
+    #[values(Redirect, Iptables)] backend: Backend,
+    #[values(V4, V6)] family: Family,
+) {
+    let mut scene = attached(backend, false);
+    let port = port_of_service(&scene, family);
+    scene
+        .attempt(family, &out(APP, To::Service(80), Outbound))
+        .unwrap();
+    for to in [To::Own(port), To::Localhost(port), To::Service(port)] {
+        let real = scene.address(family, to);
+        let socket = scene.app.datagram(real);
+        assert_eq!(socket.peer, Some(real));
+        assert_eq!(socket.original.unwrap().address, None);
+        assert_eq!(socket.original6.unwrap().address, None);
+    }
+}
+
+#[rstest]
 fn ephemeral_ports_may_be_steered_ports(
     #[values(Redirect, Iptables)] backend: Backend,
     #[values(V4, V6, Mapped)] family: Family,
@@ -166,12 +189,18 @@ fn no_source_port_connects_a_socket_to_itself(
     #[values(Redirect, Iptables)] backend: Backend,
     #[values(V4, V6, Mapped)] family: Family,
 ) {
-    let mut scene = attached(backend, false);
+    let mut scene = Scene::new();
     let port = port_of_service(&scene, family);
     // The kernel has no other port to choose.
     let range = format!("{port} {port}");
     let range = [("ipv4/ip_local_port_range", &*range)];
     scene.pod.netns.sysctl(&range);
+    // What would happen: nobody listens, and yet the socket is connected.
+    let mut alone = Dial::new(family, scene.address(family, To::Own(port)));
+    alone.greeting = false;
+    let itself = scene.app.dial(&alone);
+    assert_eq!((itself.error, itself.peer), (None, itself.local));
+    scene.attach(backend, &Options::ISTIO);
     let to = scene.address(family, To::Service(80));
     let dialed = scene.app.dial(&Dial::new(family, to));
     let local = dialed.local.map(|local| local.port());

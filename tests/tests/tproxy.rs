@@ -15,7 +15,7 @@ use redirect_tests::{
     options::Options,
     pod::Pod,
     protocol::{Dial, Family, Identity, Listen, canonical},
-    scene::{Attempt, Lands, Scene, To, inward, out, wildcards},
+    scene::{Lands, Scene, To, inward, out, wildcards},
 };
 use rstest::rstest;
 
@@ -32,10 +32,6 @@ const TPROXY: Options = Options {
 const MARK: u32 = 1337;
 /// What the rules set on the proxy's way to its own pod.
 const SELF_MARK: u32 = 1338;
-
-fn table(backend: Backend, family: Family, options: Options, attempts: &[Attempt]) {
-    Scene::run(backend, family, &options, attempts);
-}
 
 #[rstest]
 fn inbound_connections_keep_their_address(
@@ -54,7 +50,7 @@ fn inbound_connections_keep_their_address(
         inward(15021, Direct),
         inward(15090, Direct),
     ];
-    table(backend, family, TPROXY, &attempts);
+    Scene::run(backend, family, TPROXY, &attempts);
 }
 
 #[rstest]
@@ -73,7 +69,7 @@ fn excluded_tunnel_passes(
         out(Identity::TPROXY, To::Own(15008), Direct),
         out(Identity::TPROXY, To::Own(8011), InPlace),
     ];
-    table(backend, family, options, &attempts);
+    Scene::run(backend, family, options, &attempts);
 }
 
 #[rstest]
@@ -93,7 +89,7 @@ fn listed_ports_are_captured_and_exclusions_ignored(
         out(Identity::TPROXY, To::Own(80), InPlace),
         out(Identity::TPROXY, To::Own(8080), Direct),
     ];
-    table(backend, family, options, &attempts);
+    Scene::run(backend, family, options, &attempts);
 }
 
 #[rstest]
@@ -111,7 +107,7 @@ fn no_list_captures_nothing_inbound(
         out(Identity::PROXY, To::Own(8080), Inbound),
         out(Identity::APP, To::Service(80), Outbound),
     ];
-    table(backend, family, options, &attempts);
+    Scene::run(backend, family, options, &attempts);
 }
 
 #[rstest]
@@ -137,7 +133,7 @@ fn proxy_reaches_its_own_listener_in_place_or_by_nat(
         out(Identity::APP, To::Localhost(8080), Direct),
         out(Identity::ROOT, To::Own(8080), Direct),
     ];
-    table(backend, family, TPROXY, &attempts);
+    Scene::run(backend, family, TPROXY, &attempts);
 }
 
 #[rstest]
@@ -151,7 +147,7 @@ fn marks_decide(#[values(Redirect, Iptables)] backend: Backend, #[values(V4, V6)
         out(Identity::ROOT, To::Own(8080), Direct).mark(7),
         out(Identity::ROOT, To::Service(80), Outbound).mark(SELF_MARK),
     ];
-    table(backend, family, TPROXY, &attempts);
+    Scene::run(backend, family, TPROXY, &attempts);
 }
 
 #[rstest]
@@ -174,7 +170,7 @@ fn hop_to_the_application_and_loopback_pass(
         attempts.push(out(Identity::TPROXY, other, InPlace));
         attempts.push(out(Identity::APP, other, Direct));
     }
-    table(backend, family, TPROXY, &attempts);
+    Scene::run(backend, family, TPROXY, &attempts);
 }
 
 #[rstest]
@@ -188,7 +184,7 @@ fn loopback_of_the_options_passes(#[values(Redirect, Iptables)] backend: Backend
         out(Identity::TPROXY, other, Direct),
         out(Identity::TPROXY, To::Own(8080), InPlace),
     ];
-    table(backend, V4, options, &attempts);
+    Scene::run(backend, V4, options, &attempts);
 }
 
 #[rstest]
@@ -212,7 +208,7 @@ fn outbound_options_do_not_hold_back_the_mangle_table(
         out(Identity::APP, To::Service(80), Outbound),
         out(Identity::APP, To::Service(8080), Direct),
     ];
-    table(backend, family, options, &attempts);
+    Scene::run(backend, family, options, &attempts);
 }
 
 #[rstest]
@@ -229,7 +225,7 @@ fn ipv6_off_captures_ipv4_only(
         inward(8080, lands),
         out(Identity::TPROXY, To::Own(8080), lands),
     ];
-    table(backend, family, options, &attempts);
+    Scene::run(backend, family, options, &attempts);
 }
 
 /// The ports that captured connections are steered to are ordinary ones here.

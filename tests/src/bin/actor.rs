@@ -11,7 +11,7 @@ use std::{
     env,
     fs::{self, File},
     io::{BufRead as _, Error, Read as _, Write as _, stdin, stdout},
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
     os::{
         fd::{AsFd as _, OwnedFd},
         unix::net::UnixDatagram,
@@ -37,6 +37,7 @@ use redirect_tests::{
     parcel,
     protocol::{Answer, Dial, Dialed, Family, Identity, Request, Start, Traffic, Transport},
     raw::disconnect,
+    scene::wildcards,
     server::Server,
     sockopt::errno_name,
 };
@@ -168,6 +169,13 @@ impl Actor {
             }
             Request::Spawn { name, dial } => self.spawn(name.as_deref(), &dial),
             Request::Sweep { to, addresses } => sweep(to, addresses),
+            Request::Datagram(to) => {
+                let socket = UdpSocket::bind(wildcards(0)[usize::from(to.is_ipv6())]).unwrap();
+                match socket.connect(to) {
+                    Ok(()) => Answer::Dialed(Box::new(look(&socket.into()))),
+                    Err(error) => Answer::Failed(errno_name(&error)),
+                }
+            }
             Request::Together(dials) => together(&dials),
             Request::Expect(place) => done(parcel::open(&place).map(|post| self.post = Some(post))),
             Request::Give { name, to } => done(parcel::give(&self.sockets[&name], &to)),
