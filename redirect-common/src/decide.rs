@@ -4,9 +4,10 @@
 //! earlier one having returned, so there is no "is it the proxy?" predicate to be had.
 
 use crate::address::Address;
+use crate::dns::DNS_PORT;
 use crate::lists::{List, Lists};
 use crate::pod::{
-    FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6, FLAG_LOOPBACK_INCLUDED, FLAG_OUTBOUND_ALL,
+    FLAG_DNS, FLAG_DNS_ALL, FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6, FLAG_LOOPBACK_INCLUDED, FLAG_OUTBOUND_ALL,
     IdRange, MAX_OWNER_GROUPS, MAX_PROXY_IDS, PodConfig,
 };
 use crate::verdict::Rule;
@@ -20,9 +21,20 @@ pub struct Owner {
     pub gid: u32,
 }
 
-/// A TCP connection about to be made in the pod.
+/// A protocol that has ports, of those that the rules tell apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP: only DNS queries are captured.
+    Udp,
+}
+
+/// A connection about to be made in the pod, or a datagram about to leave.
 #[derive(Clone, Copy, Debug)]
 pub struct Outbound {
+    /// How it is made.
+    pub protocol: Protocol,
     /// The source address the connection will have.
     pub source: Address,
     /// Where it is meant to go.
@@ -35,7 +47,7 @@ pub struct Outbound {
     pub owner: Option<Owner>,
 }
 
-/// Decides about a connection made in the pod.
+/// Decides about a connection made in the pod, or a datagram.
 #[inline(always)]
 pub fn outbound(pod: &PodConfig, lists: &impl Lists, to: &Outbound) -> Rule {
     if !to.destination.is_v4() && !pod.has(FLAG_IPV6) {
@@ -48,14 +60,19 @@ pub fn outbound(pod: &PodConfig, lists: &impl Lists, to: &Outbound) -> Rule {
         return Rule::ProxyPassthrough;
     }
     let loopback = pod.in_loopback_cidr(&to.destination);
-    let to_self = to.local && !loopback && to.port != pod.tunnel_port;
-    let pass_local = to.local && !pod.has(FLAG_LOOPBACK_INCLUDED);
+    let tcp = to.protocol == Protocol::Tcp;
+    let dns = pod.has(FLAG_DNS);
+    let query = dns && to.port == DNS_PORT;
+    let to_self = tcp && to.local && !loopback && to.port != pod.tunnel_port;
+    // With DNS capture, what is not TCP is left to the rules that follow, and so is TCP to port 53.
+    let pass_local = to.local && !pod.has(FLAG_LOOPBACK_INCLUDED) && (!dns || tcp && !query);
     let owner = to.owner;
     if let Some(rule) = by_proxy_id(
         &pod.proxy_uids,
         pod.proxy_uid_count,
         owner.map(|o| o.uid),
-        to_self,
+        // For groups the rules make no such exception.
+        to_self && !query,
         pass_local,
     ) {
         return rule;
@@ -72,11 +89,19 @@ pub fn outbound(pod: &PodConfig, lists: &impl Lists, to: &Outbound) -> Rule {
     if owner_group_left_out(pod, owner) {
         return Rule::OwnerGroup;
     }
+    if query
+        && (pod.has(FLAG_DNS_ALL) || has_address(pod, lists, List::DnsServers, &to.destination))
+    {
+        return Rule::Dns;
+    }
     if loopback {
         return Rule::Loopback;
     }
     if has_address(pod, lists, List::ExcludeOutboundCidrs, &to.destination) {
         return Rule::ExcludedCidr;
+    }
+    if !tcp {
+        return Rule::NotIncluded;
     }
     if has_port(pod, lists, List::IncludeOutboundPorts, to.port) {
         return Rule::IncludedPort;

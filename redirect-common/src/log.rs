@@ -71,8 +71,10 @@ pub struct Decision {
     pub gid: u32,
     /// The proxy's port that the connection goes to, host order; 0 if it is let alone.
     pub proxy_port: u16,
+    /// IP protocol number: TCP's or UDP's.
+    pub protocol: u16,
     /// Padding, zero.
-    pub _pad: [u16; 3],
+    pub _pad: [u16; 2],
 }
 
 crate::assert_size!(Decision, 72);

@@ -20,6 +20,10 @@ pub const FLAG_INBOUND_ALL: u32 = 1 << 2;
 pub const FLAG_LOOPBACK_INCLUDED: u32 = 1 << 3;
 /// [`PodConfig::groups`] are those captured; without it, those not captured.
 pub const FLAG_GROUPS_INCLUDE: u32 = 1 << 4;
+/// `--redirect-dns`.
+pub const FLAG_DNS: u32 = 1 << 8;
+/// `--capture-all-dns`: queries to any server; without it, to those in [`List::DnsServers`].
+pub const FLAG_DNS_ALL: u32 = 1 << 9;
 
 /// A range of kernel user or group ids, both ends included.
 #[repr(C)]

@@ -9,6 +9,8 @@ pub enum Action {
     CaptureOutbound,
     /// To the proxy's inbound listener (15006).
     CaptureInbound,
+    /// To the agent that answers DNS queries ([`DNS_AGENT_PORT`](crate::dns::DNS_AGENT_PORT)).
+    CaptureDns,
 }
 
 macro_rules! rules {
@@ -53,6 +55,8 @@ rules! {
     Proxy = 5, "outbound-proxy", Pass;
     /// Owner groups leave this socket's group out.
     OwnerGroup = 6, "outbound-owner-group", Pass;
+    /// A DNS query that is captured, over UDP or TCP.
+    Dns = 28, "outbound-dns", CaptureDns;
     /// The loopback CIDR.
     Loopback = 7, "outbound-loopback", Pass;
     /// `-x` has the destination.
@@ -81,6 +85,8 @@ rules! {
     NoListener = 19, "no-proxy-listener", Pass;
     /// A captured connection could not be handed over (`FLOWS` full): it is refused.
     FlowLost = 20, "flow-lost", Pass;
+    /// No slot is free for a captured DNS query (`DNS_SLOTS`): its socket remembers only the server asked last.
+    NoDnsSlot = 29, "no-dns-slot", Pass;
 }
 
 /// Counters of a pod: one per [`Rule`], with room to grow.

@@ -1,5 +1,5 @@
 //! The decision against the rules themselves: a small interpreter walks the chains that
-//! istio-iptables writes for the same options (REDIRECT mode, without DNS and interfaces).
+//! istio-iptables writes for the same options (REDIRECT mode, without interfaces).
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -7,10 +7,11 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::select;
 use redirect_common::address::Address;
-use redirect_common::decide::{self, Outbound, Owner};
+use redirect_common::decide::{self, Outbound, Owner, Protocol};
+use redirect_common::dns::DNS_AGENT_PORT;
 use redirect_common::lists::{List, Lists};
 use redirect_common::pod::{
-    FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6, FLAG_LOOPBACK_INCLUDED, FLAG_OUTBOUND_ALL,
+    FLAG_DNS, FLAG_DNS_ALL, FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6, FLAG_LOOPBACK_INCLUDED, FLAG_OUTBOUND_ALL,
     IdRange, PodConfig,
 };
 use redirect_common::verdict::{Action, Rule};
@@ -40,6 +41,8 @@ struct Options {
     exclude_groups: Vec<Ids>,
     loopback: Cidr,
     ipv6: bool,
+    /// The servers whose queries are captured; None without DNS capture.
+    dns: Option<All<Vec<IpAddr>>>,
 }
 
 /// `*`, or a list.
@@ -67,9 +70,10 @@ impl Cidr {
     }
 }
 
-/// The first packet of a TCP connection.
+/// The first packet of a TCP connection, or a datagram.
 #[derive(Clone, Copy, Debug)]
 struct Packet {
+    protocol: Protocol,
     source: IpAddr,
     destination: IpAddr,
     port: u16,
@@ -80,6 +84,7 @@ struct Packet {
 /// What a rule asks of a packet; `NotX` is iptables' `! X`.
 #[derive(Clone, Copy, Debug)]
 enum Match {
+    Is(Protocol),
     OutLo,
     From(IpAddr),
     To(Cidr),
@@ -99,6 +104,7 @@ impl Match {
         let uid = |ids| packet.owner.is_some_and(|(uid, _)| within(ids, uid));
         let gid = |ids| packet.owner.is_some_and(|(_, gid)| within(ids, gid));
         match self {
+            Self::Is(protocol) => packet.protocol == *protocol,
             Self::OutLo => packet.out_lo,
             Self::From(address) => packet.source == *address,
             Self::To(cidr) => cidr.contains(packet.destination),
@@ -147,7 +153,8 @@ impl Table {
 
     /// semantics.md 2.1, lines 4 to 17.
     fn of(options: &Options, v6: bool) -> Self {
-        use Match::{Gid, NotGid, NotPort, NotTo, NotUid, OutLo, Port, To, Uid};
+        use Match::{Gid, Is, NotGid, NotPort, NotTo, NotUid, OutLo, Port, To, Uid};
+        use Protocol::{Tcp, Udp};
         use Target::{Jump, Redirect, Return};
         let mut table = Self::default();
         if v6 && !options.ipv6 {
@@ -174,27 +181,28 @@ impl Table {
 
         // 4 and 5
         let name = Some(Rule::TunnelPort);
-        table.add("ISTIO_INBOUND", &[Port(tunnel)], Return, name);
-        table.add("ISTIO_REDIRECT", &[], Redirect(OUTBOUND_PORT), None);
-        table.add("ISTIO_IN_REDIRECT", &[], Redirect(INBOUND_PORT), None);
+        let tcp = Is(Tcp);
+        table.add("ISTIO_INBOUND", &[tcp, Port(tunnel)], Return, name);
+        table.add("ISTIO_REDIRECT", &[tcp], Redirect(OUTBOUND_PORT), None);
+        table.add("ISTIO_IN_REDIRECT", &[tcp], Redirect(INBOUND_PORT), None);
         // 6
         let capture = Jump("ISTIO_IN_REDIRECT");
         let captured = Some(Rule::InboundCaptured);
         match &options.inbound {
             All::These(ports) if ports.is_empty() => {}
             All::These(ports) => {
-                table.add("PREROUTING", &[], Jump("ISTIO_INBOUND"), None);
+                table.add("PREROUTING", &[tcp], Jump("ISTIO_INBOUND"), None);
                 for ports in ports {
-                    table.add("ISTIO_INBOUND", &[Port(*ports)], capture, captured);
+                    table.add("ISTIO_INBOUND", &[tcp, Port(*ports)], capture, captured);
                 }
             }
             All::Star => {
-                table.add("PREROUTING", &[], Jump("ISTIO_INBOUND"), None);
+                table.add("PREROUTING", &[tcp], Jump("ISTIO_INBOUND"), None);
                 for ports in &options.exclude_inbound {
                     let name = Some(Rule::InboundPortExcluded);
-                    table.add("ISTIO_INBOUND", &[Port(*ports)], Return, name);
+                    table.add("ISTIO_INBOUND", &[tcp, Port(*ports)], Return, name);
                 }
-                table.add("ISTIO_INBOUND", &[], capture, captured);
+                table.add("ISTIO_INBOUND", &[tcp], capture, captured);
             }
         }
         // 7
@@ -204,27 +212,32 @@ impl Table {
         };
         // 8 and 9
         for ports in &options.exclude_outbound_ports {
-            output(&[Port(*ports)], Return, Rule::ExcludedPort);
+            output(&[tcp, Port(*ports)], Return, Rule::ExcludedPort);
+            output(&[Is(Udp), Port(*ports)], Return, Rule::ExcludedPort);
         }
         output(&[OutLo, Match::From(own6)], Return, Rule::ProxyPassthrough);
         // 10 and 11
         let loopback_included = options.loopback_included();
-        let to_self = [OutLo, NotTo(loopback), NotPort(options.tunnel_port)];
-        for uid in &options.uids {
-            let [a, b, c] = to_self;
-            output(&[a, b, c, Uid(*uid)], capture, Rule::ProxyToSelf);
-            if !loopback_included {
-                output(&[OutLo, NotUid(*uid)], Return, Rule::PodLocal);
+        let dns = options.dns.is_some();
+        let owners: Vec<(Match, Match)> = {
+            let uids = options.uids.iter().map(|uid| (Uid(*uid), NotUid(*uid)));
+            let gids = options.gids.iter().map(|gid| (Gid(*gid), NotGid(*gid)));
+            uids.chain(gids).collect()
+        };
+        for (owner, others) in owners {
+            let tunnel = NotPort(options.tunnel_port);
+            let mut to_self = vec![OutLo, NotTo(loopback), tcp, tunnel, owner];
+            if dns && matches!(owner, Uid(_)) {
+                to_self.push(NotPort(53));
             }
-            output(&[Uid(*uid)], Return, Rule::Proxy);
-        }
-        for gid in &options.gids {
-            let [a, b, c] = to_self;
-            output(&[a, b, c, Gid(*gid)], capture, Rule::ProxyToSelf);
-            if !loopback_included {
-                output(&[OutLo, NotGid(*gid)], Return, Rule::PodLocal);
+            output(&to_self, capture, Rule::ProxyToSelf);
+            if !loopback_included && dns {
+                let matches = [OutLo, tcp, NotPort(53), others];
+                output(&matches, Return, Rule::PodLocal);
+            } else if !loopback_included {
+                output(&[OutLo, others], Return, Rule::PodLocal);
             }
-            output(&[Gid(*gid)], Return, Rule::Proxy);
+            output(&[owner], Return, Rule::Proxy);
         }
         // 12
         match &options.groups {
@@ -238,6 +251,28 @@ impl Table {
                 output(&none_of, Return, Rule::OwnerGroup);
             }
         }
+        // 13
+        if let Some(servers) = &options.dns {
+            let servers: Vec<Vec<Match>> = match servers {
+                All::Star => vec![vec![]],
+                All::These(servers) => {
+                    let ours = servers.iter().filter(|server| server.is_ipv6() == v6);
+                    ours.map(|server| vec![To(host(*server))]).collect()
+                }
+            };
+            output(&[], Jump("ISTIO_OUTPUT_DNS"), Rule::Dns);
+            for protocol in [Tcp, Udp] {
+                for server in &servers {
+                    let mut matches = vec![Is(protocol), Port((53, 53))];
+                    matches.extend(server);
+                    let to_agent = Redirect(DNS_AGENT_PORT);
+                    table.add("ISTIO_OUTPUT_DNS", &matches, to_agent, None);
+                }
+            }
+        }
+        let mut output = |matches: &[Match], target, name| {
+            table.add("ISTIO_OUTPUT", matches, target, Some(name));
+        };
         // 14 to 17
         let redirect = Jump("ISTIO_REDIRECT");
         output(&[To(loopback)], Return, Rule::Loopback);
@@ -245,7 +280,7 @@ impl Table {
             output(&[To(cidr)], Return, Rule::ExcludedCidr);
         }
         for ports in &options.outbound_ports {
-            output(&[Port(*ports)], redirect, Rule::IncludedPort);
+            output(&[tcp, Port(*ports)], redirect, Rule::IncludedPort);
         }
         match &options.outbound {
             All::Star => output(&[], redirect, Rule::IncludedCidr),
@@ -303,6 +338,7 @@ impl Options {
             exclude_groups: vec![],
             loopback: cidr("127.0.0.1", 32),
             ipv6: true,
+            dns: None,
         }
     }
 
@@ -324,7 +360,9 @@ impl Options {
                 | flag(matches!(self.outbound, All::Star), FLAG_OUTBOUND_ALL)
                 | flag(matches!(self.inbound, All::Star), FLAG_INBOUND_ALL)
                 | flag(self.loopback_included(), FLAG_LOOPBACK_INCLUDED)
-                | flag(matches!(self.groups, All::These(_)), FLAG_GROUPS_INCLUDE),
+                | flag(matches!(self.groups, All::These(_)), FLAG_GROUPS_INCLUDE)
+                | flag(self.dns.is_some(), FLAG_DNS)
+                | flag(matches!(self.dns, Some(All::Star)), FLAG_DNS_ALL),
             lists: EVERY_LIST.map(any).iter().sum(),
             outbound_port: OUTBOUND_PORT,
             inbound_port: INBOUND_PORT,
@@ -352,11 +390,14 @@ impl Options {
         }
     }
 
-    fn cidrs(&self, list: List) -> &[Cidr] {
-        match (list, &self.outbound) {
-            (List::ExcludeOutboundCidrs, _) => &self.exclude_outbound,
-            (List::IncludeOutboundCidrs, All::These(cidrs)) => cidrs,
-            _ => &[],
+    fn cidrs(&self, list: List) -> Vec<Cidr> {
+        match (list, &self.outbound, &self.dns) {
+            (List::ExcludeOutboundCidrs, ..) => self.exclude_outbound.clone(),
+            (List::IncludeOutboundCidrs, All::These(cidrs), _) => cidrs.clone(),
+            (List::DnsServers, _, Some(All::These(servers))) => {
+                servers.iter().copied().map(host).collect()
+            }
+            _ => vec![],
         }
     }
 
@@ -365,13 +406,14 @@ impl Options {
     }
 }
 
-const EVERY_LIST: [List; 6] = [
+const EVERY_LIST: [List; 7] = [
     List::ExcludeOutboundPorts,
     List::ExcludeOutboundCidrs,
     List::IncludeOutboundPorts,
     List::IncludeOutboundCidrs,
     List::IncludeInboundPorts,
     List::ExcludeInboundPorts,
+    List::DnsServers,
 ];
 
 impl Lists for Options {
@@ -439,11 +481,13 @@ fn port_of(rule: Rule) -> Option<u16> {
         Action::Pass => None,
         Action::CaptureOutbound => Some(OUTBOUND_PORT),
         Action::CaptureInbound => Some(INBOUND_PORT),
+        Action::CaptureDns => Some(DNS_AGENT_PORT),
     }
 }
 
 fn decided_out(options: &Options, packet: &Packet) -> Rule {
     let connection = Outbound {
+        protocol: packet.protocol,
         source: packet.source.into(),
         destination: packet.destination.into(),
         port: packet.port,
@@ -463,6 +507,11 @@ fn cidr(address: &str, bits: u8) -> Cidr {
         address: ip(address),
         bits,
     }
+}
+
+fn host(address: IpAddr) -> Cidr {
+    let bits = if address.is_ipv4() { 32 } else { 128 };
+    Cidr { address, bits }
 }
 
 fn ip(text: &str) -> IpAddr {
@@ -575,7 +624,9 @@ fn any_options() -> impl Strategy<Value = Options> {
     let outbound = (all_or(vec(any_cidr(), 0..4)), vec(any_cidr(), 0..3));
     let ports = (any_ports(), any_ports(), select(&[15008_u16, 80][..]));
     let groups = (all_or(any_ids(64)), any_ids(64));
-    let rest = (any_loopback(), prop::bool::weighted(0.8));
+    let servers = vec(any_address().prop_map(|server| server.to_canonical()), 1..4);
+    let dns = prop::option::of(all_or(servers));
+    let rest = (any_loopback(), prop::bool::weighted(0.8), dns);
     (ids, inbound, outbound, ports, groups, rest).prop_map(
         |(ids, inbound, outbound, ports, groups, rest)| Options {
             tunnel_port: ports.2,
@@ -591,16 +642,19 @@ fn any_options() -> impl Strategy<Value = Options> {
             exclude_groups: groups.1,
             loopback: rest.0,
             ipv6: rest.1,
+            dns: rest.2,
         },
     )
 }
 
 fn any_packet() -> impl Strategy<Value = Packet> {
-    let port = prop_oneof![9 => select(&PORTS[..]), 1 => any::<u16>()];
+    let port = prop_oneof![3 => Just(53), 6 => select(&PORTS[..]), 1 => any::<u16>()];
+    let protocol = select(&[Protocol::Tcp, Protocol::Tcp, Protocol::Udp][..]);
     let id = || prop_oneof![9 => select(&IDS[..]), 1 => any::<u32>()];
     let owner = prop::option::weighted(0.9, (id(), id()));
-    (any_address(), any_address(), port, any::<bool>(), owner).prop_map(
-        |(source, destination, port, out_lo, owner)| Packet {
+    (any_address(), any_address(), protocol, port, any::<bool>(), owner).prop_map(
+        |(source, destination, protocol, port, out_lo, owner)| Packet {
+            protocol,
             source: as_family_of(destination, source),
             destination,
             port,
@@ -637,7 +691,7 @@ proptest! {
 
     #[test]
     fn inbound_decides_as_the_rules_do(options in any_options(), packets in any_packets()) {
-        for packet in &packets {
+        for packet in packets.iter().filter(|packet| packet.protocol == Protocol::Tcp) {
             let wanted = by_the_rules_in(&options, packet);
             prop_assert_eq!(decided_in(&options, packet), wanted, "{:?}", packet);
         }
@@ -740,6 +794,7 @@ fn cases_that_people_trip_over() {
     for (name, options, owner, destination, port, wanted) in rows {
         let destination = ip(destination);
         let packet = Packet {
+            protocol: Protocol::Tcp,
             source: ip(POD_IP),
             destination,
             port,
@@ -756,6 +811,7 @@ fn cases_that_people_trip_over() {
 fn hop_from_the_proxy_to_its_application_passes() {
     for (source, destination) in [("127.0.0.6", POD_IP), ("::6", "fd00::5")] {
         let packet = Packet {
+            protocol: Protocol::Tcp,
             source: ip(source),
             destination: ip(destination),
             port: 8080,
@@ -783,5 +839,79 @@ fn inbound_to_the_proxys_own_ports_is_captured_and_to_the_tunnel_is_not() {
         let options = Options::injected();
         let rule = decide::inbound(&options.pod(), &options, &destination, port);
         assert_eq!(port_of(rule), wanted, "port {port}: {rule:?}");
+    }
+}
+
+#[test]
+fn dns_cases_that_people_trip_over() {
+    use Protocol::{Tcp, Udp};
+    const SERVER: &str = "10.96.0.10";
+    let with = |servers| Options {
+        dns: Some(servers),
+        ..Options::injected()
+    };
+    let all = || with(All::Star);
+    let one = || with(All::These(vec![ip(SERVER)]));
+    let port_excluded = Options {
+        exclude_outbound_ports: vec![(53, 53)],
+        ..all()
+    };
+    let wide_loopback = Options {
+        loopback: cidr("127.0.0.1", 8),
+        ..all()
+    };
+    let server_excluded = Options {
+        exclude_outbound: vec![cidr(SERVER, 32)],
+        ..one()
+    };
+    let no_groups = Options {
+        groups: All::These(vec![]),
+        ..all()
+    };
+    let agent = Some(DNS_AGENT_PORT);
+    let (out, back) = (Some(OUTBOUND_PORT), Some(INBOUND_PORT));
+    let gid = (1000, 1337);
+    let own = POD_IP;
+    let both = &[Tcp, Udp][..];
+    let rows = [
+        ("app, any server", all(), APP, ELSEWHERE, both, agent),
+        ("app, the server", one(), APP, SERVER, both, agent),
+        ("app, another server", one(), APP, ELSEWHERE, &[Tcp], out),
+        ("app, another server", one(), APP, ELSEWHERE, &[Udp], None),
+        ("IPv6, no server of it", one(), APP, "fd00::53", &[Udp], None),
+        ("IPv6, any server", all(), APP, "fd00::53", both, agent),
+        ("-o 53", port_excluded, APP, SERVER, both, None),
+        ("the agent's own", all(), PROXY, SERVER, both, None),
+        ("group of the agent", all(), gid, SERVER, both, None),
+        ("proxy, own pod", all(), PROXY, own, both, None),
+        ("group, own pod", all(), gid, own, &[Tcp], back),
+        ("group, own pod", all(), gid, own, &[Udp], None),
+        ("app, own pod", all(), APP, own, both, agent),
+        ("app, loopback", all(), APP, "127.0.0.1", both, agent),
+        ("the same, L=/8", wide_loopback, APP, "127.0.0.53", both, agent),
+        ("app, own pod, no server", one(), APP, own, &[Tcp], out),
+        ("app, own pod, no server", one(), APP, own, &[Udp], None),
+        ("app, 127.0.0.5, no server", one(), APP, "127.0.0.5", &[Tcp], out),
+        ("app, 127.0.0.1, no server", one(), APP, "127.0.0.1", both, None),
+        ("-x comes later", server_excluded, APP, SERVER, both, agent),
+        ("groups come first", no_groups, APP, SERVER, both, None),
+        ("DNS off", Options::injected(), APP, SERVER, &[Tcp], out),
+        ("DNS off", Options::injected(), APP, SERVER, &[Udp], None),
+    ];
+    for (name, options, owner, destination, protocols, wanted) in rows {
+        let destination = ip(destination);
+        for &protocol in protocols {
+            let packet = Packet {
+                protocol,
+                source: ip(POD_IP),
+                destination,
+                port: 53,
+                out_lo: destination.is_loopback() || destination == ip(POD_IP),
+                owner: Some(owner),
+            };
+            let rule = decided_out(&options, &packet);
+            assert_eq!(port_of(rule), wanted, "{name} {protocol:?}: {rule:?}");
+            assert_eq!(by_the_rules_out(&options, &packet), rule, "{name}");
+        }
     }
 }

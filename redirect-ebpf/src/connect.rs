@@ -4,20 +4,18 @@
 //! have given it, and reaches the proxy through `sk_lookup`. No listener has to be bound where it
 //! goes, both families work alike, and ephemeral ports do not run out at one destination.
 
-use redirect_common::address::Address;
 use redirect_common::connection::{
     Original, ROLE_CLIENT, ROLE_CLIENT_DIRECT, STEERED_PORT_FIRST, STEERED_PORTS, SocketState,
     is_steered_port,
 };
-use redirect_common::decide::{self, Outbound};
-use redirect_common::route::ROUTE_LOCAL;
-use redirect_common::verdict::{Action, Rule};
+use redirect_common::decide::{Outbound, Protocol};
 
 use crate::ctx::{Sock, SockAddr, random};
 use crate::destinations;
+use crate::dns;
 use crate::log;
-use crate::maps::{self, PolicyLists};
-use crate::owner;
+use crate::maps;
+use crate::outbound::{self, Verdict};
 
 const ALLOW: i32 = 1;
 const REFUSE: i32 = 0;
@@ -26,9 +24,13 @@ const ENOMEM: i32 = 12;
 
 #[inline(always)]
 pub fn connect(ctx: &SockAddr) -> i32 {
-    if !ctx.is_tcp() {
+    let protocol = if ctx.is_tcp() {
+        Protocol::Tcp
+    } else if dns::is_connect_of_interest(ctx) {
+        Protocol::Udp
+    } else {
         return ALLOW;
-    }
+    };
     let netns_cookie = ctx.netns_cookie();
     let Some(pod) = maps::pod(netns_cookie) else {
         return ALLOW;
@@ -36,55 +38,35 @@ pub fn connect(ctx: &SockAddr) -> i32 {
     let Some(sock) = ctx.sock() else {
         return ALLOW;
     };
-    let bound = sock.source();
-    let destination = meant(ctx.address(), &bound);
-    let route = maps::route(netns_cookie, &destination);
-    let local =
-        destination.is_loopback() || route.is_some_and(|route| route.flags & ROUTE_LOCAL != 0);
-    let source = if bound.is_unspecified() {
-        route.map_or(Address::UNSPECIFIED, |route| route.source)
-    } else {
-        bound
-    };
-    let connection = Outbound {
-        source,
-        destination,
-        port: ctx.port(),
-        local,
-        owner: owner::of(sock),
-    };
-    let lists = PolicyLists { policy: pod.policy };
-    let rule = decide::outbound(pod, &lists, &connection);
-    let proxy_port = match rule.action() {
-        Action::Pass => {
-            maps::count(netns_cookie, rule);
-            log::decided_outbound(netns_cookie, rule, &connection, 0);
-            return pass(ctx, sock, &connection);
-        }
-        Action::CaptureOutbound => pod.outbound_port,
-        Action::CaptureInbound => pod.inbound_port,
-    };
-    if route.is_none() {
-        // Passing it would let it out if a route has come since; the kernel would say the same.
-        maps::count(netns_cookie, Rule::NoRoute);
-        log::decided_outbound(netns_cookie, Rule::NoRoute, &connection, 0);
-        log::no_route(netns_cookie, &destination, connection.port);
-        ctx.set_error(ENETUNREACH);
-        return REFUSE;
+    if protocol == Protocol::Udp && !dns::is_captured(pod, sock, ctx) {
+        return ALLOW;
     }
-    maps::count(netns_cookie, rule);
-    log::decided_outbound(netns_cookie, rule, &connection, proxy_port);
-    // A socket bound to an address that is not the pod's (IP_FREEBIND) cannot be reached there.
-    let steered = if bound.is_unspecified() || maps::is_local(netns_cookie, &bound) {
-        source
-    } else {
-        destination.loopback_of_family()
+    let bound = sock.source();
+    let (connection, verdict) = outbound::judge(ctx, netns_cookie, pod, sock, protocol, &bound);
+    let proxy_port = match verdict {
+        Verdict::Pass if protocol == Protocol::Udp => return ALLOW,
+        Verdict::Pass => return pass(ctx, sock, &connection),
+        Verdict::NoRoute => {
+            ctx.set_error(ENETUNREACH);
+            return REFUSE;
+        }
+        Verdict::Capture(proxy_port) => proxy_port,
     };
+    let destination = connection.destination;
     let original = Original {
         destination,
         port: connection.port,
         proxy_port,
         _pad: 0,
+    };
+    if protocol == Protocol::Udp {
+        return dns::connect(ctx, netns_cookie, sock, &connection.source, &original);
+    }
+    // A socket bound to an address that is not the pod's (IP_FREEBIND) cannot be reached there.
+    let steered = if bound.is_unspecified() || maps::is_local(netns_cookie, &bound) {
+        connection.source
+    } else {
+        destination.loopback_of_family()
     };
     let Some(port) = steered_port(netns_cookie, sock, &original) else {
         log::socket_storage_refused(netns_cookie, &destination, connection.port);
@@ -154,17 +136,5 @@ fn remember(sock: Sock, original: Original, role: u32) -> bool {
 fn forget(sock: Sock) {
     if sock.state().is_some() {
         sock.forget();
-    }
-}
-
-/// connect() to the unspecified address means this host (`ip_route_output_key_hash`, `tcp_v6_connect`).
-#[inline(always)]
-fn meant(destination: Address, bound: &Address) -> Address {
-    if !destination.is_unspecified() {
-        destination
-    } else if destination.is_v4() && bound.is_v4() && !bound.is_unspecified() {
-        *bound
-    } else {
-        destination.loopback_of_family()
     }
 }

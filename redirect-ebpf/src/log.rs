@@ -5,12 +5,12 @@
 
 use aya_log_ebpf::warn;
 use redirect_common::address::Address;
-use redirect_common::decide::Outbound;
+use redirect_common::decide::{Outbound, Protocol};
 use redirect_common::listener::LISTENER_SLOTS;
 use redirect_common::log::{Decision, FOLLOWER_LOG, FOLLOWER_RUN, NO_OWNER};
 use redirect_common::verdict::Rule;
 
-use crate::ctx::now_ns;
+use crate::ctx::{IPPROTO_TCP, IPPROTO_UDP, now_ns};
 use crate::maps::{DECISIONS, FOLLOWERS};
 
 /// Readers look several times a second: nobody has to be woken.
@@ -89,6 +89,19 @@ pub fn socket_storage_refused(netns_cookie: u64, destination: &Address, port: u1
     }
 }
 
+/// All slots that could stand for a DNS query stand for others.
+#[inline(always)]
+pub fn no_dns_slot(netns_cookie: u64, server: &Address, port: u16) {
+    if somebody_reads(netns_cookie) {
+        warn_about!(
+            netns_cookie,
+            server,
+            port,
+            "DNS_SLOTS is full: its socket may take the answers of several servers for one's"
+        );
+    }
+}
+
 /// More sockets listen on a port of the proxy than are remembered.
 #[inline(always)]
 pub fn listener_slots_full(netns_cookie: u64, port: u16) {
@@ -124,7 +137,11 @@ pub fn decided_outbound(netns_cookie: u64, rule: Rule, connection: &Outbound, pr
         uid,
         gid,
         proxy_port,
-        _pad: [0; 3],
+        protocol: match connection.protocol {
+            Protocol::Tcp => IPPROTO_TCP,
+            Protocol::Udp => IPPROTO_UDP,
+        } as u16,
+        _pad: [0; 2],
     });
 }
 
@@ -151,7 +168,8 @@ pub fn decided_inbound(
         uid: NO_OWNER,
         gid: NO_OWNER,
         proxy_port,
-        _pad: [0; 3],
+        protocol: IPPROTO_TCP as u16,
+        _pad: [0; 2],
     });
 }
 

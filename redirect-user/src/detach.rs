@@ -73,7 +73,7 @@ pub(crate) fn one(pins: &Pins, tables: &Tables, cgroup_id: u64) -> Result<()> {
         wait_for_handshakes(tables, notes.netns_cookie)?;
     }
     // The links that capture go first: what is left then only serves what has been captured.
-    for name in ["connect4", "connect6"] {
+    for name in ["sendmsg4", "sendmsg6", "connect4", "connect6"] {
         let _ = fs::remove_file(directory.join(name));
     }
     pins::remove(&directory)?;
@@ -118,6 +118,11 @@ fn forget_namespace(tables: &Tables, notes: &Notes) -> Result<()> {
         if key.netns_cookie == notes.netns_cookie {
             let removed = tables.destinations.remove(&key);
             removed.context("writing DESTINATIONS")?;
+        }
+    }
+    for key in tables.dns_slots.keys().context("reading DNS_SLOTS")? {
+        if key.netns_cookie == notes.netns_cookie {
+            tables.dns_slots.remove(&key).context("writing DNS_SLOTS")?;
         }
     }
     for flow in tables.flows.keys().context("reading FLOWS")? {

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use redirect_common::address::Address;
 use redirect_common::lists::{LIST_PREFIX_BITS, List, ListKey};
 use redirect_common::pod::{
-    self, FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6, FLAG_LOOPBACK_INCLUDED,
+    self, FLAG_DNS, FLAG_DNS_ALL, FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6, FLAG_LOOPBACK_INCLUDED,
     FLAG_OUTBOUND_ALL, PodConfig,
 };
 use redirect_common::route::{
@@ -16,8 +16,11 @@ use redirect_common::route::{
 
 use crate::observe::identity::IdMap;
 use crate::observe::routes::RoutingTable;
-use crate::options::{IdRange, Policy, PortRange};
+use crate::options::{Dns, IdRange, Policy, PortRange};
 use crate::tables::{ListPrefix, RoutePrefix};
+
+/// Bits of an address in its 16-byte form.
+const ADDRESS_BITS: u32 = 128;
 
 /// The pod's entry of `PODS`. `ids` translates the pod's user and group ids to the kernel's.
 pub fn pod_config(policy: &Policy, ipv6: bool, ids: &IdMap) -> Result<PodConfig> {
@@ -36,6 +39,8 @@ pub fn pod_config(policy: &Policy, ipv6: bool, ids: &IdMap) -> Result<PodConfig>
         (FLAG_INBOUND_ALL, policy.inbound_ports.is_all()),
         (FLAG_LOOPBACK_INCLUDED, policy.loopback_included),
         (FLAG_GROUPS_INCLUDE, !policy.owner_groups.is_all()),
+        (FLAG_DNS, policy.dns != Dns::Off),
+        (FLAG_DNS_ALL, policy.dns == Dns::All),
     ] {
         if set {
             config.flags |= flag;
@@ -118,8 +123,13 @@ pub fn list_entries(policy: &Policy) -> Vec<(ListPrefix, u8)> {
             port_prefixes(*range).map(move |(port, bits)| (ListKey::port(id, list, port), bits))
         })
     });
+    let servers = policy.dns.servers().iter().map(|server| {
+        let address = ListKey::address(id, List::DnsServers, Address::from(*server));
+        (address, ADDRESS_BITS)
+    });
     cidrs
         .chain(ports)
+        .chain(servers)
         .map(|(data, bits)| {
             let prefix_bits = LIST_PREFIX_BITS + bits;
             (ListPrefix { prefix_bits, data }, 1)

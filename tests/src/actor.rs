@@ -27,6 +27,16 @@ pub struct Actor {
 impl Actor {
     /// Starts one in a namespace and, maybe, a cgroup.
     pub fn start(netns: &Path, cgroup: Option<PathBuf>, identity: Identity) -> Self {
+        Self::start_as(Start {
+            cgroup,
+            netns: netns.to_owned(),
+            net_admin: false,
+            identity,
+        })
+    }
+
+    /// Starts one.
+    pub fn start_as(start: Start) -> Self {
         let mut child = Command::new(executable("actor"))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -43,15 +53,10 @@ impl Actor {
             }
         });
         let mut actor = Self {
-            identity: identity.clone(),
+            identity: start.identity.clone(),
             child,
             stdin,
             answers,
-        };
-        let start = Start {
-            cgroup,
-            netns: netns.to_owned(),
-            identity,
         };
         actor.send(&serde_json::to_string(&start).unwrap());
         actor.receive();
@@ -65,8 +70,13 @@ impl Actor {
 
     /// Asks for something.
     pub fn request(&mut self, request: &Request) -> Answer {
-        self.send(&serde_json::to_string(request).unwrap());
+        self.order(request);
         self.receive()
+    }
+
+    /// Asks for something without waiting; [`Self::receive`] has to follow.
+    pub fn order(&mut self, request: &Request) {
+        self.send(&serde_json::to_string(request).unwrap());
     }
 
     /// Makes a connection.
@@ -158,7 +168,8 @@ impl Actor {
         writeln!(self.stdin.as_mut().unwrap(), "{line}").unwrap();
     }
 
-    fn receive(&self) -> Answer {
+    /// Waits for the answer to [`Self::order`].
+    pub fn receive(&self) -> Answer {
         let line = self
             .answers
             .recv_timeout(PATIENCE)

@@ -15,11 +15,16 @@ use crate::{
 
 /// A new TCP socket of that kind.
 pub fn create(family: Family) -> Result<Socket, Error> {
+    create_of(family, Type::STREAM, Protocol::TCP)
+}
+
+/// A new socket of that kind, for any protocol.
+pub fn create_of(family: Family, kind: Type, protocol: Protocol) -> Result<Socket, Error> {
     let domain = match family {
         Family::V4 => Domain::IPV4,
         Family::V6 | Family::Mapped => Domain::IPV6,
     };
-    let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?;
+    let socket = Socket::new(domain, kind, Some(protocol))?;
     if family == Family::Mapped {
         socket.set_only_v6(false)?;
     }
@@ -28,15 +33,7 @@ pub fn create(family: Family) -> Result<Socket, Error> {
 
 /// Connects `socket` and asks whoever answers. Hands the connection back if it stands.
 pub fn connect(socket: Socket, dial: &Dial) -> (Dialed, Option<TcpStream>) {
-    let mut dialed = Dialed {
-        error: None,
-        greeting: None,
-        local: None,
-        peer: None,
-        original: None,
-        original6: None,
-        probes: Vec::new(),
-    };
+    let mut dialed = Dialed::new();
     match establish(&socket, dial) {
         Ok(()) => {
             let stream = TcpStream::from(socket);
@@ -52,9 +49,27 @@ pub fn connect(socket: Socket, dial: &Dial) -> (Dialed, Option<TcpStream>) {
 }
 
 fn establish(socket: &Socket, dial: &Dial) -> Result<(), Error> {
+    prepare(socket, dial)?;
+    let to = spell(dial.family, dial.to).into();
+    if dial.nonblocking {
+        socket.connect_timeout(&to, Duration::from_millis(dial.timeout_ms))
+    } else {
+        // SO_SNDTIMEO bounds a blocking connect too.
+        socket.connect(&to)
+    }
+}
+
+/// Everything that comes before `connect`.
+pub fn prepare(socket: &Socket, dial: &Dial) -> Result<(), Error> {
     let timeout = Duration::from_millis(dial.timeout_ms);
     socket.set_read_timeout(Some(timeout))?;
     socket.set_write_timeout(Some(timeout))?;
+    if dial.mark != 0 {
+        socket.set_mark(dial.mark)?;
+    }
+    if dial.reset {
+        socket.set_linger(Some(Duration::ZERO))?;
+    }
     if let Some(source) = dial.bind {
         socket.set_reuse_address(true)?;
         let any = dial.family == Family::Mapped && source.ip().is_unspecified();
@@ -66,13 +81,7 @@ fn establish(socket: &Socket, dial: &Dial) -> Result<(), Error> {
         };
         socket.bind(&source.into())?;
     }
-    let to = spell(dial.family, dial.to).into();
-    if dial.nonblocking {
-        socket.connect_timeout(&to, timeout)
-    } else {
-        // SO_SNDTIMEO bounds a blocking connect too.
-        socket.connect(&to)
-    }
+    Ok(())
 }
 
 fn interrogate(stream: &TcpStream, dial: &Dial, dialed: &mut Dialed) -> Result<(), Error> {

@@ -94,15 +94,32 @@ impl Family {
     }
 }
 
+/// How a server is spoken to.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub enum Transport {
+    /// TCP.
+    Tcp,
+    /// UDP on a connected socket.
+    ConnectedUdp,
+    /// UDP on a socket that names the destination with every datagram.
+    Udp,
+}
+
 /// A connection to make.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Dial {
+    /// The protocol.
+    pub transport: Transport,
     /// The kind of socket.
     pub family: Family,
     /// The destination; IPv4 addresses are mapped where `family` says so.
     pub to: SocketAddr,
     /// Address and port to bind before connecting. An unspecified address or port 0 leave that half to the kernel.
     pub bind: Option<SocketAddr>,
+    /// `SO_MARK`, which needs `CAP_NET_ADMIN`; 0 leaves it alone.
+    pub mark: u32,
+    /// Reset the connection when it is closed, so that neither end waits in TIME_WAIT.
+    pub reset: bool,
     /// Whether `connect` is asked for on a non-blocking socket.
     pub nonblocking: bool,
     /// How long connecting may take, and then reading, in milliseconds.
@@ -119,9 +136,12 @@ impl Dial {
     /// A blocking connection with three seconds of patience.
     pub const fn new(family: Family, to: SocketAddr) -> Self {
         Self {
+            transport: Transport::Tcp,
             family,
             to,
             bind: None,
+            mark: 0,
+            reset: false,
             nonblocking: false,
             timeout_ms: 3000,
             keep: None,
@@ -174,6 +194,8 @@ pub struct Listen {
     pub v6_only: bool,
     /// Accept and hold connections without greeting them, all in one thread: for very many connections.
     pub silent: bool,
+    /// Whether this is a UDP socket, which answers every datagram with a greeting.
+    pub udp: bool,
 }
 
 impl Listen {
@@ -185,7 +207,14 @@ impl Listen {
             reuseport: 0,
             v6_only: true,
             silent: false,
+            udp: false,
         }
+    }
+
+    /// UDP in place of TCP.
+    pub const fn udp(mut self) -> Self {
+        self.udp = true;
+        self
     }
 
     /// Serve IPv4 on an IPv6 socket too.
@@ -323,7 +352,7 @@ pub struct Greeting {
     pub who: String,
     /// `getpeername`.
     pub peer: SocketAddr,
-    /// `getsockname`.
+    /// `getsockname`; for UDP, the address that the datagram was sent to as it arrived.
     pub local: SocketAddr,
     /// `SO_ORIGINAL_DST` at `SOL_IP` with a `sockaddr_in`.
     pub original: Probe,
@@ -332,7 +361,7 @@ pub struct Greeting {
 }
 
 /// What a client saw of a connection.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub struct Dialed {
     /// Name of the errno that ended it.
     pub error: Option<String>,
@@ -342,6 +371,8 @@ pub struct Dialed {
     pub local: Option<SocketAddr>,
     /// `getpeername`.
     pub peer: Option<SocketAddr>,
+    /// Where the answer to a datagram came from.
+    pub replied: Option<SocketAddr>,
     /// The client's own `SO_ORIGINAL_DST` at `SOL_IP`.
     pub original: Option<Probe>,
     /// The client's own `SO_ORIGINAL_DST` at `SOL_IPV6`.
@@ -351,6 +382,20 @@ pub struct Dialed {
 }
 
 impl Dialed {
+    /// Nothing seen yet.
+    pub const fn new() -> Self {
+        Self {
+            error: None,
+            greeting: None,
+            local: None,
+            peer: None,
+            replied: None,
+            original: None,
+            original6: None,
+            probes: Vec::new(),
+        }
+    }
+
     /// The name of whoever answered, or of the error, for messages and comparisons.
     pub fn outcome(&self) -> &str {
         match (&self.error, &self.greeting) {
@@ -385,6 +430,8 @@ pub struct Start {
     pub cgroup: Option<PathBuf>,
     /// The network namespace to enter.
     pub netns: PathBuf,
+    /// Keep `CAP_NET_ADMIN`, and no other capability, whatever the identity is.
+    pub net_admin: bool,
     /// The identity to take at last.
     pub identity: Identity,
 }

@@ -2,14 +2,16 @@
 
 use std::{
     io::{BufRead as _, BufReader, Error, Write as _},
-    net::{Shutdown, TcpListener, TcpStream},
+    net::{Shutdown, TcpListener, TcpStream, UdpSocket},
+    os::fd::{AsFd, BorrowedFd},
     sync::Arc,
     thread::{self, JoinHandle},
 };
 
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::{
+    datagram,
     protocol::{Greeting, Listen},
     sockopt::{original_dst, original_dst6},
 };
@@ -18,7 +20,7 @@ use crate::{
 pub struct Server {
     /// What clients are told.
     pub who: String,
-    sockets: Vec<Arc<TcpListener>>,
+    sockets: Vec<Arc<dyn AsFd + Send + Sync>>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -30,6 +32,15 @@ impl Server {
             sockets: Vec::new(),
             threads: Vec::new(),
         };
+        if listen.udp {
+            let socket = Arc::new(UdpSocket::from(bound(listen)?));
+            datagram::tell_destination(&socket, listen.at)?;
+            let (serving, who) = (Arc::clone(&socket), listen.who.clone());
+            server.sockets.push(socket);
+            let serve = move || datagram::serve(&serving, &who);
+            server.threads.push(thread::spawn(serve));
+            return Ok(server);
+        }
         for _ in 0..listen.reuseport.max(1) {
             let socket = Arc::new(TcpListener::from(bound(listen)?));
             let (accepting, who, silent) = (Arc::clone(&socket), listen.who.clone(), listen.silent);
@@ -45,8 +56,9 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         for socket in &self.sockets {
-            // Ends the listening and wakes accept(2) with EINVAL.
-            let _ignored = socket2::SockRef::from(&**socket).shutdown(Shutdown::Both);
+            // Ends the listening and wakes accept(2) with EINVAL; a waiting recvmsg(2) wakes too.
+            let descriptor: BorrowedFd<'_> = socket.as_fd();
+            let _ignored = SockRef::from(&descriptor).shutdown(Shutdown::Both);
         }
         for thread in self.threads.drain(..) {
             let _ignored = thread.join();
@@ -55,11 +67,12 @@ impl Drop for Server {
 }
 
 fn bound(listen: &Listen) -> Result<Socket, Error> {
-    let socket = Socket::new(
-        Domain::for_address(listen.at),
-        Type::STREAM,
-        Some(Protocol::TCP),
-    )?;
+    let (kind, protocol) = if listen.udp {
+        (Type::DGRAM, Protocol::UDP)
+    } else {
+        (Type::STREAM, Protocol::TCP)
+    };
+    let socket = Socket::new(Domain::for_address(listen.at), kind, Some(protocol))?;
     if listen.at.is_ipv6() {
         socket.set_only_v6(listen.v6_only)?;
     }
@@ -68,7 +81,9 @@ fn bound(listen: &Listen) -> Result<Socket, Error> {
         socket.set_reuse_port(true)?;
     }
     socket.bind(&listen.at.into())?;
-    socket.listen(4096)?;
+    if !listen.udp {
+        socket.listen(4096)?;
+    }
     Ok(socket)
 }
 

@@ -7,7 +7,7 @@ use anyhow::Result;
 use comfy_table::{Table, presets};
 use owo_colors::OwoColorize;
 
-use crate::options::Policy;
+use crate::options::{Dns, Policy};
 use crate::status::{Pod, Status};
 
 /// Prints to standard output, coloured on a terminal.
@@ -94,6 +94,13 @@ fn policy(policy: &Policy) -> String {
     ];
     for (flag, list) in lists.iter().filter(|(_, list)| !list.is_empty()) {
         let _ = write!(text, " {flag} {list}");
+    }
+    match &policy.dns {
+        Dns::Off => {}
+        Dns::Servers(servers) => {
+            let _ = write!(text, " --redirect-dns (servers {})", join(servers));
+        }
+        Dns::All => text.push_str(" --redirect-dns --capture-all-dns"),
     }
     text
 }

@@ -47,6 +47,8 @@ pub struct Decision {
     pub netns_cookie: u64,
     /// `outbound` or `inbound`.
     pub direction: &'static str,
+    /// `tcp` or `udp`.
+    pub protocol: &'static str,
     /// Who connects.
     pub source: IpAddr,
     /// None while the kernel has not chosen it: outbound connections are decided before.
@@ -99,6 +101,11 @@ impl Decision {
             } else {
                 "outbound"
             },
+            protocol: if i32::from(raw.protocol) == libc::IPPROTO_UDP {
+                "udp"
+            } else {
+                "tcp"
+            },
             source: raw.source.into(),
             source_port: port(raw.source_port),
             destination: SocketAddr::new(raw.destination.into(), raw.port),
@@ -106,7 +113,9 @@ impl Decision {
             gid: owner(raw.gid),
             action: match rule.map(Rule::action) {
                 _ if rule == Some(Rule::NoRoute) => Outcome::Refused,
-                Some(Action::CaptureOutbound | Action::CaptureInbound) => Outcome::Captured,
+                Some(Action::CaptureOutbound | Action::CaptureInbound | Action::CaptureDns) => {
+                    Outcome::Captured
+                }
                 Some(Action::Pass) | None => Outcome::Passed,
             },
             rule: label,
@@ -143,6 +152,9 @@ impl fmt::Display for Decision {
             None => write!(f, "{}", self.source)?,
         }
         write!(f, " -> {}", self.destination)?;
+        if self.protocol == "udp" {
+            write!(f, " over UDP")?;
+        }
         if let (Some(uid), Some(gid)) = (self.uid, self.gid) {
             write!(f, " by {uid}:{gid}")?;
         }
@@ -171,7 +183,12 @@ mod tests {
     use super::*;
 
     fn told(rule: Rule, proxy_port: u16, uid: u32) -> String {
+        told_of(libc::IPPROTO_TCP, rule, proxy_port, uid)
+    }
+
+    fn told_of(protocol: i32, rule: Rule, proxy_port: u16, uid: u32) -> String {
         let raw = Raw {
+            protocol: protocol as u16,
             time_ns: 1,
             source: IpAddr::from(Ipv4Addr::new(10, 0, 0, 2)).into(),
             destination: IpAddr::from(Ipv4Addr::new(203, 0, 113, 10)).into(),
@@ -192,6 +209,10 @@ mod tests {
         assert_eq!(
             told(Rule::IncludedCidr, 15001, 1000),
             "/pod 10.0.0.2 -> 203.0.113.10:80 by 1000:1000 captured to 15001: outbound-captured"
+        );
+        assert_eq!(
+            told_of(libc::IPPROTO_UDP, Rule::Dns, 15053, 1000),
+            "/pod 10.0.0.2 -> 203.0.113.10:80 over UDP by 1000:1000 captured to 15053: outbound-dns"
         );
         assert_eq!(
             told(Rule::NoRoute, 0, NO_OWNER),

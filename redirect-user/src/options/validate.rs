@@ -293,7 +293,12 @@ impl CaptureFlags {
         let boolean = |setting: Option<Setting>| {
             setting.map_or(Ok(false), |setting| setting.read(BOOLEAN, boolean))
         };
-        let redirect = boolean(self.redirect_dns_setting(env))?;
+        let redirect = boolean(Setting::find(
+            &self.redirect_dns,
+            "redirect-dns",
+            &["REDIRECT_DNS", "ISTIO_META_DNS_CAPTURE"],
+            env,
+        ))?;
         let all = boolean(Setting::find(
             &self.capture_all_dns,
             "capture-all-dns",
@@ -338,15 +343,6 @@ impl CaptureFlags {
         )
     }
 
-    fn redirect_dns_setting(&self, env: Env<'_>) -> Option<Setting> {
-        Setting::find(
-            &self.redirect_dns,
-            "redirect-dns",
-            &["REDIRECT_DNS", "ISTIO_META_DNS_CAPTURE"],
-            env,
-        )
-    }
-
     fn exclude_interfaces_setting(&self, env: Env<'_>) -> Option<Setting> {
         Setting::find(
             &self.istio_exclude_interfaces,
@@ -369,7 +365,6 @@ impl CaptureFlags {
     fn refuse_unsupported(&self, env: Env<'_>, policy: &Policy) -> Result<(), OptionError> {
         let refused = [
             (policy.mode != Mode::Redirect, self.mode_setting(env)),
-            (policy.dns != Dns::Off, self.redirect_dns_setting(env)),
             (
                 !policy.exclude_interfaces.is_empty(),
                 self.exclude_interfaces_setting(env),

@@ -26,11 +26,13 @@ use nix::{
     unistd::{Gid, Uid, getgroups, setgroups, setresgid, setresuid},
 };
 use redirect_tests::{
+    datagram,
     dial::{ask, connect, create},
-    protocol::{Answer, Dial, Dialed, Identity, Request, Start, Traffic},
+    protocol::{Answer, Dial, Dialed, Identity, Request, Start, Traffic, Transport},
     server::Server,
     sockopt::{errno_name, original_dst, original_dst6},
 };
+use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_keep_capabilities};
 use socket2::Socket;
 
 /// Enough for the largest crowd; below the usual `fs.nr_open`.
@@ -62,7 +64,19 @@ fn become_part_of(start: &Start) {
     setns(File::open(&start.netns).unwrap(), CloneFlags::CLONE_NEWNET).unwrap();
     let _fewer_descriptors_do_for_most =
         setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, DESCRIPTORS);
+    if start.net_admin {
+        set_keep_capabilities(true).unwrap();
+    }
     assume(&start.identity).unwrap();
+    if start.net_admin {
+        let net_admin = CapabilitySet::NET_ADMIN;
+        let sets = CapabilitySets {
+            effective: net_admin,
+            permitted: net_admin,
+            inheritable: CapabilitySet::empty(),
+        };
+        set_capabilities(None, sets).unwrap();
+    }
 }
 
 fn assume(identity: &Identity) -> Result<(), Errno> {
@@ -89,6 +103,9 @@ struct Actor {
 impl Actor {
     fn perform(&mut self, request: Request) -> Answer {
         match request {
+            Request::Dial(dial) if dial.transport != Transport::Tcp => {
+                Answer::Dialed(Box::new(datagram::exchange(&dial)))
+            }
             Request::Dial(dial) => match create(dial.family) {
                 Ok(socket) => self.connect(socket, &dial),
                 Err(error) => Answer::Failed(errno_name(&error)),
@@ -179,13 +196,11 @@ impl Actor {
 
 fn look(stream: &TcpStream) -> Dialed {
     Dialed {
-        error: None,
-        greeting: None,
         local: stream.local_addr().ok(),
         peer: stream.peer_addr().ok(),
         original: Some(original_dst(stream, 16)),
         original6: Some(original_dst6(stream, 28)),
-        probes: Vec::new(),
+        ..Dialed::new()
     }
 }
 

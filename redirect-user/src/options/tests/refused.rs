@@ -136,7 +136,6 @@ const REFUSED_FLAGS: &[(&[&str], &str, &str)] = &[
     (&["-k", "eth0:1"], r#"--kube-virt-interfaces: "eth0:1" is not a name that an interface can have"#, INTERFACES),
     // Not yet.
     (&["-m", "TPROXY"], r#"--istio-inbound-interception-mode: "TPROXY""#, LATER),
-    (&["--redirect-dns", "--capture-all-dns"], r#"--redirect-dns: "true""#, LATER),
     (&["-c", "eth1"], r#"--istio-exclude-interfaces: "eth1""#, LATER),
     (&["-k", "tap0,tap1"], r#"--kube-virt-interfaces: "tap0,tap1""#, LATER),
 ];

@@ -1,0 +1,256 @@
+//! DNS queries over UDP: they go to the agent, and its answers seem to come from the server asked.
+//!
+//! A connected socket remembers its server. A datagram from any other gets a slot address as its
+//! source (`redirect_common::dns`), so that its answer tells what was asked, whatever else the
+//! socket asks. Queries over TCP are captured like every connection.
+
+use redirect_common::address::Address;
+use redirect_common::connection::{Original, ROLE_DNS_CLIENT, SocketState};
+use redirect_common::decide::Protocol;
+use redirect_common::dns::{
+    DNS_AGENT_PORT, DNS_PORT, DNS_SLOT_TRIES, DnsSlot, DnsSlotKey, slot_of,
+};
+use redirect_common::pod::{FLAG_DNS, PodConfig};
+use redirect_common::verdict::Rule;
+
+use crate::ctx::{Sock, SockAddr};
+use crate::log;
+use crate::maps;
+use crate::outbound::{self, Verdict};
+
+const ALLOW: i32 = 1;
+const REFUSE: i32 = 0;
+const ENETUNREACH: i32 = 101;
+const ENOMEM: i32 = 12;
+
+/// Is it a UDP socket that connects to a server, or to where captured queries go?
+#[inline(always)]
+pub fn is_connect_of_interest(ctx: &SockAddr) -> bool {
+    ctx.is_udp() && matches!(ctx.port(), DNS_PORT | DNS_AGENT_PORT)
+}
+
+/// May a UDP socket's connect() be captured? What it was connected to before is forgotten.
+#[inline(always)]
+pub fn is_captured(pod: &PodConfig, sock: Sock, ctx: &SockAddr) -> bool {
+    if sock.state().is_some() {
+        sock.forget();
+    }
+    pod.has(FLAG_DNS) && ctx.port() == DNS_PORT
+}
+
+/// connect() to a server: from now on the socket talks to the agent.
+#[inline(always)]
+pub fn connect(
+    ctx: &SockAddr,
+    netns_cookie: u64,
+    sock: Sock,
+    source: &Address,
+    original: &Original,
+) -> i32 {
+    if !remember(sock, original) {
+        log::socket_storage_refused(netns_cookie, &original.destination, original.port);
+        ctx.set_error(ENOMEM);
+        return REFUSE;
+    }
+    if sock.source().is_unspecified() && !source.is_loopback() {
+        // Or else the source would be that of loopback. If the socket has a port already, it will be.
+        ctx.bind(source);
+    }
+    to_agent(ctx, &original.destination);
+    ALLOW
+}
+
+/// A datagram with a destination of its own.
+#[inline(always)]
+pub fn sendmsg(ctx: &SockAddr) -> i32 {
+    if ctx.port() != DNS_PORT && slot_of(&ctx.address()).is_none() {
+        return ALLOW;
+    }
+    let Some(sock) = ctx.sock() else {
+        return ALLOW;
+    };
+    // First: the client's port may be that of DNS.
+    if is_answer(ctx, sock) || ctx.port() != DNS_PORT || !ctx.is_udp() {
+        return ALLOW;
+    }
+    query(ctx, sock)
+}
+
+/// The same of processes whose own queries are nobody's business.
+#[inline(always)]
+pub fn sendmsg_of_agent(ctx: &SockAddr) -> i32 {
+    if slot_of(&ctx.address()).is_some()
+        && let Some(sock) = ctx.sock()
+    {
+        is_answer(ctx, sock);
+    }
+    ALLOW
+}
+
+#[inline(always)]
+fn query(ctx: &SockAddr, sock: Sock) -> i32 {
+    let netns_cookie = ctx.netns_cookie();
+    let Some(pod) = maps::pod(netns_cookie) else {
+        return ALLOW;
+    };
+    if !pod.has(FLAG_DNS) {
+        return ALLOW;
+    }
+    let bound = ctx.message_source();
+    let (query, verdict) = outbound::judge(ctx, netns_cookie, pod, sock, Protocol::Udp, &bound);
+    match verdict {
+        Verdict::Pass => return ALLOW,
+        Verdict::NoRoute => {
+            ctx.set_error(ENETUNREACH);
+            return REFUSE;
+        }
+        Verdict::Capture(_) => {}
+    }
+    let server = query.destination;
+    to_agent(ctx, &server);
+    // A connected socket takes answers from its peer only.
+    if sock.destination_port() != 0 {
+        return ALLOW;
+    }
+    let slot = DnsSlot {
+        server,
+        client: if bound.is_unspecified() || !maps::is_local(netns_cookie, &bound) {
+            server.loopback_of_family()
+        } else {
+            bound
+        },
+    };
+    if let Some(number) = slot_for(netns_cookie, &slot) {
+        ctx.set_message_source(&slot.address(number));
+        return ALLOW;
+    }
+    maps::count(netns_cookie, Rule::NoDnsSlot);
+    log::no_dns_slot(netns_cookie, &server, DNS_PORT);
+    // Right as long as the socket asks one server after the other.
+    let original = Original {
+        destination: server,
+        port: DNS_PORT,
+        proxy_port: DNS_AGENT_PORT,
+        _pad: 0,
+    };
+    if !remember(sock, &original) {
+        ctx.set_error(ENOMEM);
+        return REFUSE;
+    }
+    ALLOW
+}
+
+/// The agent's answer to a query from a slot address goes to the client, and comes from that address.
+#[inline(always)]
+fn is_answer(ctx: &SockAddr, sock: Sock) -> bool {
+    if sock.source_port() != DNS_AGENT_PORT {
+        return false;
+    }
+    let destination = ctx.address();
+    let Some(slot) = known_slot(ctx.netns_cookie(), &destination) else {
+        return false;
+    };
+    ctx.set_address(&slot.client);
+    ctx.set_message_source(&destination);
+    true
+}
+
+/// recvmsg() and recvfrom(): whom the datagram comes from.
+#[inline(always)]
+pub fn recvmsg(ctx: &SockAddr) -> i32 {
+    if ctx.port() != DNS_AGENT_PORT {
+        return ALLOW;
+    }
+    let source = ctx.address();
+    let server = match known_slot(ctx.netns_cookie(), &source) {
+        Some(slot) => Some(slot.server),
+        None => remembered(ctx, &source),
+    };
+    if let Some(server) = server {
+        ctx.set_address(&server);
+        ctx.set_port(DNS_PORT);
+    }
+    ALLOW
+}
+
+/// To the application, its peer is the server.
+#[inline(always)]
+pub fn getpeername(ctx: &SockAddr) -> i32 {
+    if ctx.port() == DNS_AGENT_PORT
+        && let Some(server) = remembered(ctx, &ctx.address())
+    {
+        ctx.set_address(&server);
+        ctx.set_port(DNS_PORT);
+    }
+    ALLOW
+}
+
+/// To the application, its own end is the address that it would reach the server from: resolvers
+/// compare addresses by it.
+#[inline(always)]
+pub fn getsockname(ctx: &SockAddr) -> i32 {
+    let Some(sock) = ctx.sock() else {
+        return ALLOW;
+    };
+    if sock.destination_port() == DNS_AGENT_PORT
+        && let Some(server) = remembered(ctx, &ctx.address())
+        && !server.is_loopback()
+        && let Some(route) = maps::route(ctx.netns_cookie(), &server)
+    {
+        ctx.set_address(&route.source);
+    }
+    ALLOW
+}
+
+/// The server that the socket talks to through the agent, if this address of its connection is on
+/// loopback as that of the agent is.
+#[inline(always)]
+fn remembered(ctx: &SockAddr, address: &Address) -> Option<Address> {
+    if !address.is_loopback() {
+        return None;
+    }
+    let state = ctx.sock()?.state()?;
+    (state.role == ROLE_DNS_CLIENT).then_some(state.original.destination)
+}
+
+#[inline(always)]
+fn remember(sock: Sock, original: &Original) -> bool {
+    sock.set_state(&SocketState {
+        original: *original,
+        role: ROLE_DNS_CLIENT,
+        watching: 0,
+    })
+}
+
+#[inline(always)]
+fn to_agent(ctx: &SockAddr, server: &Address) {
+    ctx.set_address(&server.loopback_of_family());
+    ctx.set_port(DNS_AGENT_PORT);
+}
+
+/// What a slot address of this pod stands for.
+#[inline(always)]
+fn known_slot(netns_cookie: u64, address: &Address) -> Option<&'static DnsSlot> {
+    let number = slot_of(address)?;
+    maps::dns_slot(&DnsSlotKey::new(netns_cookie, number))
+        .filter(|slot| slot.address(number) == *address)
+}
+
+/// The slot that stands for this server and this client. None if all that were tried stand for others.
+#[inline(always)]
+fn slot_for(netns_cookie: u64, wanted: &DnsSlot) -> Option<u32> {
+    for attempt in 0..DNS_SLOT_TRIES {
+        let number = wanted.number(attempt);
+        let key = DnsSlotKey::new(netns_cookie, number);
+        let known = match maps::dns_slot(&key) {
+            Some(known) => Some(known),
+            None if maps::add_dns_slot(&key, wanted) => return Some(number),
+            // Another CPU was faster.
+            None => maps::dns_slot(&key),
+        };
+        if known.is_some_and(|known| *known == *wanted) {
+            return Some(number);
+        }
+    }
+    None
+}
