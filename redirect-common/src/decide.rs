@@ -59,48 +59,39 @@ pub fn outbound(pod: &PodConfig, lists: &impl Lists, to: &Outbound) -> Rule {
     if to.local && to.source.is_proxy_passthrough() {
         return Rule::ProxyPassthrough;
     }
-    let loopback = pod.in_loopback_cidr(&to.destination);
-    let tcp = to.protocol == Protocol::Tcp;
-    let dns = pod.has(FLAG_DNS);
-    let query = dns && to.port == DNS_PORT;
-    let to_self = tcp && to.local && !loopback && to.port != pod.tunnel_port;
-    // With DNS capture, what is not TCP is left to the rules that follow, and so is TCP to port 53.
-    let pass_local = to.local && !pod.has(FLAG_LOOPBACK_INCLUDED) && (!dns || tcp && !query);
+    // Conditions are looked at where they count and not before: the verifier walks the loops over ids
+    // once for every combination of what is known by then.
+    let pass_local = to.local && !pod.has(FLAG_LOOPBACK_INCLUDED) && passes_local(pod, to);
     let owner = to.owner;
-    if let Some(rule) = by_proxy_id(
-        &pod.proxy_uids,
-        pod.proxy_uid_count,
-        owner.map(|o| o.uid),
-        // For groups the rules make no such exception.
-        to_self && !query,
-        pass_local,
-    ) {
-        return rule;
+    let (uids, count) = (&pod.proxy_uids, pod.proxy_uid_count);
+    match by_proxy_id(uids, count, owner.map(|o| o.uid), pass_local) {
+        // The rules for groups make no such exception.
+        Some(Match::Proxy) if is_query(pod, to) => return Rule::Proxy,
+        Some(Match::Proxy) => return by_proxy(pod, to),
+        Some(Match::Other) => return Rule::PodLocal,
+        None => {}
     }
-    if let Some(rule) = by_proxy_id(
-        &pod.proxy_gids,
-        pod.proxy_gid_count,
-        owner.map(|o| o.gid),
-        to_self,
-        pass_local,
-    ) {
-        return rule;
+    let (gids, count) = (&pod.proxy_gids, pod.proxy_gid_count);
+    match by_proxy_id(gids, count, owner.map(|o| o.gid), pass_local) {
+        Some(Match::Proxy) => return by_proxy(pod, to),
+        Some(Match::Other) => return Rule::PodLocal,
+        None => {}
     }
     if owner_group_left_out(pod, owner) {
         return Rule::OwnerGroup;
     }
-    if query
+    if is_query(pod, to)
         && (pod.has(FLAG_DNS_ALL) || has_address(pod, lists, List::DnsServers, &to.destination))
     {
         return Rule::Dns;
     }
-    if loopback {
+    if pod.in_loopback_cidr(&to.destination) {
         return Rule::Loopback;
     }
     if has_address(pod, lists, List::ExcludeOutboundCidrs, &to.destination) {
         return Rule::ExcludedCidr;
     }
-    if !tcp {
+    if to.protocol != Protocol::Tcp {
         return Rule::NotIncluded;
     }
     if has_port(pod, lists, List::IncludeOutboundPorts, to.port) {
@@ -139,15 +130,49 @@ pub fn inbound(pod: &PodConfig, lists: &impl Lists, destination: &Address, port:
     Rule::InboundPortNotIncluded
 }
 
-/// The three rules that istio-iptables writes for each proxy id, in turn.
+/// A DNS query, where these are captured.
+#[inline(always)]
+fn is_query(pod: &PodConfig, to: &Outbound) -> bool {
+    to.port == DNS_PORT && pod.has(FLAG_DNS)
+}
+
+/// Pod-local traffic of others than the proxy passes. With DNS capture, UDP and port 53 are left to
+/// the rules that follow.
+#[inline(always)]
+fn passes_local(pod: &PodConfig, to: &Outbound) -> bool {
+    !pod.has(FLAG_DNS) || to.protocol == Protocol::Tcp && to.port != DNS_PORT
+}
+
+/// The proxy dials: its own pod, or out.
+#[inline(always)]
+fn by_proxy(pod: &PodConfig, to: &Outbound) -> Rule {
+    let to_self = to.local
+        && to.protocol == Protocol::Tcp
+        && to.port != pod.tunnel_port
+        && !pod.in_loopback_cidr(&to.destination);
+    if to_self {
+        Rule::ProxyToSelf
+    } else {
+        Rule::Proxy
+    }
+}
+
+/// Which of the rules for a proxy id matches.
+enum Match {
+    /// One about the proxy.
+    Proxy,
+    /// The one about everybody else in the pod.
+    Other,
+}
+
+/// The rules that istio-iptables writes for each proxy id, in turn.
 #[inline(always)]
 fn by_proxy_id(
     ids: &[IdRange; MAX_PROXY_IDS],
     count: u32,
     id: Option<u32>,
-    to_self: bool,
     pass_local: bool,
-) -> Option<Rule> {
+) -> Option<Match> {
     for (index, range) in ids.iter().enumerate() {
         if index as u32 >= count {
             break;
@@ -157,14 +182,10 @@ fn by_proxy_id(
             None => false,
         };
         if matches {
-            return Some(if to_self {
-                Rule::ProxyToSelf
-            } else {
-                Rule::Proxy
-            });
+            return Some(Match::Proxy);
         }
         if pass_local {
-            return Some(Rule::PodLocal);
+            return Some(Match::Other);
         }
     }
     None

@@ -12,7 +12,6 @@ use redirect_common::decide::{Outbound, Protocol};
 
 use crate::ctx::{Sock, SockAddr, random};
 use crate::destinations;
-use crate::dns;
 use crate::log;
 use crate::maps;
 use crate::outbound::{self, Verdict};
@@ -24,13 +23,9 @@ const ENOMEM: i32 = 12;
 
 #[inline(always)]
 pub fn connect(ctx: &SockAddr) -> i32 {
-    let protocol = if ctx.is_tcp() {
-        Protocol::Tcp
-    } else if dns::is_connect_of_interest(ctx) {
-        Protocol::Udp
-    } else {
+    if !ctx.is_tcp() {
         return ALLOW;
-    };
+    }
     let netns_cookie = ctx.netns_cookie();
     let Some(pod) = maps::pod(netns_cookie) else {
         return ALLOW;
@@ -38,13 +33,9 @@ pub fn connect(ctx: &SockAddr) -> i32 {
     let Some(sock) = ctx.sock() else {
         return ALLOW;
     };
-    if protocol == Protocol::Udp && !dns::is_captured(pod, sock, ctx) {
-        return ALLOW;
-    }
     let bound = sock.source();
-    let (connection, verdict) = outbound::judge(ctx, netns_cookie, pod, sock, protocol, &bound);
+    let (connection, verdict) = outbound::judge(ctx, netns_cookie, pod, sock, Protocol::Tcp, &bound);
     let proxy_port = match verdict {
-        Verdict::Pass if protocol == Protocol::Udp => return ALLOW,
         Verdict::Pass => return pass(ctx, sock, &connection),
         Verdict::NoRoute => {
             ctx.set_error(ENETUNREACH);
@@ -59,9 +50,6 @@ pub fn connect(ctx: &SockAddr) -> i32 {
         proxy_port,
         _pad: 0,
     };
-    if protocol == Protocol::Udp {
-        return dns::connect(ctx, netns_cookie, sock, &connection.source, &original);
-    }
     // A socket bound to an address that is not the pod's (IP_FREEBIND) cannot be reached there.
     let steered = if bound.is_unspecified() || maps::is_local(netns_cookie, &bound) {
         connection.source

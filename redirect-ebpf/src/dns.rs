@@ -6,11 +6,11 @@
 
 use redirect_common::address::Address;
 use redirect_common::connection::{Original, ROLE_DNS_CLIENT, SocketState};
-use redirect_common::decide::Protocol;
+use redirect_common::decide::{Outbound, Protocol};
 use redirect_common::dns::{
     DNS_AGENT_PORT, DNS_PORT, DNS_SLOT_TRIES, DnsSlot, DnsSlotKey, slot_of,
 };
-use redirect_common::pod::{FLAG_DNS, PodConfig};
+use redirect_common::pod::FLAG_DNS;
 use redirect_common::verdict::Rule;
 
 use crate::ctx::{Sock, SockAddr};
@@ -23,40 +23,38 @@ const REFUSE: i32 = 0;
 const ENETUNREACH: i32 = 101;
 const ENOMEM: i32 = 12;
 
-/// Is it a UDP socket that connects to a server, or to where captured queries go?
+/// connect() of a UDP socket to a server: from then on it talks to the agent.
 #[inline(always)]
-pub fn is_connect_of_interest(ctx: &SockAddr) -> bool {
-    ctx.is_udp() && matches!(ctx.port(), DNS_PORT | DNS_AGENT_PORT)
-}
-
-/// May a UDP socket's connect() be captured? What it was connected to before is forgotten.
-#[inline(always)]
-pub fn is_captured(pod: &PodConfig, sock: Sock, ctx: &SockAddr) -> bool {
+pub fn connect(ctx: &SockAddr) -> i32 {
+    if !ctx.is_udp() || !matches!(ctx.port(), DNS_PORT | DNS_AGENT_PORT) {
+        return ALLOW;
+    }
+    let Some(sock) = ctx.sock() else {
+        return ALLOW;
+    };
+    // It may have been connected to a server before.
     if sock.state().is_some() {
         sock.forget();
     }
-    pod.has(FLAG_DNS) && ctx.port() == DNS_PORT
-}
-
-/// connect() to a server: from now on the socket talks to the agent.
-#[inline(always)]
-pub fn connect(
-    ctx: &SockAddr,
-    netns_cookie: u64,
-    sock: Sock,
-    source: &Address,
-    original: &Original,
-) -> i32 {
-    if !remember(sock, original) {
-        log::socket_storage_refused(netns_cookie, &original.destination, original.port);
+    if ctx.port() != DNS_PORT {
+        return ALLOW;
+    }
+    let bound = sock.source();
+    let (query, netns_cookie) = match captured(ctx, sock, &bound) {
+        Captured::Yes(query, netns_cookie) => (query, netns_cookie),
+        Captured::No => return ALLOW,
+        Captured::NoRoute => return REFUSE,
+    };
+    if !remember(sock, &query.destination) {
+        log::socket_storage_refused(netns_cookie, &query.destination, DNS_PORT);
         ctx.set_error(ENOMEM);
         return REFUSE;
     }
-    if sock.source().is_unspecified() && !source.is_loopback() {
+    if bound.is_unspecified() && !query.source.is_loopback() {
         // Or else the source would be that of loopback. If the socket has a port already, it will be.
-        ctx.bind(source);
+        ctx.bind(&query.source);
     }
-    to_agent(ctx, &original.destination);
+    to_agent(ctx, &query.destination);
     ALLOW
 }
 
@@ -87,25 +85,43 @@ pub fn sendmsg_of_agent(ctx: &SockAddr) -> i32 {
     ALLOW
 }
 
+/// Is a datagram, or what a socket will send, to go to the agent?
+enum Captured {
+    /// The query, and the network namespace cookie.
+    Yes(Outbound, u64),
+    No,
+    /// The error is set already.
+    NoRoute,
+}
+
 #[inline(always)]
-fn query(ctx: &SockAddr, sock: Sock) -> i32 {
+fn captured(ctx: &SockAddr, sock: Sock, bound: &Address) -> Captured {
     let netns_cookie = ctx.netns_cookie();
     let Some(pod) = maps::pod(netns_cookie) else {
-        return ALLOW;
+        return Captured::No;
     };
     if !pod.has(FLAG_DNS) {
-        return ALLOW;
+        return Captured::No;
     }
-    let bound = ctx.message_source();
-    let (query, verdict) = outbound::judge(ctx, netns_cookie, pod, sock, Protocol::Udp, &bound);
+    let (query, verdict) = outbound::judge(ctx, netns_cookie, pod, sock, Protocol::Udp, bound);
     match verdict {
-        Verdict::Pass => return ALLOW,
+        Verdict::Capture(_) => Captured::Yes(query, netns_cookie),
+        Verdict::Pass => Captured::No,
         Verdict::NoRoute => {
             ctx.set_error(ENETUNREACH);
-            return REFUSE;
+            Captured::NoRoute
         }
-        Verdict::Capture(_) => {}
     }
+}
+
+#[inline(always)]
+fn query(ctx: &SockAddr, sock: Sock) -> i32 {
+    let bound = ctx.message_source();
+    let (query, netns_cookie) = match captured(ctx, sock, &bound) {
+        Captured::Yes(query, netns_cookie) => (query, netns_cookie),
+        Captured::No => return ALLOW,
+        Captured::NoRoute => return REFUSE,
+    };
     let server = query.destination;
     to_agent(ctx, &server);
     // A connected socket takes answers from its peer only.
@@ -127,13 +143,7 @@ fn query(ctx: &SockAddr, sock: Sock) -> i32 {
     maps::count(netns_cookie, Rule::NoDnsSlot);
     log::no_dns_slot(netns_cookie, &server, DNS_PORT);
     // Right as long as the socket asks one server after the other.
-    let original = Original {
-        destination: server,
-        port: DNS_PORT,
-        proxy_port: DNS_AGENT_PORT,
-        _pad: 0,
-    };
-    if !remember(sock, &original) {
+    if !remember(sock, &server) {
         ctx.set_error(ENOMEM);
         return REFUSE;
     }
@@ -214,9 +224,14 @@ fn remembered(ctx: &SockAddr, address: &Address) -> Option<Address> {
 }
 
 #[inline(always)]
-fn remember(sock: Sock, original: &Original) -> bool {
+fn remember(sock: Sock, server: &Address) -> bool {
     sock.set_state(&SocketState {
-        original: *original,
+        original: Original {
+            destination: *server,
+            port: DNS_PORT,
+            proxy_port: DNS_AGENT_PORT,
+            _pad: 0,
+        },
         role: ROLE_DNS_CLIENT,
         watching: 0,
     })

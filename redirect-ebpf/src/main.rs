@@ -54,6 +54,16 @@ fn redirect_getsockname6(ctx: SockAddrContext) -> i32 {
     names::getsockname(&SockAddr::new(ctx, Family::V6))
 }
 
+#[macros::cgroup_sock_addr(connect4)]
+fn redirect_dns_connect4(ctx: SockAddrContext) -> i32 {
+    dns::connect(&SockAddr::new(ctx, Family::V4))
+}
+
+#[macros::cgroup_sock_addr(connect6)]
+fn redirect_dns_connect6(ctx: SockAddrContext) -> i32 {
+    dns::connect(&SockAddr::new(ctx, Family::V6))
+}
+
 #[macros::cgroup_sock_addr(sendmsg4)]
 fn redirect_sendmsg4(ctx: SockAddrContext) -> i32 {
     dns::sendmsg(&SockAddr::new(ctx, Family::V4))

@@ -73,7 +73,14 @@ pub(crate) fn one(pins: &Pins, tables: &Tables, cgroup_id: u64) -> Result<()> {
         wait_for_handshakes(tables, notes.netns_cookie)?;
     }
     // The links that capture go first: what is left then only serves what has been captured.
-    for name in ["sendmsg4", "sendmsg6", "connect4", "connect6"] {
+    for name in [
+        "sendmsg4",
+        "sendmsg6",
+        "dns_connect4",
+        "dns_connect6",
+        "connect4",
+        "connect6",
+    ] {
         let _ = fs::remove_file(directory.join(name));
     }
     pins::remove(&directory)?;

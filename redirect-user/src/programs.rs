@@ -126,6 +126,18 @@ pub const HOOKS: &[Hook] = &[
         Side::Client,
         bpf_attach_type::BPF_CGROUP_UDP6_SENDMSG,
     ),
+    dns_hook(
+        "dns_connect4",
+        "redirect_dns_connect4",
+        Side::Client,
+        bpf_attach_type::BPF_CGROUP_INET4_CONNECT,
+    ),
+    dns_hook(
+        "dns_connect6",
+        "redirect_dns_connect6",
+        Side::Client,
+        bpf_attach_type::BPF_CGROUP_INET6_CONNECT,
+    ),
     hook(
         "connect4",
         "redirect_connect4",

@@ -26,6 +26,7 @@ use nix::{
     unistd::{Gid, Uid, getgroups, setgroups, setresgid, setresuid},
 };
 use redirect_tests::{
+    burst::{self, Reverser},
     datagram,
     dial::{ask, connect, create},
     protocol::{Answer, Dial, Dialed, Identity, Request, Start, Traffic, Transport},
@@ -96,6 +97,7 @@ struct Actor {
     sockets: BTreeMap<String, Socket>,
     streams: BTreeMap<String, TcpStream>,
     servers: Vec<Server>,
+    reversers: Vec<Reverser>,
     traffic: Option<(Arc<AtomicBool>, JoinHandle<Traffic>)>,
     crowd: Vec<Socket>,
 }
@@ -132,6 +134,21 @@ impl Actor {
             Request::Look { name } => Answer::Dialed(Box::new(look(&self.streams[&name]))),
             Request::Hang { name } => {
                 self.streams.remove(&name);
+                Answer::Done
+            }
+            Request::Burst(burst) => match burst::ask(&burst) {
+                Ok(replies) => Answer::Replies(replies),
+                Err(error) => Answer::Failed(errno_name(&error)),
+            },
+            Request::Reverse { who, at, count } => match Reverser::open(&who, at, count) {
+                Ok(reverser) => {
+                    self.reversers.push(reverser);
+                    Answer::Done
+                }
+                Err(error) => Answer::Failed(errno_name(&error)),
+            },
+            Request::Unreverse => {
+                self.reversers.clear();
                 Answer::Done
             }
             Request::Listen(listen) => match Server::open(&listen) {
