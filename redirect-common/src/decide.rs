@@ -7,8 +7,8 @@ use crate::address::Address;
 use crate::dns::DNS_PORT;
 use crate::lists::{List, Lists};
 use crate::pod::{
-    FLAG_DNS, FLAG_DNS_ALL, FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6, FLAG_LOOPBACK_INCLUDED, FLAG_OUTBOUND_ALL,
-    IdRange, MAX_OWNER_GROUPS, MAX_PROXY_IDS, PodConfig,
+    FLAG_DNS, FLAG_DNS_ALL, FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6,
+    FLAG_LOOPBACK_INCLUDED, FLAG_OUTBOUND_ALL, IdRange, MAX_OWNER_GROUPS, MAX_PROXY_IDS, PodConfig,
 };
 use crate::verdict::Rule;
 

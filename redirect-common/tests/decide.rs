@@ -11,8 +11,8 @@ use redirect_common::decide::{self, Outbound, Owner, Protocol};
 use redirect_common::dns::DNS_AGENT_PORT;
 use redirect_common::lists::{List, Lists};
 use redirect_common::pod::{
-    FLAG_DNS, FLAG_DNS_ALL, FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6, FLAG_LOOPBACK_INCLUDED, FLAG_OUTBOUND_ALL,
-    IdRange, PodConfig,
+    FLAG_DNS, FLAG_DNS_ALL, FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6,
+    FLAG_LOOPBACK_INCLUDED, FLAG_OUTBOUND_ALL, IdRange, PodConfig,
 };
 use redirect_common::verdict::{Action, Rule};
 
@@ -652,16 +652,24 @@ fn any_packet() -> impl Strategy<Value = Packet> {
     let protocol = select(&[Protocol::Tcp, Protocol::Tcp, Protocol::Udp][..]);
     let id = || prop_oneof![9 => select(&IDS[..]), 1 => any::<u32>()];
     let owner = prop::option::weighted(0.9, (id(), id()));
-    (any_address(), any_address(), protocol, port, any::<bool>(), owner).prop_map(
-        |(source, destination, protocol, port, out_lo, owner)| Packet {
-            protocol,
-            source: as_family_of(destination, source),
-            destination,
-            port,
-            out_lo,
-            owner,
-        },
+    (
+        any_address(),
+        any_address(),
+        protocol,
+        port,
+        any::<bool>(),
+        owner,
     )
+        .prop_map(
+            |(source, destination, protocol, port, out_lo, owner)| Packet {
+                protocol,
+                source: as_family_of(destination, source),
+                destination,
+                port,
+                out_lo,
+                owner,
+            },
+        )
 }
 
 /// No packet has addresses of two families: the last byte is kept, as in 127.0.0.6 and ::6.
@@ -878,7 +886,14 @@ fn dns_cases_that_people_trip_over() {
         ("app, the server", one(), APP, SERVER, both, agent),
         ("app, another server", one(), APP, ELSEWHERE, &[Tcp], out),
         ("app, another server", one(), APP, ELSEWHERE, &[Udp], None),
-        ("IPv6, no server of it", one(), APP, "fd00::53", &[Udp], None),
+        (
+            "IPv6, no server of it",
+            one(),
+            APP,
+            "fd00::53",
+            &[Udp],
+            None,
+        ),
         ("IPv6, any server", all(), APP, "fd00::53", both, agent),
         ("-o 53", port_excluded, APP, SERVER, both, None),
         ("the agent's own", all(), PROXY, SERVER, both, None),
@@ -888,11 +903,32 @@ fn dns_cases_that_people_trip_over() {
         ("group, own pod", all(), gid, own, &[Udp], None),
         ("app, own pod", all(), APP, own, both, agent),
         ("app, loopback", all(), APP, "127.0.0.1", both, agent),
-        ("the same, L=/8", wide_loopback, APP, "127.0.0.53", both, agent),
+        (
+            "the same, L=/8",
+            wide_loopback,
+            APP,
+            "127.0.0.53",
+            both,
+            agent,
+        ),
         ("app, own pod, no server", one(), APP, own, &[Tcp], out),
         ("app, own pod, no server", one(), APP, own, &[Udp], None),
-        ("app, 127.0.0.5, no server", one(), APP, "127.0.0.5", &[Tcp], out),
-        ("app, 127.0.0.1, no server", one(), APP, "127.0.0.1", both, None),
+        (
+            "app, 127.0.0.5, no server",
+            one(),
+            APP,
+            "127.0.0.5",
+            &[Tcp],
+            out,
+        ),
+        (
+            "app, 127.0.0.1, no server",
+            one(),
+            APP,
+            "127.0.0.1",
+            both,
+            None,
+        ),
         ("-x comes later", server_excluded, APP, SERVER, both, agent),
         ("groups come first", no_groups, APP, SERVER, both, None),
         ("DNS off", Options::injected(), APP, SERVER, &[Tcp], out),

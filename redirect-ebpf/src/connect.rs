@@ -34,7 +34,8 @@ pub fn connect(ctx: &SockAddr) -> i32 {
         return ALLOW;
     };
     let bound = sock.source();
-    let (connection, verdict) = outbound::judge(ctx, netns_cookie, pod, sock, Protocol::Tcp, &bound);
+    let (connection, verdict) =
+        outbound::judge(ctx, netns_cookie, pod, sock, Protocol::Tcp, &bound);
     let proxy_port = match verdict {
         Verdict::Pass => return pass(ctx, sock, &connection),
         Verdict::NoRoute => {

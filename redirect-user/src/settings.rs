@@ -7,8 +7,8 @@ use ipnet::IpNet;
 use redirect_common::address::Address;
 use redirect_common::lists::{LIST_PREFIX_BITS, List, ListKey};
 use redirect_common::pod::{
-    self, FLAG_DNS, FLAG_DNS_ALL, FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6, FLAG_LOOPBACK_INCLUDED,
-    FLAG_OUTBOUND_ALL, PodConfig,
+    self, FLAG_DNS, FLAG_DNS_ALL, FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6,
+    FLAG_LOOPBACK_INCLUDED, FLAG_OUTBOUND_ALL, PodConfig,
 };
 use redirect_common::route::{
     ROUTE_LOCAL, ROUTE_PREFIX_BITS, ROUTE_UNREACHABLE, RouteInfo, RouteKey,

@@ -11,7 +11,9 @@ use std::{
     time::Duration,
 };
 
-use crate::protocol::{Answer, Burst, Dial, Dialed, Family, Identity, Listen, Reply, Request, Start, Traffic};
+use crate::protocol::{
+    Answer, Burst, Dial, Dialed, Family, Identity, Listen, Reply, Request, Start, Traffic,
+};
 
 /// No single request takes longer; the largest crowd is by far the slowest.
 const PATIENCE: Duration = Duration::from_secs(120);

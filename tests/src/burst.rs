@@ -55,12 +55,8 @@ fn receive(socket: &UdpSocket, family: Family) -> Result<Reply, Error> {
         socket.recv_from(&mut text)?
     } else {
         let mut buffer = [IoSliceMut::new(&mut text)];
-        let message = recvmsg::<SockaddrStorage>(
-            socket.as_raw_fd(),
-            &mut buffer,
-            None,
-            MsgFlags::empty(),
-        )?;
+        let message =
+            recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut buffer, None, MsgFlags::empty())?;
         let address = message.address.ok_or(std::io::ErrorKind::NotConnected)?;
         let from = address
             .as_sockaddr_in6()

@@ -7,8 +7,8 @@ use std::{
 };
 
 use nix::sys::socket::{
-    ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg,
-    setsockopt, sockopt,
+    ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg, setsockopt,
+    sockopt,
 };
 use socket2::{Protocol, Type};
 
@@ -103,7 +103,9 @@ fn receive(socket: &UdpSocket) -> Result<Option<(SockaddrStorage, Option<IpAddr>
         ControlMessageOwned::Ipv4PacketInfo(info) => {
             Some(IpAddr::V4(u32::from_be(info.ipi_addr.s_addr).into()))
         }
-        ControlMessageOwned::Ipv6PacketInfo(info) => Some(IpAddr::V6(info.ipi6_addr.s6_addr.into())),
+        ControlMessageOwned::Ipv6PacketInfo(info) => {
+            Some(IpAddr::V6(info.ipi6_addr.s6_addr.into()))
+        }
         _ => None,
     });
     Ok((message.bytes > 0)
@@ -139,7 +141,13 @@ fn answer(
                 ipi_addr: libc::in_addr { s_addr: 0 },
             };
             let control = [ControlMessage::Ipv4PacketInfo(&info)];
-            sendmsg(socket.as_raw_fd(), &buffer, &control, MsgFlags::empty(), Some(peer))?;
+            sendmsg(
+                socket.as_raw_fd(),
+                &buffer,
+                &control,
+                MsgFlags::empty(),
+                Some(peer),
+            )?;
         }
         IpAddr::V6(ip) => {
             let info = libc::in6_pktinfo {
@@ -149,7 +157,13 @@ fn answer(
                 ipi6_ifindex: 0,
             };
             let control = [ControlMessage::Ipv6PacketInfo(&info)];
-            sendmsg(socket.as_raw_fd(), &buffer, &control, MsgFlags::empty(), Some(peer))?;
+            sendmsg(
+                socket.as_raw_fd(),
+                &buffer,
+                &control,
+                MsgFlags::empty(),
+                Some(peer),
+            )?;
         }
     }
     Ok(())
@@ -159,5 +173,7 @@ fn internet(address: &SockaddrStorage) -> Option<SocketAddr> {
     if let Some(ipv4) = address.as_sockaddr_in() {
         return Some(SocketAddr::V4((*ipv4).into()));
     }
-    address.as_sockaddr_in6().map(|ipv6| SocketAddr::V6((*ipv6).into()))
+    address
+        .as_sockaddr_in6()
+        .map(|ipv6| SocketAddr::V6((*ipv6).into()))
 }

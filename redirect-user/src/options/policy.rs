@@ -136,7 +136,13 @@ impl Policy {
         hash_ports(&mut hash, b'o', &self.exclude_outbound_ports);
         hash_ports(&mut hash, b'b', self.inbound_ports.listed());
         hash_ports(&mut hash, b'd', &self.exclude_inbound_ports);
-        let servers: Vec<IpNet> = self.dns.servers().iter().copied().map(IpNet::from).collect();
+        let servers: Vec<IpNet> = self
+            .dns
+            .servers()
+            .iter()
+            .copied()
+            .map(IpNet::from)
+            .collect();
         if !servers.is_empty() {
             hash_cidrs(&mut hash, b'r', &servers);
         }

@@ -221,7 +221,12 @@ impl<'a> RuleSet<'a> {
                     raw,
                     format!("ISTIO_OUTPUT_DNS -p udp --dport 53 {owner} -j CT --zone 1"),
                 );
-                text.add(raw, format!("ISTIO_OUTPUT_DNS -p udp --sport {DNS_PROXY_PORT} {owner} -j CT --zone 2"));
+                text.add(
+                    raw,
+                    format!(
+                        "ISTIO_OUTPUT_DNS -p udp --sport {DNS_PROXY_PORT} {owner} -j CT --zone 2"
+                    ),
+                );
             }
         }
         for server in each("-d") {
