@@ -7,7 +7,7 @@ use core::hint::black_box;
 
 use aya_log_ebpf::warn;
 use redirect_common::address::Address;
-use redirect_common::decide::{Outbound, Owner};
+use redirect_common::decide::{Outbound, Owner, Protocol};
 use redirect_common::listener::LISTENER_SLOTS;
 use redirect_common::log::{Decision, FOLLOWER_LOG, FOLLOWER_RUN, NO_OWNER};
 use redirect_common::pod::PodConfig;
@@ -32,6 +32,7 @@ enum Trouble {
     NoRoute,
     FlowLost,
     SocketStorageRefused,
+    NoDnsSlot,
 }
 
 /// A captured connection, whose destination this was, finds no listener of the proxy.
@@ -61,6 +62,12 @@ pub fn socket_storage_refused(netns_cookie: u64, destination: &Address, port: u1
         port,
         Trouble::SocketStorageRefused,
     );
+}
+
+/// All slots that could stand for a DNS query stand for others.
+#[inline(always)]
+pub fn no_dns_slot(netns_cookie: u64, server: &Address, port: u16) {
+    warn_about(netns_cookie, server, port, Trouble::NoDnsSlot);
 }
 
 #[inline(always)]
@@ -112,6 +119,8 @@ extern "C" fn trouble_with_connection(
         tell!("refused: no route was known there at attach");
     } else if trouble == Trouble::FlowLost as u32 {
         tell!("refused: it could not be written to FLOWS");
+    } else if trouble == Trouble::NoDnsSlot as u32 {
+        tell!("DNS_SLOTS is full: its socket may take the answers of several servers for one's");
     } else {
         tell!("no memory for the socket's storage");
     }
@@ -155,7 +164,10 @@ pub fn outbound(netns_cookie: u64, pod: &PodConfig, connection: &Outbound) -> De
         gid: owner.gid,
         outbound_port: pod.outbound_port,
         inbound_port: pod.inbound_port,
-        _pad: 0,
+        protocol: connection.protocol.number(),
+        local: u16::from(connection.local),
+        interface: connection.interface,
+        mark: connection.mark,
     }
 }
 
@@ -166,6 +178,7 @@ pub fn inbound(
     pod: &PodConfig,
     source: (Address, u16),
     destination: (Address, u16),
+    interface: u32,
 ) -> Decision {
     Decision {
         time_ns: 0,
@@ -179,7 +192,10 @@ pub fn inbound(
         gid: NOBODY.gid,
         outbound_port: pod.outbound_port,
         inbound_port: pod.inbound_port,
-        _pad: 0,
+        protocol: Protocol::Tcp.number(),
+        local: 0,
+        interface,
+        mark: 0,
     }
 }
 

@@ -3,6 +3,7 @@
 use redirect_common::connection::{ROLE_ACCEPTED_INBOUND, ROLE_ACCEPTED_OUTBOUND, ROLE_CLIENT};
 
 use crate::ctx::SockAddr;
+use crate::dns;
 use crate::part;
 
 const ALLOW: i32 = 1;
@@ -10,6 +11,9 @@ const ALLOW: i32 = 1;
 /// To the application, its peer is the original destination.
 #[inline(always)]
 pub fn getpeername(ctx: &SockAddr) -> i32 {
+    if ctx.is_udp() {
+        return dns::getpeername(ctx);
+    }
     if let Some(state) = ctx
         .sock()
         .and_then(|sock| part::of(sock, ctx.netns_cookie()))
@@ -25,6 +29,9 @@ pub fn getpeername(ctx: &SockAddr) -> i32 {
 /// address for what the pod got (`nf_nat_redirect.c`).
 #[inline(always)]
 pub fn getsockname(ctx: &SockAddr) -> i32 {
+    if ctx.is_udp() {
+        return dns::getsockname(ctx);
+    }
     if let Some(state) = ctx
         .sock()
         .and_then(|sock| part::of(sock, ctx.netns_cookie()))

@@ -67,7 +67,8 @@ pub fn sk_lookup(ctx: &SockLookup) -> u32 {
     let rule = decide::inbound(pod, &lists, &connection);
     maps::count(netns_cookie, rule);
     let (from, to) = ((remote, ctx.remote_port()), (local, ctx.local_port()));
-    log::decided(&log::inbound(netns_cookie, pod, from, to), rule);
+    let about = log::inbound(netns_cookie, pod, from, to, connection.interface);
+    log::decided(&about, rule);
     if rule.action() != Action::CaptureInbound {
         return PASS;
     }

@@ -338,6 +338,22 @@ fn identities() {
 fn what_is_not_supported_yet_is_never_ignored() {
     all(&[
         (
+            &["-k", "tap0"],
+            &[],
+            &["--kube-virt-interfaces", "tap0", "not supported yet"],
+        ),
+        (
+            &[],
+            &["KUBE_VIRT_INTERFACES=tap0"],
+            &["KUBE_VIRT_INTERFACES", "not supported yet"],
+        ),
+    ]);
+}
+
+#[rstest]
+fn modes_and_switches() {
+    all(&[
+        (
             &["-m", "tproxy"],
             &[],
             &["--istio-inbound-interception-mode", "tproxy", "REDIRECT"],
@@ -348,29 +364,9 @@ fn what_is_not_supported_yet_is_never_ignored() {
             &["--istio-inbound-interception-mode", "NONE"],
         ),
         (
-            &["--redirect-dns=true"],
-            &["CAPTURE_ALL_DNS=1"],
-            &["--redirect-dns", "not supported yet"],
-        ),
-        (
             &["--redirect-dns=maybe"],
             &[],
             &["--redirect-dns", "maybe", "true and false"],
-        ),
-        (
-            &[],
-            &["REDIRECT_DNS=1", "CAPTURE_ALL_DNS=1"],
-            &["REDIRECT_DNS", "not supported yet"],
-        ),
-        (
-            &[],
-            &["ISTIO_META_DNS_CAPTURE=true", "CAPTURE_ALL_DNS=1"],
-            &["ISTIO_META_DNS_CAPTURE", "not supported yet"],
-        ),
-        (
-            &["--redirect-dns", "--capture-all-dns"],
-            &[],
-            &["--redirect-dns", "not supported yet"],
         ),
         (
             &["--redirect-dns=false"],
@@ -422,16 +418,6 @@ fn what_is_not_supported_yet_is_never_ignored() {
             &[],
             &["KUBE_VIRT_INTERFACES=tap0,!tap1"],
             &["KUBE_VIRT_INTERFACES", "!tap1"],
-        ),
-        (
-            &["-k", "tap0"],
-            &[],
-            &["--kube-virt-interfaces", "tap0", "not supported yet"],
-        ),
-        (
-            &[],
-            &["KUBE_VIRT_INTERFACES=tap0"],
-            &["KUBE_VIRT_INTERFACES", "not supported yet"],
         ),
         (
             &["--ipv6", "maybe"],

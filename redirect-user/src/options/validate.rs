@@ -297,7 +297,12 @@ impl CaptureFlags {
         let boolean = |setting: Option<Setting>| {
             setting.map_or(Ok(false), |setting| setting.read(BOOLEAN, boolean))
         };
-        let redirect = boolean(self.redirect_dns_setting(env))?;
+        let redirect = boolean(Setting::find(
+            &self.redirect_dns,
+            "redirect-dns",
+            &["REDIRECT_DNS", "ISTIO_META_DNS_CAPTURE"],
+            env,
+        ))?;
         let all = boolean(Setting::find(
             &self.capture_all_dns,
             "capture-all-dns",
@@ -338,15 +343,6 @@ impl CaptureFlags {
         Ok(())
     }
 
-    fn redirect_dns_setting(&self, env: Env<'_>) -> Option<Setting> {
-        Setting::find(
-            &self.redirect_dns,
-            "redirect-dns",
-            &["REDIRECT_DNS", "ISTIO_META_DNS_CAPTURE"],
-            env,
-        )
-    }
-
     fn virtual_interfaces_setting(&self, env: Env<'_>) -> Option<Setting> {
         Setting::find(
             &self.kube_virt_interfaces,
@@ -358,13 +354,10 @@ impl CaptureFlags {
 
     /// What the data plane cannot honour: never ignored.
     fn refuse_unsupported(&self, env: Env<'_>, policy: &Policy) -> Result<(), OptionError> {
-        let refused = [
-            (policy.dns != Dns::Off, self.redirect_dns_setting(env)),
-            (
-                !policy.virtual_interfaces.is_empty(),
-                self.virtual_interfaces_setting(env),
-            ),
-        ];
+        let refused = [(
+            !policy.virtual_interfaces.is_empty(),
+            self.virtual_interfaces_setting(env),
+        )];
         refused
             .into_iter()
             .filter(|(asked, _)| *asked)

@@ -135,7 +135,6 @@ const REFUSED_FLAGS: &[(&[&str], &str, &str)] = &[
     (&["-k", ".."], r#"--kube-virt-interfaces: ".." is not a name that an interface can have"#, INTERFACES),
     (&["-k", "eth0:1"], r#"--kube-virt-interfaces: "eth0:1" is not a name that an interface can have"#, INTERFACES),
     // Not yet.
-    (&["--redirect-dns", "--capture-all-dns"], r#"--redirect-dns: "true""#, LATER),
     (&["-k", "tap0,tap1"], r#"--kube-virt-interfaces: "tap0,tap1""#, LATER),
 ];
 
