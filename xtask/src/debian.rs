@@ -73,7 +73,7 @@ impl PrivateApt {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
-    /// Downloads a package, `NAME` or `NAME=VERSION`, and unpacks it; answers with the tree.
+    /// Downloads a package, `NAME` or `NAME=VERSION`, and unpacks it; answers with the tree, which is the same for all.
     pub fn fetch(&self, package: &str) -> Result<PathBuf> {
         let mut download = self.command("apt-get");
         download
@@ -88,6 +88,7 @@ impl PrivateApt {
         let mut unpack = Command::new("dpkg-deb");
         unpack.arg("-x").arg(&deb).arg(&tree);
         ui::run_quietly(&format!("unpacking {package}"), &mut unpack, APT_LIMIT)?;
+        // So that the next one is the only one again.
         fs::remove_file(deb)?;
         Ok(tree)
     }

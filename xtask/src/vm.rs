@@ -159,7 +159,9 @@ impl Machine {
         image.set_job(modules, job)?;
         let initramfs = tempfile::NamedTempFile::new_in(folder()?)?;
         image.write(initramfs.path())?;
+        let log = folder()?.join(format!("console-{}.log", kernel.file_name()));
         let guest = Guest {
+            log: &log,
             kernel,
             initramfs: initramfs.path(),
             accelerator,

@@ -50,6 +50,13 @@ pub struct Kernel {
     pub modules: Option<PathBuf>,
 }
 
+impl Kernel {
+    /// Its name, as a part of a path.
+    pub fn file_name(&self) -> String {
+        self.name.replace('/', "_")
+    }
+}
+
 impl Wanted {
     /// Finds it, or fetches it.
     pub fn get(&self) -> Result<Kernel> {
@@ -97,7 +104,10 @@ fn fetch(major: u32, minor: u32, folder: &Path) -> Result<()> {
             offered(&names).join(", ")
         );
     };
-    let tree = apt.fetch(package)?;
+    let mut tree = apt.fetch(package)?;
+    for part in parts(&names_of_parts(&apt)?, package) {
+        tree = apt.fetch(&part)?;
+    }
     // Only these two: a package has its documentation too.
     let kept = tree.with_file_name("kept");
     fs::create_dir(&kept)?;
@@ -124,6 +134,27 @@ fn fetch(major: u32, minor: u32, folder: &Path) -> Result<()> {
         &format!("{package}, from Debian {}", apt.suite()),
     );
     Ok(())
+}
+
+/// Newer kernels are split: the image is in `linux-binary-…`, its modules in `linux-modules-…`.
+const PARTS: [&str; 2] = ["linux-binary-", "linux-modules-"];
+
+fn names_of_parts(apt: &PrivateApt) -> Result<String> {
+    Ok(PARTS
+        .map(|part| apt.cache(&["pkgnames", part]))
+        .into_iter()
+        .collect::<Result<Vec<_>>>()?
+        .join("\n"))
+}
+
+/// Those of a package's parts that there are.
+fn parts(names: &str, package: &str) -> Vec<String> {
+    let version = package.strip_prefix("linux-image-").unwrap_or(package);
+    PARTS
+        .map(|part| format!("{part}{version}"))
+        .into_iter()
+        .filter(|part| names.lines().any(|name| name == part))
+        .collect()
 }
 
 /// Which suite has it, for all that is known; newer ones are backported.
@@ -193,6 +224,20 @@ mod tests {
         assert_eq!(found, Some("linux-image-6.12.41+deb13-cloud-amd64"));
         assert_eq!(newest(NAMES, 6, 1), None);
         assert_eq!(offered(NAMES), ["6.12", "7.2"]);
+    }
+
+    #[test]
+    fn parts_of_a_split_package_are_found() {
+        let names = "linux-modules-7.2.1+deb13-cloud-amd64\nlinux-binary-7.2.1+deb13-cloud-amd64\n";
+        let found = parts(names, "linux-image-7.2.1+deb13-cloud-amd64");
+        assert_eq!(
+            found,
+            [
+                "linux-binary-7.2.1+deb13-cloud-amd64",
+                "linux-modules-7.2.1+deb13-cloud-amd64"
+            ]
+        );
+        assert!(parts(names, "linux-image-6.12.9+deb13-cloud-amd64").is_empty());
     }
 
     #[test]

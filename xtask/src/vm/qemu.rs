@@ -1,7 +1,7 @@
 //! Booting a kernel under qemu, and watching it until it ends.
 
 use std::fs;
-use std::io::{BufRead as _, BufReader, Read};
+use std::io::{BufRead as _, BufReader, Read, Write as _};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::str::FromStr;
@@ -142,6 +142,8 @@ pub struct Guest<'a> {
     pub initramfs: &'a Path,
     pub accelerator: Accelerator,
     pub size: Size,
+    /// Where the console's lines are kept.
+    pub log: &'a Path,
     /// From the job's beginning to its end.
     pub limit: Duration,
 }
@@ -198,6 +200,8 @@ impl Guest<'_> {
         ));
         spinner.enable_steady_tick(Duration::from_millis(100));
         let (mut console, mut boot) = (Console::default(), None);
+        let mut log = fs::File::create(self.log)
+            .with_context(|| format!("cannot make {}", self.log.display()))?;
         let started = Instant::now();
         let mut deadline = started + BOOT_LIMIT;
         let end = loop {
@@ -208,6 +212,7 @@ impl Guest<'_> {
                     break End::PoweredOff;
                 }
                 Ok(Event::Console(line)) => {
+                    writeln!(log, "{line}")?;
                     if !console.read(&line) {
                         continue;
                     }
