@@ -105,9 +105,12 @@ fn is_too_old(wanted: &Wanted) -> bool {
 }
 
 fn one(options: &Options, kernel: &Kernel, tests: &[Test]) -> Result<Row> {
-    // As `redirect run` does it, which wants an address: every program, and every hook that a pod has.
-    const SCRIPT: &str = "ip address add 192.0.2.1/24 dev dummy0 && ip link set dummy0 up && \
-                          redirect run -- true && ip link del dummy0";
+    // A pod that stays attached: loading takes an emulator ten seconds, and every test would begin with it.
+    const SCRIPT: &str = "ip netns add keeper && ip -n keeper link set lo up && \
+                          ip -n keeper link add eth0 type dummy && ip -n keeper link set eth0 up && \
+                          ip -n keeper address add 192.0.2.1/24 dev eth0 && \
+                          mkdir /sys/fs/cgroup/keeper && \
+                          redirect attach --cgroup /sys/fs/cgroup/keeper --netns /run/netns/keeper";
     let load = GuestCommand {
         essential: true,
         ..shell(LOAD, SCRIPT)
