@@ -25,6 +25,7 @@ use crate::ui::{self, Mark};
 use image::Image;
 use job::{GuestCommand, Job};
 use kernel::{Kernel, Wanted};
+use programs::Programs;
 use qemu::{Accelerator, Ended, Guest, Size};
 
 pub use init::run as init;
@@ -93,11 +94,13 @@ impl Run {
         let job = Job {
             commands: vec![GuestCommand::new("command", &self.command)],
         };
-        cargo::build(false)?;
+        let programs = Programs::build()?;
         let kernel = self.kernel.get()?;
         let ended = self
             .machine
-            .boot(&kernel, Image::new()?, &job, &[], |line| println!("{line}"))?;
+            .boot(&kernel, Image::new()?, &job, &programs, |line| {
+                println!("{line}")
+            })?;
         match ended.console.status("command") {
             Some(status) => Ok(ExitCode::from(u8::try_from(status).unwrap_or(1))),
             None => bail!("{}: {}", kernel.name, report::Verdict::of(&ended)),
@@ -113,10 +116,12 @@ impl Shell {
                 &["bash".to_owned(), "-i".to_owned()],
             )],
         };
-        cargo::build(false)?;
+        let programs = Programs::build()?;
         let kernel = self.kernel.get()?;
         self.machine
-            .with_guest(&kernel, Image::new()?, &job, &[], |guest| guest.interact())?;
+            .with_guest(&kernel, Image::new()?, &job, &programs, |guest| {
+                guest.interact()
+            })?;
         Ok(ExitCode::SUCCESS)
     }
 }
@@ -128,11 +133,11 @@ impl Machine {
         kernel: &Kernel,
         image: Image,
         job: &Job,
-        tests: &[programs::Test],
+        programs: &Programs,
         output: impl FnMut(&str),
     ) -> Result<Ended> {
         let mut output = output;
-        self.with_guest(kernel, image, job, tests, |guest| guest.run(&mut output))
+        self.with_guest(kernel, image, job, programs, |guest| guest.run(&mut output))
     }
 
     fn with_guest<T>(
@@ -140,11 +145,11 @@ impl Machine {
         kernel: &Kernel,
         mut image: Image,
         job: &Job,
-        tests: &[programs::Test],
+        programs: &Programs,
         work: impl FnOnce(&Guest) -> Result<T>,
     ) -> Result<T> {
         let accelerator = qemu::accelerator(self.accelerator, kernel)?;
-        programs::add(&mut image, tests)?;
+        programs.add_to(&mut image)?;
         let modules = match &kernel.modules {
             Some(folder) => {
                 let (modules, missing) = modules::in_load_order(folder)?;

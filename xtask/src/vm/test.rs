@@ -3,13 +3,13 @@
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::Args;
 
 use super::image::Image;
 use super::job::{GuestCommand, Job, TERMINAL};
 use super::kernel::{Kernel, Wanted};
-use super::programs::{self, Test};
+use super::programs::{Programs, TESTS};
 use super::report::{self, Row, Verdict};
 use super::{Machine, qemu::Ended};
 use crate::test::{SKIP_LOG, Tally};
@@ -63,26 +63,15 @@ impl Output {
 }
 
 pub fn run(options: &Options) -> Result<ExitCode> {
-    let mut tests = programs::build()?;
-    if let Some(unknown) = options
-        .tests
-        .iter()
-        .find(|name| tests.iter().all(|(test, _)| test != *name))
-    {
-        let names: Vec<&str> = tests.iter().map(|(name, _)| name.as_str()).collect();
-        bail!("--test {unknown}: allowed are {}", names.join(", "));
-    }
-    if !options.tests.is_empty() {
-        tests.retain(|(name, _)| options.tests.contains(name));
-    }
+    let programs = Programs::build_with_tests(&options.tests)?;
     let mut rows = Vec::new();
     for wanted in &options.kernels {
         let kernel = wanted.get()?;
         ui::heading(&format!("Linux {}", kernel.name));
         let row = if is_too_old(wanted) {
-            refusal(options, &kernel)?
+            refusal(options, &kernel, &programs)?
         } else {
-            one(options, &kernel, &tests)?
+            one(options, &kernel, &programs)?
         };
         anstream::println!("{}: {}", row.kernel, row.verdict);
         rows.push(row);
@@ -104,7 +93,7 @@ fn is_too_old(wanted: &Wanted) -> bool {
     matches!(wanted, Wanted::Version(major, minor) if (*major, *minor) < OLDEST)
 }
 
-fn one(options: &Options, kernel: &Kernel, tests: &[Test]) -> Result<Row> {
+fn one(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Row> {
     // A pod that stays attached: loading takes an emulator ten seconds, and every test would begin with it.
     const SCRIPT: &str = "ip netns add keeper && ip -n keeper link set lo up && \
                           ip -n keeper link add eth0 type dummy && ip -n keeper link set eth0 up && \
@@ -116,8 +105,8 @@ fn one(options: &Options, kernel: &Kernel, tests: &[Test]) -> Result<Row> {
         ..shell(LOAD, SCRIPT)
     };
     let mut commands = vec![load];
-    commands.extend(tests.iter().map(|(name, _)| {
-        let mut arguments = vec![format!("{}/{name}", programs::TESTS)];
+    commands.extend(programs.tests.iter().map(|name| {
+        let mut arguments = vec![format!("{TESTS}/{name}")];
         arguments.push(format!("--test-threads={}", options.threads));
         arguments.extend(options.filter.clone());
         GuestCommand {
@@ -125,13 +114,14 @@ fn one(options: &Options, kernel: &Kernel, tests: &[Test]) -> Result<Row> {
             ..GuestCommand::new(name, &arguments)
         }
     }));
-    let (ended, output, took) = boot(options, kernel, tests, Job { commands })?;
+    let (ended, output, took) = boot(options, kernel, programs, Job { commands })?;
     let loads = ended.console.status(LOAD).map(|status| status == 0);
     let mut verdict = Verdict::of(&ended);
     if verdict == Verdict::Passed {
-        let failed: Vec<&str> = tests
+        let failed: Vec<&str> = programs
+            .tests
             .iter()
-            .map(|(name, _)| name.as_str())
+            .map(String::as_str)
             .filter(|name| ended.console.status(name) != Some(0))
             .collect();
         if loads != Some(true) {
@@ -146,14 +136,14 @@ fn one(options: &Options, kernel: &Kernel, tests: &[Test]) -> Result<Row> {
 }
 
 /// A kernel that is too old is refused, by one line, and has nothing attached or pinned afterwards.
-fn refusal(options: &Options, kernel: &Kernel) -> Result<Row> {
+fn refusal(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Row> {
     const SCRIPT: &str = "message=$(redirect run -- true 2>&1); status=$?; echo \"$message\"; \
                           [ $status = 1 ] && [ $(echo \"$message\" | grep -c '') = 1 ] && \
                           echo \"$message\" | grep -q 'too old' && [ -z \"$(ls -A /sys/fs/bpf)\" ]";
     let job = Job {
         commands: vec![shell(LOAD, SCRIPT)],
     };
-    let (ended, output, took) = boot(options, kernel, &[], job)?;
+    let (ended, output, took) = boot(options, kernel, programs, job)?;
     let verdict = match (Verdict::of(&ended), ended.console.status(LOAD)) {
         (Verdict::Passed, Some(0)) => Verdict::Refused,
         (Verdict::Passed, _) => Verdict::Failed("not refused as it should be".to_owned()),
@@ -165,14 +155,14 @@ fn refusal(options: &Options, kernel: &Kernel) -> Result<Row> {
 fn boot(
     options: &Options,
     kernel: &Kernel,
-    tests: &[Test],
+    programs: &Programs,
     job: Job,
 ) -> Result<(Ended, Output, std::time::Duration)> {
     let started = Instant::now();
     let mut output = Output::default();
     let ended = options
         .machine
-        .boot(kernel, Image::new()?, &job, tests, |line| {
+        .boot(kernel, Image::new()?, &job, programs, |line| {
             println!("{line}");
             output.read(line);
         })?;
