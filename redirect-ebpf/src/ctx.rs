@@ -146,9 +146,9 @@ pub fn map_get_mut<K, V>(map: &'static PerCpuHashMap<K, V>, key: &K) -> Option<&
     unsafe { value.as_mut() }
 }
 
-/// Reads kernel memory; None where it faults.
+/// Reads kernel memory: the value and true; where it faults zero, which the helper leaves, and false.
 #[inline(always)]
-pub fn read_kernel<T: Copy + Default>(address: u64) -> Option<T> {
+pub fn read_kernel_or_zero<T: Copy + Default>(address: u64) -> (T, bool) {
     let mut value = T::default();
     // SAFETY: the helper writes at most `size_of::<T>()` bytes to `value` and handles bad addresses.
     let failed = unsafe {
@@ -158,7 +158,7 @@ pub fn read_kernel<T: Copy + Default>(address: u64) -> Option<T> {
             address as *const _,
         )
     };
-    (failed == 0).then_some(value)
+    (value, failed == 0)
 }
 
 #[inline(always)]
@@ -260,7 +260,7 @@ impl Sock {
     #[inline(always)]
     pub fn address(self) -> u64 {
         let pointer = self.0;
-        read_kernel::<u64>(&raw const pointer as u64).unwrap_or(0)
+        read_kernel_or_zero(&raw const pointer as u64).0
     }
 
     #[inline(always)]

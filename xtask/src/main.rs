@@ -1,13 +1,15 @@
-//! What a developer types: `cargo xtask setup | build | test | conformance | demo | bench`.
+//! What a developer types: `cargo xtask setup | build | test | conformance | demo | bench | vm`.
 
 mod bench;
 mod cargo;
 mod conformance;
+mod debian;
 mod demo;
 mod preflight;
 mod setup;
 mod test;
 mod ui;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -42,6 +44,11 @@ enum Task {
     Demo(demo::Options),
     /// Measure what capture costs, beside Istio's iptables rules (as root)
     Bench(bench::Options),
+    /// Boot another kernel under qemu, with redirect in it, and run something there
+    #[command(subcommand)]
+    Vm(vm::Task),
+    #[command(name = "vm-init", hide = true)]
+    VmInit,
     #[command(name = "bench-agent", hide = true)]
     BenchAgent(bench::Agent),
     /// The demo's processes inside the pod
@@ -57,6 +64,11 @@ fn main() -> ExitCode {
         Task::Conformance(options) => conformance::run(&options),
         Task::Demo(options) => demo::run(&options),
         Task::Bench(options) => bench::run(&options),
+        Task::Vm(task) => match task.run() {
+            Ok(code) => return code,
+            Err(error) => Err(error),
+        },
+        Task::VmInit => vm::init(),
         Task::BenchAgent(agent) => agent.run(),
         Task::Inside(part) => part.run(),
     };

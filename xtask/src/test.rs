@@ -12,8 +12,9 @@ use clap::Args;
 
 use crate::ui::{self, Mark};
 use crate::{cargo, preflight, setup};
+pub use skips::LOG_VARIABLE as SKIP_LOG;
 use skips::Skips;
-use tally::Tally;
+pub use tally::Tally;
 
 /// The crate whose tests make namespaces and attach programs.
 const KERNEL_TESTS: &str = "redirect-tests";

@@ -2,7 +2,6 @@
 //!
 //! rustup has it as a component. Where rustup cannot fetch it, Debian's package of exactly the same version serves.
 
-mod archive;
 mod debian;
 
 use std::env;

@@ -1,0 +1,191 @@
+//! `cargo xtask vm`: other kernels, booted under qemu with this machine's own build and programs.
+
+mod console;
+mod cpio;
+mod elf;
+mod image;
+mod init;
+mod job;
+mod kernel;
+mod modules;
+mod programs;
+mod qemu;
+mod report;
+mod test;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use clap::{Args, Subcommand};
+
+use crate::cargo;
+use crate::ui::{self, Mark};
+use image::Image;
+use job::{GuestCommand, Job};
+use kernel::{Kernel, Wanted};
+use programs::Programs;
+use qemu::{Accelerator, Ended, Guest, Size};
+
+pub use init::run as init;
+
+/// What is booted where nothing else is said.
+const DEFAULT_KERNEL: &str = "6.12";
+
+#[derive(Subcommand)]
+pub enum Task {
+    /// Run a command in a guest: with redirect, iptables and ip there
+    Run(Run),
+    /// A shell in a guest; `exit` ends it
+    Shell(Shell),
+    /// Load the programs and run the kernel-level tests on each kernel
+    Test(test::Options),
+}
+
+#[derive(Args)]
+pub struct Run {
+    #[command(flatten)]
+    machine: Machine,
+    /// The kernel: a version that Debian packages, such as 6.12, or the path of an image
+    #[arg(long, value_name = "KERNEL", default_value = DEFAULT_KERNEL)]
+    kernel: Wanted,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    command: Vec<String>,
+}
+
+#[derive(Args)]
+pub struct Shell {
+    #[command(flatten)]
+    machine: Machine,
+    /// The kernel: a version that Debian packages, such as 6.12, or the path of an image
+    #[arg(long, value_name = "KERNEL", default_value = DEFAULT_KERNEL)]
+    kernel: Wanted,
+}
+
+/// What the guest runs on.
+#[derive(Args)]
+pub struct Machine {
+    /// What runs the guest; kvm where it works, if not given
+    #[arg(long, value_enum)]
+    accelerator: Option<Accelerator>,
+    /// CPUs and memory in MiB
+    #[arg(long, value_name = "CPUS,MIB", default_value = "2,3072")]
+    size: Size,
+    /// Seconds of wall-clock time that a guest's job may take
+    #[arg(long, value_name = "SECONDS", default_value_t = 1800)]
+    limit: u64,
+}
+
+impl Task {
+    /// Does it; the exit code is the command's own.
+    pub fn run(&self) -> Result<ExitCode> {
+        match self {
+            Self::Run(run) => run.run(),
+            Self::Shell(shell) => shell.run(),
+            Self::Test(options) => test::run(options),
+        }
+    }
+}
+
+impl Run {
+    fn run(&self) -> Result<ExitCode> {
+        let job = Job {
+            commands: vec![GuestCommand::new("command", &self.command)],
+        };
+        let programs = Programs::build()?;
+        let kernel = self.kernel.get()?;
+        let ended = self
+            .machine
+            .boot(&kernel, Image::new()?, &job, &programs, |line| {
+                println!("{line}")
+            })?;
+        match ended.console.status("command") {
+            Some(status) => Ok(ExitCode::from(u8::try_from(status).unwrap_or(1))),
+            None => bail!("{}: {}", kernel.name, report::Verdict::of(&ended)),
+        }
+    }
+}
+
+impl Shell {
+    fn run(&self) -> Result<ExitCode> {
+        let job = Job {
+            commands: vec![GuestCommand::new(
+                "shell",
+                &["bash".to_owned(), "-i".to_owned()],
+            )],
+        };
+        let programs = Programs::build()?;
+        let kernel = self.kernel.get()?;
+        self.machine
+            .with_guest(&kernel, Image::new()?, &job, &programs, |guest| {
+                guest.interact()
+            })?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl Machine {
+    /// Builds the image, boots, and waits for the end; each line of the job's output goes to `output`.
+    fn boot(
+        &self,
+        kernel: &Kernel,
+        image: Image,
+        job: &Job,
+        programs: &Programs,
+        output: impl FnMut(&str),
+    ) -> Result<Ended> {
+        let mut output = output;
+        self.with_guest(kernel, image, job, programs, |guest| guest.run(&mut output))
+    }
+
+    fn with_guest<T>(
+        &self,
+        kernel: &Kernel,
+        mut image: Image,
+        job: &Job,
+        programs: &Programs,
+        work: impl FnOnce(&Guest) -> Result<T>,
+    ) -> Result<T> {
+        let accelerator = qemu::accelerator(self.accelerator, kernel)?;
+        programs.add_to(&mut image)?;
+        let modules = match &kernel.modules {
+            Some(folder) => {
+                let (modules, missing) = modules::in_load_order(folder)?;
+                if !missing.is_empty() {
+                    let detail = format!("{} has no module {}", kernel.name, missing.join(", "));
+                    ui::step(Mark::Warn, "modules", &detail);
+                }
+                modules
+            }
+            None => Vec::new(),
+        };
+        image.set_job(modules, job)?;
+        let initramfs = tempfile::NamedTempFile::new_in(folder()?)?;
+        image.write(initramfs.path())?;
+        let log = folder()?.join(format!("console-{}.log", kernel.file_name()));
+        let guest = Guest {
+            log: &log,
+            kernel,
+            initramfs: initramfs.path(),
+            accelerator,
+            size: self.size,
+            limit: Duration::from_secs(self.limit),
+        };
+        work(&guest)
+    }
+}
+
+/// Where all of this is kept.
+fn folder() -> Result<PathBuf> {
+    let folder = cargo::workspace()?.target.join("vm");
+    std::fs::create_dir_all(&folder)
+        .with_context(|| format!("cannot make {}", folder.display()))?;
+    Ok(folder)
+}
+
+/// A path of this workspace.
+fn in_workspace(path: &str) -> Result<PathBuf> {
+    Ok(cargo::workspace()?.root.join(path))
+}

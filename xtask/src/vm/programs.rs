@@ -1,0 +1,153 @@
+//! What is built here and run there.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use anyhow::{Context as _, Result, bail};
+use serde::Deserialize;
+use tempfile::TempDir;
+
+use super::image::Image;
+use crate::cargo;
+use crate::ui;
+
+/// Where the guest has the tests; they look for the programs they call in the directories above.
+pub const TESTS: &str = "/vm/deps";
+const PROGRAMS: &[&str] = &["redirect", "actor"];
+/// This program, as the guest's first process.
+const INIT: &str = "xtask";
+/// What a test reads of the workspace, at the same path as here.
+const FILES: &[&str] = &["docs/behaviour.md"];
+
+/// One of cargo's messages, as far as it is of use here.
+#[derive(Deserialize)]
+struct Message {
+    executable: Option<PathBuf>,
+    target: Option<Target>,
+    profile: Option<Profile>,
+}
+
+#[derive(Deserialize)]
+struct Target {
+    name: String,
+    kind: Vec<String>,
+}
+
+#[derive(Deserialize)]
+struct Profile {
+    test: bool,
+}
+
+/// What was built, copied: so that every guest of a call runs the same, whatever is built meanwhile.
+pub struct Programs {
+    folder: TempDir,
+    /// Names of the test programs.
+    pub tests: Vec<String>,
+}
+
+impl Programs {
+    /// Builds redirect.
+    pub fn build() -> Result<Self> {
+        cargo::build(false)?;
+        let programs = Self {
+            folder: tempfile::tempdir_in(super::folder()?)?,
+            tests: Vec::new(),
+        };
+        let redirect = cargo::built_binary(false)?;
+        for name in PROGRAMS {
+            programs.take(&redirect.with_file_name(name), name)?;
+        }
+        programs.take(&std::env::current_exe()?, INIT)?;
+        Ok(programs)
+    }
+
+    /// The same, with those of the kernel-level tests that are wanted; all, if none is named.
+    pub fn build_with_tests(wanted: &[String]) -> Result<Self> {
+        let mut programs = Self::build()?;
+        let mut command = cargo::at_root()?;
+        command.args(["test", "--no-run", "--package=redirect-tests"]);
+        ui::command(&command);
+        command.arg("--message-format=json-render-diagnostics");
+        let output = command
+            .stderr(Stdio::inherit())
+            .output()
+            .context("cannot run cargo")?;
+        if !output.status.success() {
+            bail!("the tests do not build ({})", output.status);
+        }
+        let tests = tests(&String::from_utf8_lossy(&output.stdout));
+        let is_one = |name: &&String| tests.iter().all(|(test, _)| test != *name);
+        if let Some(unknown) = wanted.iter().find(is_one) {
+            let names: Vec<&str> = tests.iter().map(|(name, _)| name.as_str()).collect();
+            bail!("--test {unknown}: allowed are {}", names.join(", "));
+        }
+        for (name, path) in tests {
+            if wanted.is_empty() || wanted.contains(&name) {
+                programs.take(&path, &name)?;
+                programs.tests.push(name);
+            }
+        }
+        Ok(programs)
+    }
+
+    fn take(&self, program: &Path, name: &str) -> Result<()> {
+        fs::copy(program, self.folder.path().join(name))
+            .with_context(|| format!("cannot copy {}", program.display()))?;
+        Ok(())
+    }
+
+    /// Adds them to a guest's files.
+    pub fn add_to(&self, image: &mut Image) -> Result<()> {
+        let here = |name: &str| self.folder.path().join(name);
+        image.add_as(&here(INIT), "/xtask")?;
+        image.add_as(&here("redirect"), "/usr/bin/redirect")?;
+        for name in &self.tests {
+            image.add_as(&here(name), &format!("{TESTS}/{name}"))?;
+        }
+        if !self.tests.is_empty() {
+            for name in PROGRAMS {
+                image.add_as(&here(name), &format!("/vm/{name}"))?;
+            }
+            for file in FILES {
+                image.add(&cargo::workspace()?.root.join(file))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Names and paths of the test programs among what cargo has built.
+fn tests(messages: &str) -> Vec<(String, PathBuf)> {
+    messages
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Message>(line).ok())
+        .filter(|message| message.profile.as_ref().is_some_and(|profile| profile.test))
+        .filter_map(|message| {
+            let target = message.target?;
+            // The library's and the actor's own tests need no kernel.
+            let wanted = target.kind.iter().any(|kind| kind == "test");
+            wanted.then_some((target.name, message.executable?))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod unit_tests {
+    use super::*;
+
+    #[test]
+    fn test_programs_are_taken_from_cargos_messages() {
+        let messages = concat!(
+            r#"{"reason":"compiler-artifact","target":{"name":"outbound","kind":["test"]},"profile":{"test":true},"executable":"/t/outbound-1"}"#,
+            "\n",
+            r#"{"reason":"compiler-artifact","target":{"name":"actor","kind":["bin"]},"profile":{"test":false},"executable":"/t/actor"}"#,
+            "\n",
+            r#"{"reason":"compiler-artifact","target":{"name":"redirect_tests","kind":["lib"]},"profile":{"test":true},"executable":"/t/lib-2"}"#,
+            "\n",
+            r#"{"reason":"build-finished","success":true}"#,
+        );
+        let wanted = vec![("outbound".to_owned(), PathBuf::from("/t/outbound-1"))];
+        assert_eq!(tests(messages), wanted);
+    }
+}

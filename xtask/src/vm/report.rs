@@ -1,0 +1,222 @@
+//! What became of each kernel, for people on the terminal and in the documentation.
+
+use std::fmt;
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use comfy_table::Table;
+
+use super::console::Disaster;
+use super::in_workspace;
+use super::qemu::{End, Ended};
+use crate::test::Tally;
+
+/// One for every kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// All that was to run has run, and succeeded.
+    Passed,
+    /// A kernel below the oldest supported one was refused in words, and nothing was left behind.
+    Refused,
+    /// The programs did not load, or a command failed.
+    Failed(String),
+    /// The kernel itself went wrong.
+    Kernel(String),
+    /// It did not end in time.
+    TimedOut(String),
+}
+
+impl Verdict {
+    /// From how the guest ended; a job that was done is not looked into.
+    pub fn of(ended: &Ended) -> Self {
+        let running = ended
+            .console
+            .running()
+            .map(|name| format!(" in {name}"))
+            .unwrap_or_default();
+        let fatal = |disaster: &Disaster| !matches!(disaster, Disaster::Stall | Disaster::Warning);
+        match (&ended.console.disaster, &ended.end) {
+            (Some((disaster, line)), _) if fatal(disaster) => {
+                Self::Kernel(format!("{disaster:?}{running}: {line}"))
+            }
+            (_, End::BootLimit) => Self::TimedOut(format!(
+                "did not boot: {}",
+                ended
+                    .console
+                    .tail
+                    .last()
+                    .map_or("nothing on the console", |line| line)
+            )),
+            (_, End::JobLimit) => Self::TimedOut(format!("stopped{running}")),
+            (_, End::PoweredOff) if ended.console.is_done() => Self::Passed,
+            (_, End::PoweredOff) => Self::Kernel(format!(
+                "ended{running} without a word: {}",
+                ended.console.tail.join("\n")
+            )),
+        }
+    }
+
+    /// Whether this is how it should be.
+    pub fn is_good(&self) -> bool {
+        matches!(self, Self::Passed | Self::Refused)
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Passed => formatter.write_str("passed"),
+            Self::Refused => formatter.write_str("refused"),
+            Self::Failed(what) => write!(formatter, "failed: {what}"),
+            Self::Kernel(what) => write!(formatter, "kernel: {what}"),
+            Self::TimedOut(what) => write!(formatter, "timed out: {what}"),
+        }
+    }
+}
+
+/// A line of the table.
+pub struct Row {
+    pub kernel: String,
+    /// As `uname -r` tells it.
+    pub release: String,
+    /// Whether every program loaded and attached; None if that was not seen.
+    pub loads: Option<bool>,
+    pub tally: Tally,
+    pub skipped: usize,
+    pub verdict: Verdict,
+    pub boot: Option<Duration>,
+    pub took: Duration,
+}
+
+const HEADER: [&str; 6] = [
+    "kernel",
+    "release",
+    "loads and attaches",
+    "tests",
+    "skipped",
+    "verdict",
+];
+
+impl Row {
+    fn cells(&self) -> [String; 6] {
+        let loads = match self.loads {
+            Some(true) => "yes",
+            Some(false) => "no",
+            None => "not seen",
+        };
+        let tests = if self.tally.found_nothing() {
+            "none run".to_owned()
+        } else {
+            self.tally.to_string()
+        };
+        [
+            self.kernel.clone(),
+            self.release.clone(),
+            loads.to_owned(),
+            tests,
+            self.skipped.to_string(),
+            self.verdict.to_string(),
+        ]
+    }
+}
+
+/// For the terminal.
+pub fn print(rows: &[Row]) {
+    let mut table = Table::new();
+    table.load_style(comfy_table::presets::NOTHING);
+    table.set_header(HEADER.iter().copied().chain(["boot", "in all"]));
+    for row in rows {
+        let boot = row.boot.map_or_else(String::new, seconds);
+        table.add_row(row.cells().into_iter().chain([boot, seconds(row.took)]));
+    }
+    anstream::println!("{table}");
+}
+
+fn seconds(time: Duration) -> String {
+    format!("{:.0} s", time.as_secs_f32())
+}
+
+const DOCUMENT: &str = "docs/kernel-support.md";
+const BEGIN: &str = "<!-- written by `cargo xtask vm test --table` -->\n";
+const END: &str = "<!-- end -->\n";
+
+/// Replaces the table in the documentation.
+pub fn write_document(rows: &[Row]) -> Result<()> {
+    let path = in_workspace(DOCUMENT)?;
+    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {DOCUMENT}"))?;
+    let text = replace(&text, &markdown(rows))
+        .with_context(|| format!("{DOCUMENT} has no place for the table: {BEGIN}{END}"))?;
+    fs::write(&path, text).with_context(|| format!("cannot write {DOCUMENT}"))
+}
+
+fn markdown(rows: &[Row]) -> String {
+    let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
+    let mut text = line(&HEADER.map(str::to_owned));
+    text += &line(&HEADER.map(|_| "---".to_owned()));
+    for row in rows {
+        text += &line(
+            &row.cells()
+                .map(|cell| cell.replace('|', "\\|").replace('\n', " ")),
+        );
+    }
+    text
+}
+
+fn replace(text: &str, table: &str) -> Option<String> {
+    let (before, rest) = text.split_once(BEGIN)?;
+    let (_, after) = rest.split_once(END)?;
+    Some(format!("{before}{BEGIN}{table}{END}{after}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vm::console::Console;
+
+    fn ended(end: End, lines: &[&str]) -> Ended {
+        let mut console = Console::default();
+        for line in lines {
+            console.read(line);
+        }
+        Ended {
+            end,
+            console,
+            boot: None,
+        }
+    }
+
+    #[test]
+    fn one_verdict_for_every_end() {
+        let done = ["redirect-vm: started", "redirect-vm: done"];
+        assert_eq!(Verdict::of(&ended(End::PoweredOff, &done)), Verdict::Passed);
+        let silent = ended(End::PoweredOff, &["redirect-vm: started"]);
+        assert!(matches!(Verdict::of(&silent), Verdict::Kernel(_)));
+        let panic = ["redirect-vm: begin x", "Kernel panic - not syncing: oops"];
+        let Verdict::Kernel(text) = Verdict::of(&ended(End::PoweredOff, &panic)) else {
+            panic!("a panic is the kernel's");
+        };
+        assert!(text.starts_with("Panic in x: "), "{text}");
+        let stall = ["rcu: INFO: rcu_preempt detected stalls", done[0], done[1]];
+        assert_eq!(
+            Verdict::of(&ended(End::PoweredOff, &stall)),
+            Verdict::Passed
+        );
+        let slow = ended(End::JobLimit, &["redirect-vm: begin scale"]);
+        assert_eq!(
+            Verdict::of(&slow).to_string(),
+            "timed out: stopped in scale"
+        );
+        assert!(!Verdict::of(&ended(End::BootLimit, &[])).is_good());
+    }
+
+    #[test]
+    fn only_the_table_of_a_document_is_replaced() {
+        let text = format!("a\n{BEGIN}old\n{END}b\n");
+        assert_eq!(
+            replace(&text, "new\n"),
+            Some(format!("a\n{BEGIN}new\n{END}b\n"))
+        );
+        assert_eq!(replace("no place", "new"), None);
+    }
+}

@@ -1,0 +1,201 @@
+//! `cargo xtask vm test`: the programs and the kernel-level tests, on one kernel after the other.
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Result;
+use clap::Args;
+
+use super::image::Image;
+use super::job::{GuestCommand, Job, TERMINAL};
+use super::kernel::{Kernel, Wanted};
+use super::programs::{Programs, TESTS};
+use super::report::{self, Row, Verdict};
+use super::{Machine, qemu::Ended};
+use crate::test::{SKIP_LOG, Tally};
+use crate::ui;
+
+/// What the loader says it needs; it refuses what is older.
+const OLDEST: (u32, u32) = (5, 15);
+const LOAD: &str = "load";
+
+#[derive(Args)]
+pub struct Options {
+    #[command(flatten)]
+    machine: Machine,
+    /// A kernel, once for each: a version that Debian packages, or the path of an image
+    #[arg(long = "kernel", value_name = "KERNEL", default_values = ["5.10", "6.1", "6.12", "6.18", "7.2"])]
+    kernels: Vec<Wanted>,
+    /// Only these test programs, such as outbound
+    #[arg(long = "test", value_name = "NAME")]
+    tests: Vec<String>,
+    /// How many tests of a program run at once
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    threads: usize,
+    /// Write the results into docs/kernel-support.md
+    #[arg(long)]
+    table: bool,
+    /// Only tests whose name contains this
+    filter: Option<String>,
+}
+
+/// What the job wrote.
+#[derive(Default)]
+struct Output {
+    tally: Tally,
+    failed: Vec<String>,
+    skipped: usize,
+}
+
+impl Output {
+    fn read(&mut self, line: &str) {
+        self.tally.read(line);
+        if line.starts_with("SKIP ") {
+            self.skipped += 1;
+        }
+        if let Some(name) = line
+            .strip_prefix("test ")
+            .and_then(|l| l.strip_suffix(" ... FAILED"))
+        {
+            self.failed.push(name.to_owned());
+        }
+    }
+}
+
+pub fn run(options: &Options) -> Result<ExitCode> {
+    let programs = Programs::build_with_tests(&options.tests)?;
+    let mut rows = Vec::new();
+    for wanted in &options.kernels {
+        let kernel = wanted.get()?;
+        ui::heading(&format!("Linux {}", kernel.name));
+        let row = if is_too_old(wanted) {
+            refusal(options, &kernel, &programs)?
+        } else {
+            one(options, &kernel, &programs)?
+        };
+        anstream::println!("{}: {}", row.kernel, row.verdict);
+        rows.push(row);
+    }
+    ui::heading("kernels");
+    report::print(&rows);
+    if options.table {
+        report::write_document(&rows)?;
+    }
+    let good = rows.iter().all(|row| row.verdict.is_good());
+    Ok(if good {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn is_too_old(wanted: &Wanted) -> bool {
+    matches!(wanted, Wanted::Version(major, minor) if (*major, *minor) < OLDEST)
+}
+
+fn one(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Row> {
+    // A pod that stays attached: loading takes an emulator ten seconds, and every test would begin with it.
+    const SCRIPT: &str = "ip netns add keeper && ip -n keeper link set lo up && \
+                          ip -n keeper link add eth0 type dummy && ip -n keeper link set eth0 up && \
+                          ip -n keeper address add 192.0.2.1/24 dev eth0 && \
+                          mkdir /sys/fs/cgroup/keeper && \
+                          redirect attach --cgroup /sys/fs/cgroup/keeper --netns /run/netns/keeper";
+    let load = GuestCommand {
+        essential: true,
+        ..shell(LOAD, SCRIPT)
+    };
+    let mut commands = vec![load];
+    commands.extend(programs.tests.iter().map(|name| {
+        let mut arguments = vec![format!("{TESTS}/{name}")];
+        arguments.push(format!("--test-threads={}", options.threads));
+        arguments.extend(options.filter.clone());
+        GuestCommand {
+            environment: vec![(SKIP_LOG.to_owned(), TERMINAL.to_owned())],
+            ..GuestCommand::new(name, &arguments)
+        }
+    }));
+    let (ended, output, took) = boot(options, kernel, programs, Job { commands })?;
+    let loads = ended.console.status(LOAD).map(|status| status == 0);
+    let mut verdict = Verdict::of(&ended);
+    if verdict == Verdict::Passed {
+        let failed: Vec<&str> = programs
+            .tests
+            .iter()
+            .map(String::as_str)
+            .filter(|name| ended.console.status(name) != Some(0))
+            .collect();
+        if loads != Some(true) {
+            verdict = Verdict::Failed("the programs do not load".to_owned());
+        } else if !output.failed.is_empty() {
+            verdict = Verdict::Failed(output.failed.join(", "));
+        } else if !failed.is_empty() {
+            verdict = Verdict::Failed(failed.join(", "));
+        }
+    }
+    Ok(row(kernel, &ended, output, loads, verdict, took))
+}
+
+/// A kernel that is too old is refused, by one line, and has nothing attached or pinned afterwards.
+fn refusal(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Row> {
+    const SCRIPT: &str = "message=$(redirect run -- true 2>&1); status=$?; echo \"$message\"; \
+                          [ $status = 1 ] && [ $(echo \"$message\" | grep -c '') = 1 ] && \
+                          echo \"$message\" | grep -q 'too old' && [ -z \"$(ls -A /sys/fs/bpf)\" ]";
+    let job = Job {
+        commands: vec![shell(LOAD, SCRIPT)],
+    };
+    let (ended, output, took) = boot(options, kernel, programs, job)?;
+    let verdict = match (Verdict::of(&ended), ended.console.status(LOAD)) {
+        (Verdict::Passed, Some(0)) => Verdict::Refused,
+        (Verdict::Passed, _) => Verdict::Failed("not refused as it should be".to_owned()),
+        (other, _) => other,
+    };
+    Ok(row(kernel, &ended, output, Some(false), verdict, took))
+}
+
+fn boot(
+    options: &Options,
+    kernel: &Kernel,
+    programs: &Programs,
+    job: Job,
+) -> Result<(Ended, Output, std::time::Duration)> {
+    let started = Instant::now();
+    let mut output = Output::default();
+    let ended = options
+        .machine
+        .boot(kernel, Image::new()?, &job, programs, |line| {
+            println!("{line}");
+            output.read(line);
+        })?;
+    if let Some((_, line)) = &ended.console.disaster {
+        ui::warn(line);
+    }
+    Ok((ended, output, started.elapsed()))
+}
+
+fn row(
+    kernel: &Kernel,
+    ended: &Ended,
+    output: Output,
+    loads: Option<bool>,
+    verdict: Verdict,
+    took: std::time::Duration,
+) -> Row {
+    let release = kernel
+        .modules
+        .as_deref()
+        .and_then(|folder| folder.file_name());
+    Row {
+        kernel: kernel.name.clone(),
+        release: release.map_or_else(String::new, |name| name.to_string_lossy().into_owned()),
+        loads,
+        tally: output.tally,
+        skipped: output.skipped,
+        verdict,
+        boot: ended.boot,
+        took,
+    }
+}
+
+fn shell(name: &str, script: &str) -> GuestCommand {
+    GuestCommand::new(name, &["sh", "-c", script].map(str::to_owned))
+}
