@@ -41,10 +41,11 @@ pub fn connect(ctx: &SockAddr) -> i32 {
     let asked = ctx.address();
     let destination = outbound::meant(asked, &bound_to(sock, &asked));
     let bound = bound_to(sock, &destination);
+    let address = sock.address();
     let judged = outbound::judge(
         netns_cookie,
         pod,
-        sock,
+        (sock, address),
         Protocol::Tcp,
         (destination, ctx.port()),
         &bound,
@@ -91,7 +92,14 @@ pub fn connect(ctx: &SockAddr) -> i32 {
             random_spare_port()
         }
     };
-    let steered = steered_address(ctx, sock, port, &bound, &connection.source, route);
+    let steered = steered_address(
+        ctx,
+        (sock, address),
+        port,
+        &bound,
+        &connection.source,
+        route,
+    );
     let port = if standing.is_some() || sock.source_port() == 0 {
         Some(port)
     } else {
@@ -116,7 +124,7 @@ pub fn connect(ctx: &SockAddr) -> i32 {
 #[inline(always)]
 fn steered_address(
     ctx: &SockAddr,
-    sock: Sock,
+    (sock, address): (Sock, u64),
     port: u16,
     bound: &Address,
     source: &Address,
@@ -129,7 +137,8 @@ fn steered_address(
     }
     // The kernel chooses the source port: the steered one would connect the socket to itself.
     // Interfaces other than lo do not lead to loopback.
-    let apart = sock.source_port() == 0 && sock.interface() == 0 && ephemeral::contains(sock, port);
+    let apart =
+        sock.source_port() == 0 && sock.interface() == 0 && ephemeral::contains(address, port);
     let bind = bound.is_unspecified() && (apart || route.flags & ROUTE_BIND_SOURCE != 0);
     if apart && (!bind || ctx.bind(source)) {
         return loopback;

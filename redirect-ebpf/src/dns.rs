@@ -104,7 +104,14 @@ fn captured(ctx: &SockAddr, sock: Sock, bound: &Address) -> Captured {
         return Captured::No;
     }
     let destination = (outbound::meant(ctx.address(), bound), ctx.port());
-    let judged = outbound::judge(netns_cookie, pod, sock, Protocol::Udp, destination, bound);
+    let judged = outbound::judge(
+        netns_cookie,
+        pod,
+        (sock, sock.address()),
+        Protocol::Udp,
+        destination,
+        bound,
+    );
     match judged.verdict {
         Verdict::Capture(..) => Captured::Yes(judged.connection, netns_cookie),
         Verdict::Pass | Verdict::InPlace(_) => Captured::No,

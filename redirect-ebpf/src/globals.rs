@@ -13,9 +13,6 @@ static OFFSET_FILE_CRED: u32 = 0;
 #[unsafe(no_mangle)]
 static OFFSET_CRED_FSUID: u32 = 0;
 #[unsafe(no_mangle)]
-static OFFSET_CRED_FSGID: u32 = 0;
-
-#[unsafe(no_mangle)]
 static OFFSET_SOCK_NET: u32 = 0;
 #[unsafe(no_mangle)]
 static OFFSET_NET_PORT_RANGE: u32 = 0;
@@ -49,13 +46,8 @@ pub fn offset_file_cred() -> u64 {
 }
 
 #[inline(always)]
-pub fn offset_cred_fsuid() -> u64 {
+pub fn offset_cred_fsuid_and_fsgid() -> u64 {
     u64::from(read_global(&OFFSET_CRED_FSUID))
-}
-
-#[inline(always)]
-pub fn offset_cred_fsgid() -> u64 {
-    u64::from(read_global(&OFFSET_CRED_FSGID))
 }
 
 #[inline(always)]

@@ -86,12 +86,6 @@ pub fn netns_cookie() -> Option<u64> {
     NETNS.get(0).copied()
 }
 
-/// True if the pod's inbound connections keep their local address.
-#[inline(always)]
-pub fn is_tproxy(netns_cookie: u64) -> bool {
-    pod(netns_cookie).is_some_and(|pod| pod.has(FLAG_TPROXY))
-}
-
 #[inline(always)]
 pub fn route(netns_cookie: u64, destination: &Address) -> Option<&'static RouteInfo> {
     let key = Key::new(

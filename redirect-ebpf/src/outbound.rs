@@ -32,13 +32,13 @@ pub struct Judged {
     pub verdict: Verdict,
 }
 
-/// Decides, counts and tells. The destination's port is in host order; `bound` is the source address
+/// Decides, counts and tells. `address` is where the kernel has the socket; the destination's port is in host order; `bound` is the source address
 /// that is wanted, or unspecified.
 #[inline(always)]
 pub fn judge(
     netns_cookie: u64,
     pod: &PodConfig,
-    sock: Sock,
+    (sock, address): (Sock, u64),
     protocol: Protocol,
     (destination, port): (Address, u16),
     bound: &Address,
@@ -65,7 +65,7 @@ pub fn judge(
             bound_interface
         },
         mark: sock.mark(),
-        owner: owner::of(sock),
+        owner: owner::of(address),
     };
     let about = log::outbound(netns_cookie, pod, &connection);
     let wanted = decide(pod, &about);

@@ -4,6 +4,7 @@
 use redirect_common::address::Address;
 use redirect_common::connection::FlowKey;
 use redirect_common::decide::{self, Inbound};
+use redirect_common::pod::FLAG_TPROXY;
 use redirect_common::verdict::{Action, Rule};
 
 use crate::ctx::SockLookup;
@@ -25,7 +26,8 @@ pub fn sk_lookup(ctx: &SockLookup) -> u32 {
     };
     let (local, remote) = ctx.addresses();
     let steered = destinations::is_steered(netns_cookie, &remote, &local, ctx.local_port());
-    if steered || maps::is_tproxy(netns_cookie) {
+    let pod = maps::pod(netns_cookie);
+    if steered || pod.is_some_and(|pod| pod.has(FLAG_TPROXY)) {
         let flow = FlowKey::new(
             netns_cookie,
             (remote, ctx.remote_port()),
@@ -55,7 +57,7 @@ pub fn sk_lookup(ctx: &SockLookup) -> u32 {
     if maps::is_local(netns_cookie, &remote) {
         return PASS;
     }
-    let Some(pod) = maps::pod(netns_cookie) else {
+    let Some(pod) = pod else {
         return PASS;
     };
     let lists = PolicyLists { policy: pod.policy };

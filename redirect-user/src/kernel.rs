@@ -20,10 +20,8 @@ pub struct Offsets {
     pub socket_file: u32,
     /// `struct file.f_cred`
     pub file_cred: u32,
-    /// `struct cred.fsuid`
+    /// `struct cred.fsuid`, which `fsgid` follows.
     pub cred_fsuid: u32,
-    /// `struct cred.fsgid`
-    pub cred_fsgid: u32,
     /// `struct sock.__sk_common.skc_net.net`
     pub sock_net: u32,
     /// `struct net.ipv4.ip_local_ports.range`
@@ -52,12 +50,17 @@ impl Offsets {
         let port_range_bytes = types
             .size_of(port_range)
             .map_err(|error| anyhow::anyhow!("reading {BTF}: {error:?}"))?;
+        let cred_fsuid = offset("cred", "fsuid")?;
+        if offset("cred", "fsgid")? != cred_fsuid + 4 {
+            bail!(
+                "{BTF}: fsgid does not follow fsuid in struct cred, as it does in every kernel known"
+            );
+        }
         Ok(Self {
             sock_socket: offset("sock", "sk_socket")?,
             socket_file: offset("socket", "file")?,
             file_cred: offset("file", "f_cred")?,
-            cred_fsuid: offset("cred", "fsuid")?,
-            cred_fsgid: offset("cred", "fsgid")?,
+            cred_fsuid,
             sock_net: offset("sock", "__sk_common.skc_net.net")?,
             net_port_range,
             port_range_packed: port_range_bytes == 4,

@@ -220,7 +220,6 @@ impl Programs {
             .override_global("OFFSET_SOCKET_FILE", &offsets.socket_file, true)
             .override_global("OFFSET_FILE_CRED", &offsets.file_cred, true)
             .override_global("OFFSET_CRED_FSUID", &offsets.cred_fsuid, true)
-            .override_global("OFFSET_CRED_FSGID", &offsets.cred_fsgid, true)
             .override_global("OFFSET_SOCK_NET", &offsets.sock_net, true)
             .override_global("OFFSET_NET_PORT_RANGE", &offsets.net_port_range, true)
             .override_global("PORT_RANGE_PACKED", &port_range_packed, true)
