@@ -114,6 +114,21 @@ pub fn inbound(pod: &PodConfig, lists: &impl Lists, destination: &Address, port:
     Rule::InboundPortNotIncluded
 }
 
+/// Decides about a connection that comes from a virtual machine, by an interface of `-k`. No other
+/// option has a say.
+#[inline(always)]
+pub fn machine(pod: &PodConfig, lists: &impl Lists, destination: &Address) -> Rule {
+    if !destination.is_v4() && !pod.has(FLAG_IPV6) {
+        return Rule::MachineIpv6Off;
+    }
+    if pod.has(FLAG_OUTBOUND_ALL)
+        || has_address(pod, lists, List::IncludeOutboundCidrs, destination)
+    {
+        return Rule::MachineCaptured;
+    }
+    Rule::MachineNotIncluded
+}
+
 /// The three rules that istio-iptables writes for each proxy id, in turn.
 #[inline(always)]
 fn by_proxy_id(

@@ -21,6 +21,9 @@ pub const FLAG_LOOPBACK_INCLUDED: u32 = 1 << 3;
 /// [`PodConfig::groups`] are those captured; without it, those not captured.
 pub const FLAG_GROUPS_INCLUDE: u32 = 1 << 4;
 
+/// Virtual machines live behind interfaces of the pod (`-k`).
+pub const FLAG_MACHINES: u32 = 1 << 8;
+
 /// A range of kernel user or group ids, both ends included.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]

@@ -81,6 +81,14 @@ rules! {
     NoListener = 19, "no-proxy-listener", Pass;
     /// A captured connection could not be handed over (`FLOWS` full): it is refused.
     FlowLost = 20, "flow-lost", Pass;
+    /// A virtual machine's connection; `-i` has the destination.
+    MachineCaptured = 27, "machine-captured", CaptureOutbound;
+    /// A virtual machine's connection; `-i` does not have the destination.
+    MachineNotIncluded = 28, "machine-not-included", Pass;
+    /// A virtual machine's connection over IPv6, which is not captured in this pod.
+    MachineIpv6Off = 29, "machine-ipv6-off", Pass;
+    /// A virtual machine's packet would have to be captured and cannot be: it is dropped.
+    MachineDropped = 30, "machine-dropped", Pass;
 }
 
 /// Counters of a pod: one per [`Rule`], with room to grow.

@@ -76,6 +76,19 @@ pub fn flow_lost(netns_cookie: u64, destination: &Address, port: u16) {
     }
 }
 
+/// A virtual machine's packet would have to be captured and cannot be.
+#[inline(always)]
+pub fn machine_dropped(netns_cookie: u64, destination: &Address, port: u16) {
+    if somebody_reads(netns_cookie) {
+        warn_about!(
+            netns_cookie,
+            destination,
+            port,
+            "a virtual machine's packet is dropped: its interface has no such address, no steered port is free, or it is a fragment"
+        );
+    }
+}
+
 /// The kernel has no memory to remember a socket by.
 #[inline(always)]
 pub fn socket_storage_refused(netns_cookie: u64, destination: &Address, port: u16) {

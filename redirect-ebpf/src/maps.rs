@@ -15,6 +15,7 @@ use redirect_common::route::{
     ROUTE_LOCAL, ROUTE_PREFIX_BITS, ROUTE_UNREACHABLE, RouteInfo, RouteKey,
 };
 use redirect_common::verdict::{COUNTERS, Rule};
+use redirect_common::virtual_machine::{Interface, InterfaceKey, Translation};
 
 use crate::ctx::{InheritedSkStorage, lru_get, map_get, map_get_mut};
 
@@ -44,6 +45,15 @@ pub static DESTINATIONS: HashMap<DestinationKey, Original> =
 /// end cannot fill it.
 #[map]
 pub static FLOWS: LruHashMap<FlowKey, Original> = LruHashMap::pinned(1 << 16, 0);
+
+/// The interfaces with virtual machines behind them.
+#[map]
+pub static INTERFACES: HashMap<InterfaceKey, Interface> = HashMap::pinned(4096, BPF_F_NO_PREALLOC);
+
+/// What is done with connections that virtual machines make. LRU: what is pushed out is found again
+/// by its socket.
+#[map]
+pub static MACHINE_FLOWS: LruHashMap<FlowKey, Translation> = LruHashMap::pinned(1 << 15, 0);
 
 #[map]
 pub static LISTENERS: SockHash<ListenerKey> = SockHash::pinned(1 << 16, 0);
@@ -116,6 +126,32 @@ pub fn flow(key: &FlowKey) -> Option<&'static Original> {
 pub fn take_flow(key: &FlowKey) {
     // An error means that it has gone already.
     let _ = FLOWS.remove(key);
+}
+
+/// The interface with virtual machines behind it.
+#[inline(always)]
+pub fn interface(key: &InterfaceKey) -> Option<&'static Interface> {
+    map_get(&INTERFACES, key)
+}
+
+/// What is done with a virtual machine's connection. Copied: the kernel may give the entry's memory
+/// to another one.
+#[inline(always)]
+pub fn machine_flow(key: &FlowKey) -> Option<Translation> {
+    lru_get(&MACHINE_FLOWS, key).copied()
+}
+
+/// Remembers what is done with a virtual machine's connection. False if there is no room.
+#[inline(always)]
+pub fn set_machine_flow(key: &FlowKey, translation: &Translation) -> bool {
+    MACHINE_FLOWS.insert(key, translation, 0).is_ok()
+}
+
+/// Forgets a virtual machine's connection.
+#[inline(always)]
+pub fn take_machine_flow(key: &FlowKey) {
+    // An error means that it has gone already.
+    let _ = MACHINE_FLOWS.remove(key);
 }
 
 /// Adds one to the rule's counter of the pod.

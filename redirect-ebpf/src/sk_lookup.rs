@@ -4,6 +4,7 @@
 use redirect_common::address::Address;
 use redirect_common::connection::FlowKey;
 use redirect_common::decide;
+use redirect_common::pod::FLAG_MACHINES;
 use redirect_common::verdict::{Action, Rule};
 
 use crate::ctx::SockLookup;
@@ -11,6 +12,7 @@ use crate::destinations;
 use crate::globals;
 use crate::listeners;
 use crate::log;
+use crate::machines::{self, Arrival};
 use crate::maps::{self, PolicyLists};
 
 const PASS: u32 = 1;
@@ -52,6 +54,26 @@ pub fn sk_lookup(ctx: &SockLookup) -> u32 {
     let Some(pod) = maps::pod(netns_cookie) else {
         return PASS;
     };
+    if pod.has(FLAG_MACHINES) {
+        let (from, to) = ((remote, ctx.remote_port()), (local, ctx.local_port()));
+        match machines::arrival(netns_cookie, from, to) {
+            Some(Arrival::Captured(original)) => {
+                let meant = (original.destination, original.port);
+                let rule = Rule::MachineCaptured;
+                maps::count(netns_cookie, rule);
+                log::decided_inbound(netns_cookie, rule, from, meant, original.proxy_port);
+                return to_listener(
+                    ctx,
+                    netns_cookie,
+                    original.proxy_port,
+                    &local,
+                    (&original.destination, original.port),
+                );
+            }
+            Some(Arrival::LetAlone) => return PASS,
+            None => {}
+        }
+    }
     let lists = PolicyLists { policy: pod.policy };
     let rule = decide::inbound(pod, &lists, &local, ctx.local_port());
     maps::count(netns_cookie, rule);

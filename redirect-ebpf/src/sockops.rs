@@ -7,8 +7,9 @@ use aya_ebpf::bindings::{
 };
 use redirect_common::address::Address;
 use redirect_common::connection::{
-    FlowKey, Original, ROLE_ACCEPTED_DIRECT, ROLE_ACCEPTED_INBOUND, ROLE_ACCEPTED_OUTBOUND,
-    ROLE_CLIENT, ROLE_CLIENT_DIRECT, ROLE_LISTENER, SocketState, is_steered_port,
+    FlowKey, Original, ROLE_ACCEPTED_DIRECT, ROLE_ACCEPTED_INBOUND, ROLE_ACCEPTED_MACHINE,
+    ROLE_ACCEPTED_OUTBOUND, ROLE_CLIENT, ROLE_CLIENT_DIRECT, ROLE_LISTENER, SocketState,
+    is_steered_port,
 };
 use redirect_common::verdict::Rule;
 
@@ -16,6 +17,7 @@ use crate::ctx::{Sock, SockOps};
 use crate::destinations;
 use crate::listeners;
 use crate::log;
+use crate::machines::{self, Arrival};
 use crate::maps;
 
 /// The system call goes on.
@@ -135,6 +137,9 @@ fn accepted(ctx: &SockOps) {
     {
         return;
     }
+    if is_steered_port(ctx.local_port()) && made_by_machine(ctx, sock, (remote, local)) {
+        return;
+    }
     match listener {
         Some(state) if ctx.local_port() != state.original.proxy_port => {
             state.role = ROLE_ACCEPTED_INBOUND;
@@ -194,6 +199,24 @@ fn handed_over(
         maps::take_flow(&flow);
     }
     true
+}
+
+/// A connection that a virtual machine makes: takes over what it was meant for. False if it is none.
+#[inline(always)]
+fn made_by_machine(ctx: &SockOps, sock: Sock, (remote, local): (Address, Address)) -> bool {
+    let arrival = machines::arrival(
+        ctx.netns_cookie(),
+        (remote, ctx.remote_port()),
+        (local, ctx.local_port()),
+    );
+    let Some(Arrival::Captured(original)) = arrival else {
+        return false;
+    };
+    sock.set_state(&SocketState {
+        original: *original,
+        role: ROLE_ACCEPTED_MACHINE,
+        watching: 0,
+    })
 }
 
 #[inline(always)]

@@ -14,6 +14,7 @@ use redirect_common::pod::PodConfig;
 
 use crate::collect;
 use crate::detach;
+use crate::machines;
 use crate::observe::cgroup::Cgroup;
 use crate::observe::identity::UserNamespace;
 use crate::observe::listeners::{Listeners, listeners};
@@ -91,6 +92,8 @@ pub fn attach(request: &Request) -> Result<Outcome> {
             .context("writing COUNTS")?;
         let found = find_listeners(&tables, request, &notes)?;
         changed |= link(&pins, &tables, &programs, request, &notes)?;
+        let virtual_interfaces = &request.policy.virtual_interfaces;
+        changed |= machines::add(&pins, &tables, &request.netns, virtual_interfaces)?;
         let before = tables.pods.get(&notes.netns_cookie)?;
         if Notes::read(&tables, cgroup_id).ok().flatten().as_ref() != Some(&notes) {
             tables
@@ -108,6 +111,8 @@ pub fn attach(request: &Request) -> Result<Outcome> {
             // A proxy may have begun to listen before its port was known to the sockops program.
             find_listeners(&tables, request, &notes)?;
         }
+        // Only now: until the policy is written these interfaces are captured by the old one.
+        changed |= machines::remove_others(&tables, &request.netns, virtual_interfaces)?;
         warn_about_listeners(&found, &request.policy);
         Ok(match (known && before.is_some(), changed) {
             (false, _) => Outcome::Attached,

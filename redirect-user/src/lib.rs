@@ -9,6 +9,7 @@ mod collect;
 pub mod detach;
 pub mod follow;
 pub mod kernel;
+pub mod machines;
 pub mod observe;
 pub mod options;
 mod pins;

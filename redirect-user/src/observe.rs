@@ -6,6 +6,7 @@
 
 pub mod cgroup;
 pub mod identity;
+pub mod interfaces;
 pub mod listeners;
 pub mod netns;
 pub mod routes;

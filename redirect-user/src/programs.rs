@@ -195,12 +195,16 @@ impl Programs {
     }
 }
 
-/// Loads a pod's own `sk_lookup` program: it learns its network namespace from a constant, since
-/// no helper tells it.
+/// Loads a pod's own `sk_lookup` program.
 pub fn load_sk_lookup(pins: &Pins, netns_cookie: u64) -> Result<OwnedFd> {
+    load_for_namespace(pins, netns_cookie, SK_LOOKUP_PROGRAM)
+}
+
+/// Loads a program that learns its network namespace from a constant, since no helper tells it.
+pub fn load_for_namespace(pins: &Pins, netns_cookie: u64, program: &str) -> Result<OwnedFd> {
     let mut object = EbpfLoader::new();
     object.override_global("NETNS_COOKIE", &netns_cookie, true);
-    load_program(&mut load_object(&mut object, pins)?, SK_LOOKUP_PROGRAM)
+    load_program(&mut load_object(&mut object, pins)?, program)
 }
 
 /// Attaches a pod's `sk_lookup` program.
@@ -229,6 +233,7 @@ fn load_program(object: &mut Ebpf, name: &str) -> Result<OwnedFd> {
         Program::CgroupSockopt(program) => program.load(),
         Program::SockOps(program) => program.load(),
         Program::SkLookup(program) => program.load(),
+        Program::SchedClassifier(program) => program.load(),
         _ => bail!("program {name} is of an unexpected type"),
     };
     loaded.with_context(|| format!("loading program {name}"))?;

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use redirect_common::address::Address;
 use redirect_common::lists::{LIST_PREFIX_BITS, List, ListKey};
 use redirect_common::pod::{
-    self, FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6, FLAG_LOOPBACK_INCLUDED,
+    self, FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6, FLAG_LOOPBACK_INCLUDED, FLAG_MACHINES,
     FLAG_OUTBOUND_ALL, PodConfig,
 };
 use redirect_common::route::{
@@ -36,6 +36,7 @@ pub fn pod_config(policy: &Policy, ipv6: bool, ids: &IdMap) -> Result<PodConfig>
         (FLAG_INBOUND_ALL, policy.inbound_ports.is_all()),
         (FLAG_LOOPBACK_INCLUDED, policy.loopback_included),
         (FLAG_GROUPS_INCLUDE, !policy.owner_groups.is_all()),
+        (FLAG_MACHINES, !policy.virtual_interfaces.is_empty()),
     ] {
         if set {
             config.flags |= flag;

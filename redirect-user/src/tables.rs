@@ -10,6 +10,7 @@ use redirect_common::pod::PodConfig;
 use redirect_common::record::Record;
 use redirect_common::route::{RouteInfo, RouteKey};
 use redirect_common::verdict::COUNTERS;
+use redirect_common::virtual_machine::{Interface, InterfaceKey, Translation};
 
 use crate::pins::Pins;
 use crate::sys::bpf::{PerCpuTable, Table};
@@ -28,6 +29,10 @@ pub struct Tables {
     pub destinations: Table<DestinationKey, Original>,
     /// Connections on their way to the proxy.
     pub flows: Table<FlowKey, Original>,
+    /// Interfaces with virtual machines behind them.
+    pub interfaces: Table<InterfaceKey, Interface>,
+    /// Connections that virtual machines make.
+    pub machine_flows: Table<FlowKey, Translation>,
     /// The proxies' listeners; the value is a descriptor.
     pub listeners: Table<ListenerKey, u32>,
     /// What sockets remember; the key is a descriptor.
@@ -66,6 +71,8 @@ pub const NAMES: &[&str] = &[
     "ROUTES",
     "DESTINATIONS",
     "FLOWS",
+    "INTERFACES",
+    "MACHINE_FLOWS",
     "LISTENERS",
     "SOCKETS",
     "RECORDS",
@@ -85,6 +92,8 @@ impl Tables {
             routes: open(pins, "ROUTES")?,
             destinations: open(pins, "DESTINATIONS")?,
             flows: open(pins, "FLOWS")?,
+            interfaces: open(pins, "INTERFACES")?,
+            machine_flows: open(pins, "MACHINE_FLOWS")?,
             listeners: open(pins, "LISTENERS")?,
             sockets: open(pins, "SOCKETS")?,
             records: open(pins, "RECORDS")?,

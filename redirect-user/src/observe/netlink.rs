@@ -3,7 +3,7 @@
 use std::io;
 
 use netlink_packet_core::{
-    NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader,
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader,
     NetlinkMessage, NetlinkPayload, NetlinkSerializable,
 };
 use netlink_sys::{Socket, SocketAddr};
@@ -48,6 +48,14 @@ impl Netlink {
             .0
             .pop()
             .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+    }
+
+    /// Asks for a change, and waits until it is made.
+    pub(super) fn change<M>(&self, request: &M) -> io::Result<()>
+    where
+        M: NetlinkSerializable + NetlinkDeserializable + Clone,
+    {
+        self.exchange(request, NLM_F_ACK).map(drop)
     }
 
     fn exchange<M>(&self, request: &M, flags: u16) -> io::Result<(Vec<M>, bool)>

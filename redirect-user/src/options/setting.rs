@@ -70,6 +70,15 @@ impl Setting {
         })
     }
 
+    /// Refuses the setting beside another one.
+    pub(super) fn not_with(&self, why: &'static str) -> OptionError {
+        OptionError::NotWith {
+            origin: self.origin.clone(),
+            value: self.value.clone(),
+            why,
+        }
+    }
+
     pub(super) fn not_supported(&self) -> OptionError {
         OptionError::NotSupported {
             origin: self.origin.clone(),

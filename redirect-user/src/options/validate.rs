@@ -19,6 +19,9 @@ use super::{cidrs, cidrs::CIDRS, cidrs::CIDRS_OR_ALL, cidrs::LOOPBACK};
 /// User whose uid is the proxy's, unless `ENVOY_USER` names another.
 const PROXY_USER: &str = "istio-proxy";
 
+/// Why `-k` is refused in TPROXY mode.
+const WITH_TPROXY: &str = "--istio-inbound-interception-mode TPROXY: everything that comes by these interfaces, to whatever destination, would go to the inbound listener";
+
 type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
 
 impl CaptureFlags {
@@ -325,8 +328,14 @@ impl CaptureFlags {
             })
         };
         policy.exclude_interfaces = list(self.exclude_interfaces_setting(env))?;
-        policy.virtual_interfaces = list(self.virtual_interfaces_setting(env))?;
-        Ok(())
+        let virtual_interfaces = self.virtual_interfaces_setting(env);
+        policy.virtual_interfaces = list(virtual_interfaces.clone())?;
+        match (virtual_interfaces, policy.mode) {
+            (Some(setting), Mode::Tproxy { .. }) if !policy.virtual_interfaces.is_empty() => {
+                Err(setting.not_with(WITH_TPROXY))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn mode_setting(&self, env: Env<'_>) -> Option<Setting> {
@@ -373,10 +382,6 @@ impl CaptureFlags {
             (
                 !policy.exclude_interfaces.is_empty(),
                 self.exclude_interfaces_setting(env),
-            ),
-            (
-                !policy.virtual_interfaces.is_empty(),
-                self.virtual_interfaces_setting(env),
             ),
         ];
         refused
