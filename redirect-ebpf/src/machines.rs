@@ -13,8 +13,8 @@ use redirect_common::pod::{FLAG_MACHINES, PodConfig};
 use redirect_common::verdict::{Action, Rule};
 use redirect_common::virtual_machine::{Interface, InterfaceKey, Translation};
 
-use crate::ctx::Sock;
 use crate::ctx::packet::{End, Packet};
+use crate::ctx::{Family, Sock};
 use crate::destinations;
 use crate::globals;
 use crate::log;
@@ -33,24 +33,23 @@ type Endpoint = (Address, u16);
 #[inline(always)]
 pub fn ingress(packet: &Packet) -> i32 {
     let netns_cookie = globals::netns_cookie();
-    let Some((pod, interface, content)) = look(packet, netns_cookie) else {
+    let Some((pod, interface, family)) = look(packet, netns_cookie) else {
         return PASS;
     };
     if !packet.is_for_this_host() {
         return PASS;
     }
-    let segment = match content {
-        Content::Segment(segment) => segment,
-        Content::Hidden(destination) => {
-            let lists = PolicyLists { policy: pod.policy };
-            let rule = decide::machine(pod, &lists, &destination);
-            return match rule.action() {
-                Action::Pass => PASS,
-                _ => drop(netns_cookie, &(destination, 0)),
-            };
-        }
-        Content::Other => return PASS,
-    };
+    let segment = segment::parse(packet, family);
+    if segment.content == Content::Other {
+        return PASS;
+    }
+    if segment.content == Content::Hidden {
+        let lists = PolicyLists { policy: pod.policy };
+        return match decide::machine(pod, &lists, &segment.destination.0).action() {
+            Action::Pass => PASS,
+            _ => drop(netns_cookie, &segment.destination),
+        };
+    }
     // The kernel drops these, as long as they are what they are.
     if segment.destination.0.is_loopback() {
         return PASS;
@@ -86,10 +85,11 @@ pub fn ingress(packet: &Packet) -> i32 {
 #[inline(always)]
 pub fn egress(packet: &Packet) -> i32 {
     let netns_cookie = globals::netns_cookie();
-    let Some((_, interface, Content::Segment(segment))) = look(packet, netns_cookie) else {
+    let Some((_, interface, family)) = look(packet, netns_cookie) else {
         return PASS;
     };
-    if !is_steered_port(segment.source.1) {
+    let segment = segment::parse(packet, family);
+    if segment.content != Content::Segment || !is_steered_port(segment.source.1) {
         return PASS;
     }
     let Some(original) = destinations::of_port(netns_cookie, segment.source.1) else {
@@ -138,16 +138,16 @@ pub fn arrival(netns_cookie: u64, remote: Endpoint, local: Endpoint) -> Option<A
         .then_some(Arrival::LetAlone)
 }
 
-/// The settings and the packet's content; None if the packet is none of our business.
+/// The settings, and the packet's family; None if the packet is none of our business.
 #[inline(always)]
 fn look(
     packet: &Packet,
     netns_cookie: u64,
-) -> Option<(&'static PodConfig, &'static Interface, Content)> {
+) -> Option<(&'static PodConfig, &'static Interface, Family)> {
     let pod = maps::pod(netns_cookie).filter(|pod| pod.has(FLAG_MACHINES))?;
     let interface = maps::interface(&InterfaceKey::new(netns_cookie, packet.interface()))?;
     let family = packet.family()?;
-    Some((pod, interface, segment::parse(packet, family)))
+    Some((pod, interface, family))
 }
 
 /// A machine asks for a connection. An error if it would have to be captured and cannot be.

@@ -9,7 +9,9 @@ use crate::ctx::{Family, IPPROTO_TCP};
 const SYN: u8 = 0x02;
 const ACK: u8 = 0x10;
 
+/// Offset, and whether more follows.
 const IPV4_FRAGMENT: u16 = 0x3fff;
+const IPV6_FRAGMENT: u16 = 0xfff9;
 
 const HOP_BY_HOP: u8 = 0;
 const ROUTING: u8 = 43;
@@ -21,13 +23,29 @@ const IPV6_HEADER: u32 = 40;
 /// More IPv6 extension headers than any sender has a use for.
 const EXTENSIONS_MAX: usize = 6;
 
-/// A TCP segment: where it comes from and goes to (ports in host order).
+/// What a packet holds. Every field is set whatever that is: the verifier takes no value that may be
+/// unset, not even where it is not used.
+#[derive(Clone, Copy)]
 pub struct Segment {
+    pub content: Content,
+    /// Address, and port in host order.
     pub source: (Address, u16),
+    /// Address, and port in host order.
     pub destination: (Address, u16),
     /// Where the TCP header begins, from the network header.
     pub tcp: u32,
     flags: u8,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// No TCP.
+    Other,
+    /// A TCP segment.
+    Segment,
+    /// TCP, as far as can be told, whose ports cannot be found: a fragment, or too many headers.
+    /// Only the destination's address is known.
+    Hidden,
 }
 
 impl Segment {
@@ -42,17 +60,6 @@ impl Segment {
     pub fn accepts(&self) -> bool {
         self.flags & (SYN | ACK) == SYN | ACK
     }
-}
-
-/// What a packet holds.
-pub enum Content {
-    /// A TCP segment.
-    Segment(Segment),
-    /// TCP, as far as can be told, whose ports cannot be found: a fragment, or too many headers. For
-    /// this destination.
-    Hidden(Address),
-    /// Anything else.
-    Other,
 }
 
 #[repr(C)]
@@ -105,23 +112,24 @@ struct TcpHeader {
 
 /// Reads the headers.
 #[inline(always)]
-pub fn parse(packet: &Packet, family: Family) -> Content {
-    let found = match family {
+pub fn parse(packet: &Packet, family: Family) -> Segment {
+    match family {
         Family::V4 => parse_v4(packet),
         Family::V6 => parse_v6(packet),
-    };
-    found.unwrap_or(Content::Other)
+    }
 }
 
 #[inline(always)]
-fn parse_v4(packet: &Packet) -> Option<Content> {
-    let header: Ipv4Header = packet.load(0)?;
+fn parse_v4(packet: &Packet) -> Segment {
+    let Some(header) = packet.load::<Ipv4Header>(0) else {
+        return OTHER;
+    };
     if u32::from(header.protocol) != IPPROTO_TCP {
-        return None;
+        return OTHER;
     }
     let destination = Address::from_v4_be(header.destination_be);
     if u16::from_be(header.fragment_be) & IPV4_FRAGMENT != 0 {
-        return Some(Content::Hidden(destination));
+        return hidden(destination);
     }
     let source = Address::from_v4_be(header.source_be);
     let tcp = u32::from(header.version_and_length & 0xf) * 4;
@@ -129,8 +137,10 @@ fn parse_v4(packet: &Packet) -> Option<Content> {
 }
 
 #[inline(always)]
-fn parse_v6(packet: &Packet) -> Option<Content> {
-    let header: Ipv6Header = packet.load(0)?;
+fn parse_v6(packet: &Packet) -> Segment {
+    let Some(header) = packet.load::<Ipv6Header>(0) else {
+        return OTHER;
+    };
     let destination = Address::from_words_be(header.destination_be);
     let mut next = header.next;
     let mut offset = IPV6_HEADER;
@@ -140,23 +150,26 @@ fn parse_v6(packet: &Packet) -> Option<Content> {
             return segment(packet, source, destination, offset);
         }
         if !is_extension(next) {
-            return None;
+            return OTHER;
         }
-        let extension: Extension = packet.load(offset)?;
+        let Some(extension) = packet.load::<Extension>(offset) else {
+            return OTHER;
+        };
         let length = u32::from(extension.length);
-        offset += match next {
-            FRAGMENT if u16::from_be(extension.fragment_be) & !0b110 != 0 => {
-                let hides =
-                    u32::from(extension.next) == IPPROTO_TCP || is_extension(extension.next);
-                return hides.then_some(Content::Hidden(destination));
+        if next == FRAGMENT && u16::from_be(extension.fragment_be) & IPV6_FRAGMENT != 0 {
+            if u32::from(extension.next) == IPPROTO_TCP || is_extension(extension.next) {
+                return hidden(destination);
             }
+            return OTHER;
+        }
+        offset += match next {
             FRAGMENT => 8,
             AUTHENTICATION => (length + 2) * 4,
             _ => (length + 1) * 8,
         };
         next = extension.next;
     }
-    Some(Content::Hidden(destination))
+    hidden(destination)
 }
 
 #[inline(always)]
@@ -168,12 +181,32 @@ fn is_extension(next: u8) -> bool {
 }
 
 #[inline(always)]
-fn segment(packet: &Packet, source: Address, destination: Address, tcp: u32) -> Option<Content> {
-    let header: TcpHeader = packet.load(tcp)?;
-    Some(Content::Segment(Segment {
+fn segment(packet: &Packet, source: Address, destination: Address, tcp: u32) -> Segment {
+    let Some(header) = packet.load::<TcpHeader>(tcp) else {
+        return OTHER;
+    };
+    Segment {
+        content: Content::Segment,
         source: (source, u16::from_be(header.source_be)),
         destination: (destination, u16::from_be(header.destination_be)),
         tcp,
         flags: header.flags,
-    }))
+    }
+}
+
+const OTHER: Segment = Segment {
+    content: Content::Other,
+    source: (Address::UNSPECIFIED, 0),
+    destination: (Address::UNSPECIFIED, 0),
+    tcp: 0,
+    flags: 0,
+};
+
+#[inline(always)]
+fn hidden(destination: Address) -> Segment {
+    Segment {
+        content: Content::Hidden,
+        destination: (destination, 0),
+        ..OTHER
+    }
 }

@@ -1,6 +1,6 @@
 //! The reference: the rules istio-iptables emits for an option set, in its order, in REDIRECT mode.
 //!
-//! Written after `tools/istio-iptables/pkg/capture/run.go` (istio/istio 86c9f01fd735), without DNS, TPROXY and the interface options.
+//! Written after `tools/istio-iptables/pkg/capture/run.go` (istio/istio 86c9f01fd735), without DNS, TPROXY and `-c`.
 
 use std::{env, fmt::Write as _, io::Write as _, net::IpAddr, process::Stdio};
 
@@ -23,6 +23,9 @@ pub fn rules(options: &Options, ipv6: bool) -> String {
         (or(options.loopback_cidr, "127.0.0.1/32"), "127.0.0.6/32")
     };
     let mut rules = Rules::default();
+    for name in items(options.virtual_interfaces) {
+        rules.front(format!("-i {name} -j RETURN"));
+    }
     rules.nat(format!("ISTIO_INBOUND -p tcp --dport {tunnel} -j RETURN"));
     rules.nat(format!(
         "ISTIO_REDIRECT -p tcp -j REDIRECT --to-ports {proxy}"
@@ -97,8 +100,18 @@ pub fn rules(options: &Options, ipv6: bool) -> String {
     }
     for cidr in included {
         match cidr {
-            "*" => rules.output("-j ISTIO_REDIRECT"),
-            cidr => rules.output(format!("-d {cidr} -j ISTIO_REDIRECT")),
+            "*" => {
+                rules.output("-j ISTIO_REDIRECT");
+                for name in items(options.virtual_interfaces) {
+                    rules.front(format!("-i {name} -j ISTIO_REDIRECT"));
+                }
+            }
+            cidr => {
+                for name in items(options.virtual_interfaces) {
+                    rules.front(format!("-i {name} -d {cidr} -j ISTIO_REDIRECT"));
+                }
+                rules.output(format!("-d {cidr} -j ISTIO_REDIRECT"));
+            }
         }
     }
     rules.text()
@@ -109,11 +122,16 @@ struct Rules(Vec<String>);
 
 impl Rules {
     fn nat(&mut self, rule: impl Into<String>) {
-        self.0.push(rule.into());
+        self.0.push(format!("-A {}", rule.into()));
     }
 
     fn output(&mut self, rule: impl AsRef<str>) {
-        self.0.push(format!("ISTIO_OUTPUT {}", rule.as_ref()));
+        self.nat(format!("ISTIO_OUTPUT {}", rule.as_ref()));
+    }
+
+    /// In front of everything that comes in.
+    fn front(&mut self, rule: impl AsRef<str>) {
+        self.0.push(format!("-I PREROUTING 1 {}", rule.as_ref()));
     }
 
     fn text(&self) -> String {
@@ -127,7 +145,7 @@ impl Rules {
             writeln!(text, "-N {chain}").unwrap();
         }
         for rule in &self.0 {
-            writeln!(text, "-A {rule}").unwrap();
+            writeln!(text, "{rule}").unwrap();
         }
         text.push_str("COMMIT\n");
         text

@@ -12,6 +12,7 @@
 //! | [`envoy`], [`skip`] | a real Envoy in the pod, and what is said where there is none |
 //! | [`follower`] | `redirect log` beside a test |
 //! | [`foreign`] | somebody else's eBPF program on the same hook |
+//! | [`machine`] | a virtual machine behind an interface of a pod |
 //! | [`scene`] | a pod with a proxy, an application and a service, and the check of one connection |
 #![allow(
     clippy::unwrap_used,
@@ -27,6 +28,7 @@ pub mod follower;
 pub mod foreign;
 pub mod iptables;
 pub mod loader;
+pub mod machine;
 pub mod namespace;
 pub mod options;
 pub mod pod;

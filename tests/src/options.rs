@@ -25,6 +25,8 @@ pub struct Options {
     pub include_outbound: &'static str,
     /// `-o`
     pub exclude_outbound: &'static str,
+    /// `-k`
+    pub virtual_interfaces: &'static str,
     /// `ISTIO_OUTBOUND_OWNER_GROUPS`; unlike the flags, set but empty means: nobody.
     pub owner_groups: Option<&'static str>,
     /// `ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE`
@@ -49,6 +51,7 @@ impl Options {
         exclude_cidrs: "",
         include_outbound: "",
         exclude_outbound: "",
+        virtual_interfaces: "",
         owner_groups: None,
         owner_groups_exclude: "",
         loopback_cidr: "",
@@ -79,6 +82,7 @@ impl Options {
             ("-x", self.exclude_cidrs),
             ("-q", self.include_outbound),
             ("-o", self.exclude_outbound),
+            ("-k", self.virtual_interfaces),
             ("--ipv6", if self.ipv6 { "on" } else { "off" }),
         ];
         flags

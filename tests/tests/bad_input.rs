@@ -448,14 +448,14 @@ fn what_is_not_supported_yet_is_never_ignored() {
             &["ISTIO_EXCLUDE_INTERFACES", "net1,net2", "not supported yet"],
         ),
         (
-            &["-k", "tap0"],
-            &[],
-            &["--kube-virt-interfaces", "tap0", "not supported yet"],
-        ),
-        (
-            &[],
+            &["-m", "TPROXY"],
             &["KUBE_VIRT_INTERFACES=tap0"],
-            &["KUBE_VIRT_INTERFACES", "not supported yet"],
+            &[
+                "KUBE_VIRT_INTERFACES",
+                "tap0",
+                "cannot be combined",
+                "TPROXY",
+            ],
         ),
         (
             &["--ipv6", "maybe"],

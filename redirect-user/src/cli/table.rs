@@ -1,5 +1,6 @@
 //! `redirect status` for people.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::Write as _;
 
@@ -60,6 +61,17 @@ fn rows(pod: &Pod) -> Vec<(&'static str, String)> {
             if pod.ipv6 { "captured" } else { "not captured" }.to_owned(),
         ),
     ];
+    match &pod.virtual_interfaces {
+        None => rows.push((
+            "machines",
+            "unknown: the namespace cannot be opened by that path".to_owned(),
+        )),
+        Some(patterns) => rows.extend(
+            patterns
+                .iter()
+                .map(|pattern| ("machines", machines(pattern))),
+        ),
+    }
     for (port, count) in &pod.listeners {
         let value = match count {
             0 => format!("{port}: {}", "no listener".yellow()),
@@ -79,6 +91,22 @@ fn rows(pod: &Pod) -> Vec<(&'static str, String)> {
     rows
 }
 
+/// The interfaces of one pattern.
+fn machines((pattern, interfaces): (&String, &BTreeMap<String, bool>)) -> String {
+    if interfaces.is_empty() {
+        return format!("{pattern}: {}", "no such interface".yellow());
+    }
+    let one = |(name, captured): (&String, &bool)| match captured {
+        true => name.clone(),
+        false => format!(
+            "{name} {}",
+            "not captured: run `redirect attach` again".yellow()
+        ),
+    };
+    let all: Vec<_> = interfaces.iter().map(one).collect();
+    format!("{pattern}: {}", all.join(", "))
+}
+
 /// As istio-iptables' flags; those that are empty are left out.
 fn policy(policy: &Policy) -> String {
     let mut text = format!("-p {} -z {}", policy.outbound_port, policy.inbound_port);
@@ -91,6 +119,7 @@ fn policy(policy: &Policy) -> String {
         ("-o", join(&policy.exclude_outbound_ports)),
         ("-b", policy.inbound_ports.to_string()),
         ("-d", join(&policy.exclude_inbound_ports)),
+        ("-k", join(&policy.virtual_interfaces)),
     ];
     for (flag, list) in lists.iter().filter(|(_, list)| !list.is_empty()) {
         let _ = write!(text, " {flag} {list}");

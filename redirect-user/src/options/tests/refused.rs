@@ -138,7 +138,6 @@ const REFUSED_FLAGS: &[(&[&str], &str, &str)] = &[
     (&["-m", "TPROXY"], r#"--istio-inbound-interception-mode: "TPROXY""#, LATER),
     (&["--redirect-dns", "--capture-all-dns"], r#"--redirect-dns: "true""#, LATER),
     (&["-c", "eth1"], r#"--istio-exclude-interfaces: "eth1""#, LATER),
-    (&["-k", "tap0,tap1"], r#"--kube-virt-interfaces: "tap0,tap1""#, LATER),
 ];
 
 /// Variable and value; the message up to what is allowed; what is allowed, or [`LATER`].
