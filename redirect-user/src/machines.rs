@@ -325,10 +325,15 @@ fn attach_type(direction: Direction) -> TcAttachType {
 fn open_or_load(pins: &Pins, netns_cookie: u64) -> Result<[PathBuf; 2]> {
     let directory = pins.programs(programs::build_id());
     let paths = PROGRAMS.map(|(_, program)| directory.join(pin_name(program, netns_cookie)));
-    for ((_, program), path) in PROGRAMS.iter().zip(&paths) {
+    if paths.iter().all(|path| path.exists()) {
+        return Ok(paths);
+    }
+    let names = PROGRAMS.map(|(_, program)| program);
+    let loaded = programs::load_for_namespace(pins, netns_cookie, names)?;
+    for (program, path) in loaded.iter().zip(&paths) {
         if !path.exists() {
-            let fd = programs::load_for_namespace(pins, netns_cookie, program)?;
-            bpf::pin(fd.as_fd(), path).with_context(|| format!("pinning program {program}"))?;
+            bpf::pin(program.as_fd(), path)
+                .with_context(|| format!("pinning {}", path.display()))?;
         }
     }
     Ok(paths)

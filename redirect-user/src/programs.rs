@@ -197,14 +197,25 @@ impl Programs {
 
 /// Loads a pod's own `sk_lookup` program.
 pub fn load_sk_lookup(pins: &Pins, netns_cookie: u64) -> Result<OwnedFd> {
-    load_for_namespace(pins, netns_cookie, SK_LOOKUP_PROGRAM)
+    let [program] = load_for_namespace(pins, netns_cookie, [SK_LOOKUP_PROGRAM])?;
+    Ok(program)
 }
 
-/// Loads a program that learns its network namespace from a constant, since no helper tells it.
-pub fn load_for_namespace(pins: &Pins, netns_cookie: u64, program: &str) -> Result<OwnedFd> {
+/// Loads programs that learn their network namespace from a constant, since no helper tells it.
+pub fn load_for_namespace<const N: usize>(
+    pins: &Pins,
+    netns_cookie: u64,
+    programs: [&str; N],
+) -> Result<[OwnedFd; N]> {
     let mut object = EbpfLoader::new();
     object.override_global("NETNS_COOKIE", &netns_cookie, true);
-    load_program(&mut load_object(&mut object, pins)?, program)
+    let mut object = load_object(&mut object, pins)?;
+    let fds = programs
+        .into_iter()
+        .map(|program| load_program(&mut object, program))
+        .collect::<Result<Vec<_>>>()?;
+    fds.try_into()
+        .map_err(|_| anyhow::anyhow!("not every program was loaded"))
 }
 
 /// Attaches a pod's `sk_lookup` program.
