@@ -1,5 +1,5 @@
 //! The decision against the rules themselves: a small interpreter walks the chains that
-//! istio-iptables writes for the same options (REDIRECT mode, without DNS and interfaces).
+//! istio-iptables writes for the same options (REDIRECT mode, without DNS and `-c`).
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -75,11 +75,14 @@ struct Packet {
     port: u16,
     out_lo: bool,
     owner: Option<(u32, u32)>,
+    /// It came in by an interface of `-k`.
+    from_machine: bool,
 }
 
 /// What a rule asks of a packet; `NotX` is iptables' `! X`.
 #[derive(Clone, Copy, Debug)]
 enum Match {
+    FromMachine,
     OutLo,
     From(IpAddr),
     To(Cidr),
@@ -99,6 +102,7 @@ impl Match {
         let uid = |ids| packet.owner.is_some_and(|(uid, _)| within(ids, uid));
         let gid = |ids| packet.owner.is_some_and(|(_, gid)| within(ids, gid));
         match self {
+            Self::FromMachine => packet.from_machine,
             Self::OutLo => packet.out_lo,
             Self::From(address) => packet.source == *address,
             Self::To(cidr) => cidr.contains(packet.destination),
@@ -145,9 +149,15 @@ impl Table {
         });
     }
 
-    /// semantics.md 2.1, lines 4 to 17.
+    /// `-I CHAIN 1`
+    fn insert(&mut self, matches: &[Match], target: Target, name: Rule) {
+        self.add("PREROUTING", matches, target, Some(name));
+        self.lines.rotate_right(1);
+    }
+
+    /// semantics.md 2.1, lines 2 and 4 to 17.
     fn of(options: &Options, v6: bool) -> Self {
-        use Match::{Gid, NotGid, NotPort, NotTo, NotUid, OutLo, Port, To, Uid};
+        use Match::{FromMachine, Gid, NotGid, NotPort, NotTo, NotUid, OutLo, Port, To, Uid};
         use Target::{Jump, Redirect, Return};
         let mut table = Self::default();
         if v6 && !options.ipv6 {
@@ -172,6 +182,8 @@ impl Table {
         };
         let tunnel = (options.tunnel_port, options.tunnel_port);
 
+        // 2
+        table.insert(&[FromMachine], Return, Rule::MachineNotIncluded);
         // 4 and 5
         let name = Some(Rule::TunnelPort);
         table.add("ISTIO_INBOUND", &[Port(tunnel)], Return, name);
@@ -247,11 +259,18 @@ impl Table {
         for ports in &options.outbound_ports {
             output(&[Port(*ports)], redirect, Rule::IncludedPort);
         }
+        let captured = Rule::MachineCaptured;
         match &options.outbound {
-            All::Star => output(&[], redirect, Rule::IncludedCidr),
+            All::Star => {
+                output(&[], redirect, Rule::IncludedCidr);
+                table.insert(&[FromMachine], redirect, captured);
+            }
             All::These(cidrs) => {
                 for cidr in of_family(cidrs) {
                     output(&[To(cidr)], redirect, Rule::IncludedCidr);
+                }
+                for cidr in of_family(cidrs) {
+                    table.insert(&[FromMachine, To(cidr)], redirect, captured);
                 }
             }
         }
@@ -426,6 +445,7 @@ fn by_the_rules_in(options: &Options, packet: &Packet) -> Rule {
     let (port, name) = Table::of(options, v6).walk("PREROUTING", &packet);
     let rule = match (name, &options.inbound) {
         (Some(rule), _) => rule,
+        (None, _) if packet.from_machine => Rule::MachineIpv6Off,
         (None, _) if v6 && !options.ipv6 => Rule::InboundIpv6Off,
         (None, All::These(ports)) if ports.is_empty() => Rule::InboundOff,
         (None, _) => Rule::InboundPortNotIncluded,
@@ -455,6 +475,9 @@ fn decided_out(options: &Options, packet: &Packet) -> Rule {
 
 fn decided_in(options: &Options, packet: &Packet) -> Rule {
     let destination = packet.destination.into();
+    if packet.from_machine {
+        return decide::machine(&options.pod(), options, &destination);
+    }
     decide::inbound(&options.pod(), options, &destination, packet.port)
 }
 
@@ -599,13 +622,15 @@ fn any_packet() -> impl Strategy<Value = Packet> {
     let port = prop_oneof![9 => select(&PORTS[..]), 1 => any::<u16>()];
     let id = || prop_oneof![9 => select(&IDS[..]), 1 => any::<u32>()];
     let owner = prop::option::weighted(0.9, (id(), id()));
-    (any_address(), any_address(), port, any::<bool>(), owner).prop_map(
-        |(source, destination, port, out_lo, owner)| Packet {
+    let flags = (any::<bool>(), any::<bool>());
+    (any_address(), any_address(), port, flags, owner).prop_map(
+        |(source, destination, port, (out_lo, from_machine), owner)| Packet {
             source: as_family_of(destination, source),
             destination,
             port,
             out_lo,
             owner,
+            from_machine,
         },
     )
 }
@@ -745,6 +770,7 @@ fn cases_that_people_trip_over() {
             port,
             out_lo: destination.is_loopback() || destination == ip(POD_IP),
             owner: Some(owner),
+            from_machine: false,
         };
         let rule = decided_out(&options, &packet);
         assert_eq!(port_of(rule), wanted, "{name}: {rule:?}");
@@ -761,6 +787,7 @@ fn hop_from_the_proxy_to_its_application_passes() {
             port: 8080,
             out_lo: true,
             owner: Some(PROXY),
+            from_machine: false,
         };
         let rule = decided_out(&Options::injected(), &packet);
         assert_eq!(rule, Rule::ProxyPassthrough);
@@ -783,5 +810,39 @@ fn inbound_to_the_proxys_own_ports_is_captured_and_to_the_tunnel_is_not() {
         let options = Options::injected();
         let rule = decide::inbound(&options.pod(), &options, &destination, port);
         assert_eq!(port_of(rule), wanted, "port {port}: {rule:?}");
+    }
+}
+
+#[test]
+fn machines_are_captured_by_destination_alone() {
+    let listed = Options {
+        outbound: All::These(vec![cidr(ELSEWHERE, 24)]),
+        exclude_outbound: vec![cidr("0.0.0.0", 0)],
+        exclude_outbound_ports: vec![(0, 65535)],
+        groups: All::These(vec![]),
+        ..Options::injected()
+    };
+    let without_ipv6 = Options {
+        ipv6: false,
+        ..Options::injected()
+    };
+    for (options, destination, wanted) in [
+        (&Options::injected(), ELSEWHERE, Rule::MachineCaptured),
+        (&Options::injected(), POD_IP, Rule::MachineCaptured),
+        (&listed, ELSEWHERE, Rule::MachineCaptured),
+        (&listed, POD_IP, Rule::MachineNotIncluded),
+        (&listed, "fd00::5", Rule::MachineNotIncluded),
+        (&without_ipv6, "fd00::5", Rule::MachineIpv6Off),
+    ] {
+        let packet = Packet {
+            source: ip("172.30.1.2"),
+            destination: ip(destination),
+            port: 15008,
+            out_lo: false,
+            owner: None,
+            from_machine: true,
+        };
+        assert_eq!(decided_in(options, &packet), wanted, "{destination}");
+        assert_eq!(by_the_rules_in(options, &packet), wanted, "{destination}");
     }
 }
