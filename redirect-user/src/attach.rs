@@ -92,8 +92,6 @@ pub fn attach(request: &Request) -> Result<Outcome> {
             .context("writing COUNTS")?;
         let found = find_listeners(&tables, request, &notes)?;
         changed |= link(&pins, &tables, &programs, request, &notes)?;
-        let virtual_interfaces = &request.policy.virtual_interfaces;
-        changed |= machines::add(&pins, &tables, &request.netns, virtual_interfaces)?;
         let before = tables.pods.get(&notes.netns_cookie)?;
         if Notes::read(&tables, cgroup_id).ok().flatten().as_ref() != Some(&notes) {
             tables
@@ -102,6 +100,9 @@ pub fn attach(request: &Request) -> Result<Outcome> {
                 .context("writing RECORDS")?;
             changed = true;
         }
+        // After the notes: they tell detach where the filters are.
+        let virtual_interfaces = &request.policy.virtual_interfaces;
+        changed |= machines::add(&pins, &tables, &request.netns, virtual_interfaces)?;
         if before != Some(config) {
             tables
                 .pods
@@ -169,11 +170,12 @@ fn refuse_overlap(
                 theirs.display()
             );
         }
+        let same_machines = other.policy.virtual_interfaces == notes.policy.virtual_interfaces;
         if other.netns_cookie == notes.netns_cookie
             && tables
                 .pods
                 .get(&notes.netns_cookie)?
-                .is_some_and(|attached| attached != *config)
+                .is_some_and(|attached| attached != *config || !same_machines)
         {
             bail!(
                 "network namespace {} is captured with other options for cgroup {}; use the same or detach that first",

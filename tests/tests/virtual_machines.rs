@@ -16,7 +16,7 @@ use redirect_tests::{
     machine::{Link, Machine},
     namespace::{errors, succeed},
     options::Options,
-    pod::service,
+    pod::{Pod, service},
     protocol::{Dial, Family, Listen},
     scene::{APP, SERVICE, Scene, To, wildcards},
 };
@@ -211,6 +211,21 @@ fn ipv6_off_captures_ipv4_only(#[values(Redirect, Iptables)] backend: Backend) {
     captured(&scene, &mut machine, V4, To::Service(80));
     direct(&scene, &mut machine, V6, To::Service(80), SERVICE);
     direct(&scene, &mut machine, V6, To::Own(8080), APP);
+}
+
+#[rstest]
+fn without_a_proxy_the_machine_is_refused(
+    #[values(Redirect, Iptables)] backend: Backend,
+    #[values(V4, V6)] family: Family,
+) {
+    let mut scene = Scene::without_proxy(Pod::new(), &MACHINES);
+    let mut machine = Machine::new(&scene.pod, "vm0", 1, Link::Plain);
+    direct(&scene, &mut machine, family, To::Service(80), SERVICE);
+    scene.attach(backend, &MACHINES);
+    let dial = Dial::new(family, scene.address(family, To::Service(80)));
+    assert_eq!(machine.actor.dial(&dial).outcome(), "ECONNREFUSED");
+    scene.open_proxy();
+    captured(&scene, &mut machine, family, To::Service(80));
 }
 
 #[rstest]

@@ -234,9 +234,15 @@ mod tests {
     #[test]
     fn first_addresses_are_those_of_the_kernels_own_list() {
         let pod = TestNamespace::new();
-        pod.ip("link add net1 type dummy");
+        pod.ip("link add net1 type veth peer name net2");
         pod.ip("link set net1 up");
-        for address in ["10.1.0.1/24", "10.2.0.1/24", "fd00:1::1/64", "fd00:2::1/64"] {
+        for address in [
+            "10.1.0.1/24",
+            "10.2.0.1/24",
+            "fe80::9/64",
+            "fd00:1::1/64",
+            "fd00:2::1/64",
+        ] {
             pod.ip(&format!("addr add {address} dev net1 nodad"));
         }
         let interfaces = inside(&pod, interfaces);
@@ -245,7 +251,10 @@ mod tests {
         assert_eq!(net1.ipv4, Some(Ipv4Addr::new(10, 1, 0, 1)));
         // The kernel puts a new IPv6 address in front of the others of its scope.
         assert_eq!(net1.ipv6, Some("fd00:2::1".parse().expect("an address")));
-        assert!(net1.ipv6_link_local.is_some());
+        assert_eq!(
+            net1.ipv6_link_local,
+            Some("fe80::9".parse().expect("an address"))
+        );
         let lo = interfaces.iter().find(|i| i.name == "lo").expect("lo");
         assert_eq!(lo.layer, Layer::Other);
     }
@@ -253,7 +262,7 @@ mod tests {
     #[test]
     fn clsact_is_seen_and_removed_with_its_filters() {
         let pod = TestNamespace::new();
-        pod.ip("link add net1 type dummy");
+        pod.ip("link add net1 type veth peer name net2");
         let index = inside(&pod, || {
             let found = interfaces()?.into_iter().find(|i| i.name == "net1");
             Ok(found.expect("net1").index)

@@ -168,7 +168,6 @@ const REFUSED_VARIABLES: &[(&str, &str, &str, &str)] = &[
     ("KUBE_VIRT_INTERFACES", "tap0,*", r#"KUBE_VIRT_INTERFACES: "tap0,*": "*" has a *, where a + at the end means any ending"#, INTERFACES),
     ("DUAL_STACK", "2", r#"DUAL_STACK: "2" is not a boolean"#, BOOLEAN),
     ("ISTIO_EXCLUDE_INTERFACES", "eth+", r#"ISTIO_EXCLUDE_INTERFACES: "eth+""#, LATER),
-    ("KUBE_VIRT_INTERFACES", "tap0", r#"KUBE_VIRT_INTERFACES: "tap0""#, LATER),
     ("ISTIO_DUAL_STACK", "on", r#"ISTIO_DUAL_STACK: "on" is not a boolean"#, BOOLEAN),
 ];
 
