@@ -47,6 +47,10 @@ impl Machine {
         let network6 = 0x100 + u16::from(number);
         let gateway6 = Ipv6Addr::new(0xfd30, network6, 0, 0, 0, 0, 0, 1);
         let ipv6 = Ipv6Addr::new(0xfd30, network6, 0, 0, 0, 0, 0, 2);
+        // Nothing is forwarded over IPv6 while link-local addresses are tentative.
+        for namespace in [&pod.netns, &netns] {
+            namespace.sysctl(&[("ipv6/conf/default/accept_dad", "0")]);
+        }
         match link {
             Link::Plain => pod.netns.ip(&format!(
                 "link add {interface} type veth peer name eth0 netns {}",

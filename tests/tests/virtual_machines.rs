@@ -4,6 +4,10 @@
     missing_docs,
     reason = "a test binary has no readers of its documentation"
 )]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test panics where it fails, so that the backtrace points at the line"
+)]
 
 use std::{
     net::{IpAddr, SocketAddr, UdpSocket},
