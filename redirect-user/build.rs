@@ -1,7 +1,9 @@
 //! Builds the eBPF object that the library embeds.
 
-use std::env;
+use std::hash::{DefaultHasher, Hasher as _};
+use std::path::Path;
 use std::process::{Command, exit};
+use std::{env, fs};
 
 use anyhow::{Context, Result};
 use aya_build::{Package, Toolchain};
@@ -26,5 +28,16 @@ fn main() -> Result<()> {
         }],
         Toolchain::Custom(&toolchain),
     )
-    .context("building redirect-ebpf; `cargo xtask setup` installs rust-src and bpf-linker")
+    .context("building redirect-ebpf; `cargo xtask setup` installs rust-src and bpf-linker")?;
+    name_build()
+}
+
+/// Names the programs by their contents, here and not at run time: hashing a megabyte takes as long
+/// as half of an attach.
+fn name_build() -> Result<()> {
+    let object = Path::new(&env::var("OUT_DIR")?).join("redirect-ebpf");
+    let mut hash = DefaultHasher::new();
+    hash.write(&fs::read(object)?);
+    println!("cargo:rustc-env=REDIRECT_BUILD={:016x}", hash.finish());
+    Ok(())
 }

@@ -12,10 +12,17 @@ use crate::address::Address;
 /// original destination, so that neither socket has to remember it, and a pod can hold as many
 /// connections to a destination as without capture.
 pub const STEERED_PORT_FIRST: u16 = 61_000;
-/// How many steered ports there are.
-pub const STEERED_PORTS: u16 = u16::MAX - STEERED_PORT_FIRST;
+/// How many steered ports stand for destinations.
+pub const STEERED_PORTS: u16 = 4_000;
 /// How many ports are tried for a destination before its connections are told apart one by one.
 pub const STEERED_PORT_TRIES: u32 = 8;
+/// First of the steered ports that stand for nothing: for connections told apart one by one. A
+/// range of their own, so that these never take the place of the others.
+pub const SPARE_PORT_FIRST: u16 = STEERED_PORT_FIRST + STEERED_PORTS;
+/// How many there are.
+pub const SPARE_PORTS: u16 = u16::MAX - SPARE_PORT_FIRST;
+/// How many of them are tried for a socket that is bound to a port.
+pub const SPARE_PORT_TRIES: u32 = 32;
 
 /// True if `port` is one that captured connections are sent to.
 #[inline(always)]
@@ -94,10 +101,11 @@ pub struct Original {
     pub destination: Address,
     /// The original destination's port, host order.
     pub port: u16,
-    /// The port the proxy listens on, host order.
+    /// The port the proxy listens on, host order; 0 if the connection is let alone.
     pub proxy_port: u16,
-    /// Padding, zero.
-    pub _pad: u32,
+    /// 1 if the connection is not steered to another port but goes where it was meant to, and is
+    /// known by its flow alone.
+    pub in_place: u32,
 }
 
 crate::assert_size!(Original, 24);
@@ -132,8 +140,8 @@ pub struct SocketState {
     pub original: Original,
     /// One of the `ROLE_` constants.
     pub role: u32,
-    /// 1 while state changes of the socket are watched for us.
-    pub watching: u32,
+    /// Padding, zero.
+    pub _pad: u32,
 }
 
 crate::assert_size!(SocketState, 32);
@@ -147,10 +155,10 @@ impl SocketState {
                 destination: Address::UNSPECIFIED,
                 port: 0,
                 proxy_port: port,
-                _pad: 0,
+                in_place: 0,
             },
             role: ROLE_LISTENER,
-            watching: 0,
+            _pad: 0,
         }
     }
 }

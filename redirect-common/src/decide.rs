@@ -1,4 +1,4 @@
-//! The ordered rules of istio-iptables in REDIRECT mode, as pure functions.
+//! The ordered rules of istio-iptables, as pure functions.
 //!
 //! The order is the specification: with several proxy ids the result of a later rule depends on an
 //! earlier one having returned, so there is no "is it the proxy?" predicate to be had.
@@ -7,9 +7,12 @@ use crate::address::Address;
 use crate::lists::{List, Lists};
 use crate::pod::{
     FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6, FLAG_LOOPBACK_INCLUDED, FLAG_OUTBOUND_ALL,
-    IdRange, MAX_OWNER_GROUPS, MAX_PROXY_IDS, PodConfig,
+    FLAG_TPROXY, IdRange, MAX_OWNER_GROUPS, MAX_PROXY_IDS, PodConfig,
 };
-use crate::verdict::Rule;
+use crate::verdict::{Action, Rule};
+
+/// What istio-iptables marks the proxy's connections to its own pod with, for TPROXY to take them.
+const SELF_MARK: u32 = 1338;
 
 /// Who created a socket: kernel ids of the file's credentials, as `xt_owner` reads them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,16 +34,45 @@ pub struct Outbound {
     pub port: u16,
     /// The destination is one of the pod's own addresses (iptables' `-o lo`).
     pub local: bool,
+    /// Index of the interface it leaves by; 0 if that is not known.
+    pub interface: u32,
+    /// The socket's `SO_MARK`.
+    pub mark: u32,
     /// None for a socket of the kernel's, which no `--uid-owner` matches.
     pub owner: Option<Owner>,
 }
 
-/// Decides about a connection made in the pod.
+/// A TCP connection that comes from outside of the pod.
+#[derive(Clone, Copy, Debug)]
+pub struct Inbound {
+    /// Where it is meant to go.
+    pub destination: Address,
+    /// Its port, host order.
+    pub port: u16,
+    /// Index of the interface it came by.
+    pub interface: u32,
+}
+
+/// Decides about a connection made in the pod: the nat table, then, for what that lets alone on its
+/// way to the pod itself, TPROXY's part of the mangle table.
 #[inline(always)]
 pub fn outbound(pod: &PodConfig, lists: &impl Lists, to: &Outbound) -> Rule {
     if !to.destination.is_v4() && !pod.has(FLAG_IPV6) {
         return Rule::Ipv6Off;
     }
+    if pod.excludes_interface(to.interface) {
+        return Rule::ExcludedInterface;
+    }
+    let rule = redirected(pod, lists, to);
+    if rule.action() == Action::Pass && is_tproxied(pod, lists, to) {
+        return Rule::ProxyToSelfInPlace;
+    }
+    rule
+}
+
+/// The nat table's chain OUTPUT.
+#[inline(always)]
+fn redirected(pod: &PodConfig, lists: &impl Lists, to: &Outbound) -> Rule {
     if has_port(pod, lists, List::ExcludeOutboundPorts, to.port) {
         return Rule::ExcludedPort;
     }
@@ -89,20 +121,52 @@ pub fn outbound(pod: &PodConfig, lists: &impl Lists, to: &Outbound) -> Rule {
     Rule::NotIncluded
 }
 
-/// Decides about a connection that comes from outside of the pod. `port` in host order.
+/// Does the mangle table give a connection of the pod to itself to TPROXY? It sees such packets twice,
+/// in OUTPUT, where the proxy's get their mark, and in PREROUTING.
 #[inline(always)]
-pub fn inbound(pod: &PodConfig, lists: &impl Lists, destination: &Address, port: u16) -> Rule {
-    if !destination.is_v4() && !pod.has(FLAG_IPV6) {
+fn is_tproxied(pod: &PodConfig, lists: &impl Lists, to: &Outbound) -> bool {
+    if !pod.has(FLAG_TPROXY)
+        || !to.local
+        || to.mark == pod.tproxy_mark
+        || pod.tproxy_mark == SELF_MARK
+        || to.source.is_proxy_passthrough()
+        || pod.in_loopback_cidr(&to.destination)
+    {
+        return false;
+    }
+    let marked = to.mark == SELF_MARK || to.owner.is_some_and(|owner| is_proxy(pod, owner));
+    marked && inbound_port(pod, lists, to.port) == Rule::InboundCaptured
+}
+
+/// Decides about a connection that comes from outside of the pod.
+#[inline(always)]
+pub fn inbound(pod: &PodConfig, lists: &impl Lists, from: &Inbound) -> Rule {
+    if !from.destination.is_v4() && !pod.has(FLAG_IPV6) {
         return Rule::InboundIpv6Off;
     }
-    let all = pod.has(FLAG_INBOUND_ALL);
-    if !all && !pod.lists_any(List::IncludeInboundPorts) {
+    if pod.excludes_interface(from.interface) {
+        return Rule::InboundInterfaceExcluded;
+    }
+    if !pod.has(FLAG_INBOUND_ALL) && !pod.lists_any(List::IncludeInboundPorts) {
         return Rule::InboundOff;
     }
-    if port == pod.tunnel_port {
+    if pod.has(FLAG_TPROXY) {
+        let rule = inbound_port(pod, lists, from.port);
+        if rule == Rule::InboundCaptured && pod.in_loopback_cidr(&from.destination) {
+            return Rule::InboundLoopback;
+        }
+        return rule;
+    }
+    if from.port == pod.tunnel_port {
         return Rule::TunnelPort;
     }
-    if all {
+    inbound_port(pod, lists, from.port)
+}
+
+/// `-b` and `-d`.
+#[inline(always)]
+fn inbound_port(pod: &PodConfig, lists: &impl Lists, port: u16) -> Rule {
+    if pod.has(FLAG_INBOUND_ALL) {
         if has_port(pod, lists, List::ExcludeInboundPorts, port) {
             return Rule::InboundPortExcluded;
         }
@@ -127,6 +191,26 @@ pub fn machine(pod: &PodConfig, lists: &impl Lists, destination: &Address) -> Ru
         return Rule::MachineCaptured;
     }
     Rule::MachineNotIncluded
+}
+
+/// Is the uid or the gid one of the proxy's?
+#[inline(always)]
+fn is_proxy(pod: &PodConfig, owner: Owner) -> bool {
+    has_id(&pod.proxy_uids, pod.proxy_uid_count, owner.uid)
+        || has_id(&pod.proxy_gids, pod.proxy_gid_count, owner.gid)
+}
+
+#[inline(always)]
+fn has_id(ids: &[IdRange; MAX_PROXY_IDS], count: u32, id: u32) -> bool {
+    for (index, range) in ids.iter().enumerate() {
+        if index as u32 >= count {
+            break;
+        }
+        if range.contains(id) {
+            return true;
+        }
+    }
+    false
 }
 
 /// The three rules that istio-iptables writes for each proxy id, in turn.

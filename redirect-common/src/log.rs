@@ -69,10 +69,12 @@ pub struct Decision {
     pub uid: u32,
     /// The group, likewise.
     pub gid: u32,
-    /// The proxy's port that the connection goes to, host order; 0 if it is let alone.
-    pub proxy_port: u16,
+    /// The pod's `-p`, host order.
+    pub outbound_port: u16,
+    /// The pod's `-z`, host order.
+    pub inbound_port: u16,
     /// Padding, zero.
-    pub _pad: [u16; 3],
+    pub _pad: u32,
 }
 
 crate::assert_size!(Decision, 72);

@@ -9,6 +9,8 @@ use crate::lists::List;
 pub const MAX_PROXY_IDS: usize = 16;
 /// How many owner groups a pod may have: Istio's own limit.
 pub const MAX_OWNER_GROUPS: usize = 64;
+/// How many interfaces of a pod may be excluded.
+pub const MAX_EXCLUDED_INTERFACES: usize = 16;
 
 /// IPv6 is captured. IPv4 always is.
 pub const FLAG_IPV6: u32 = 1 << 0;
@@ -20,6 +22,8 @@ pub const FLAG_INBOUND_ALL: u32 = 1 << 2;
 pub const FLAG_LOOPBACK_INCLUDED: u32 = 1 << 3;
 /// [`PodConfig::groups`] are those captured; without it, those not captured.
 pub const FLAG_GROUPS_INCLUDE: u32 = 1 << 4;
+/// `-m TPROXY`: inbound connections keep their local address.
+pub const FLAG_TPROXY: u32 = 1 << 5;
 
 /// Virtual machines live behind interfaces of the pod (`-k`).
 pub const FLAG_MACHINES: u32 = 1 << 8;
@@ -36,9 +40,12 @@ pub struct IdRange {
 
 impl IdRange {
     /// True if the id lies in the range.
+    ///
+    /// In one comparison, and not of the id itself: the verifier would learn a little about the id
+    /// each time, and follow every combination of what it may have learnt.
     #[inline(always)]
     pub const fn contains(&self, id: u32) -> bool {
-        self.first <= id && id <= self.last
+        id.wrapping_sub(self.first) <= self.last.wrapping_sub(self.first)
     }
 }
 
@@ -70,17 +77,23 @@ pub struct PodConfig {
     pub proxy_gid_count: u32,
     /// Used entries of `groups`.
     pub group_count: u32,
-    /// Padding, zero.
-    pub _pad2: u32,
+    /// `-t`, if [`FLAG_TPROXY`] is set: the pod's own connections with this mark are not captured in place.
+    pub tproxy_mark: u32,
     /// `-u`, in the order given: it matters.
     pub proxy_uids: [IdRange; MAX_PROXY_IDS],
     /// `-g`, in the order given: it matters.
     pub proxy_gids: [IdRange; MAX_PROXY_IDS],
     /// Owner groups.
     pub groups: [IdRange; MAX_OWNER_GROUPS],
+    /// Indexes of the interfaces that `-c` named at attach.
+    pub excluded_interfaces: [u32; MAX_EXCLUDED_INTERFACES],
+    /// Used entries of `excluded_interfaces`.
+    pub excluded_interface_count: u32,
+    /// Padding, zero.
+    pub _pad2: u32,
 }
 
-crate::assert_size!(PodConfig, 816);
+crate::assert_size!(PodConfig, 888);
 
 impl PodConfig {
     /// Tests a `FLAG_`.
@@ -93,6 +106,21 @@ impl PodConfig {
     #[inline(always)]
     pub const fn lists_any(&self, list: List) -> bool {
         self.lists & list.bit() != 0
+    }
+
+    /// True if `-c` names the interface with this index.
+    #[inline(always)]
+    pub fn excludes_interface(&self, index: u32) -> bool {
+        let interfaces = self.excluded_interfaces.iter().enumerate();
+        for (position, excluded) in interfaces {
+            if position as u32 >= self.excluded_interface_count {
+                break;
+            }
+            if *excluded == index {
+                return true;
+            }
+        }
+        false
     }
 
     /// `L` of the rules: the loopback CIDR for IPv4, `::1` for IPv6.

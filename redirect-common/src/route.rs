@@ -37,6 +37,10 @@ pub const ROUTE_LOCAL: u32 = 1;
 /// A hole in a wider route: nothing can be reached there.
 pub const ROUTE_UNREACHABLE: u32 = 2;
 
+/// A connection to `source` itself would get another source address: a secondary one is left for
+/// the primary. A socket has to be bound to it.
+pub const ROUTE_BIND_SOURCE: u32 = 4;
+
 /// Value of `ROUTES`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]

@@ -9,6 +9,9 @@ pub enum Action {
     CaptureOutbound,
     /// To the proxy's inbound listener (15006).
     CaptureInbound,
+    /// To the proxy's inbound listener, with the local address it was meant for: iptables' TPROXY
+    /// of a connection that the pod makes to itself.
+    CaptureInPlace,
 }
 
 macro_rules! rules {
@@ -81,6 +84,14 @@ rules! {
     NoListener = 19, "no-proxy-listener", Pass;
     /// A captured connection could not be handed over (`FLOWS` full): it is refused.
     FlowLost = 20, "flow-lost", Pass;
+    /// `-c` names the interface it leaves by.
+    ExcludedInterface = 21, "outbound-interface-excluded", Pass;
+    /// TPROXY: a proxy's id without a rule of its own dials its own pod.
+    ProxyToSelfInPlace = 22, "outbound-proxy-to-self-in-place", CaptureInPlace;
+    /// `-c` names the interface it came by.
+    InboundInterfaceExcluded = 23, "inbound-interface-excluded", Pass;
+    /// TPROXY leaves the loopback CIDR alone.
+    InboundLoopback = 24, "inbound-loopback", Pass;
     /// A virtual machine's connection; `-i` has the destination.
     MachineCaptured = 27, "machine-captured", CaptureOutbound;
     /// A virtual machine's connection; `-i` does not have the destination.

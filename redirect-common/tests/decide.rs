@@ -1,5 +1,5 @@
 //! The decision against the rules themselves: a small interpreter walks the chains that
-//! istio-iptables writes for the same options (REDIRECT mode, without DNS and `-c`).
+//! istio-iptables writes for the same options (without DNS).
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -7,11 +7,11 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::select;
 use redirect_common::address::Address;
-use redirect_common::decide::{self, Outbound, Owner};
+use redirect_common::decide::{self, Inbound, Outbound, Owner};
 use redirect_common::lists::{List, Lists};
 use redirect_common::pod::{
     FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6, FLAG_LOOPBACK_INCLUDED, FLAG_OUTBOUND_ALL,
-    IdRange, PodConfig,
+    FLAG_TPROXY, IdRange, PodConfig,
 };
 use redirect_common::verdict::{Action, Rule};
 
@@ -20,6 +20,9 @@ const CONNECTIONS_PER_CASE: usize = 8;
 
 const OUTBOUND_PORT: u16 = 15001;
 const INBOUND_PORT: u16 = 15006;
+/// Index of `lo`.
+const LO: u32 = 1;
+const SELF_MARK: u32 = 1338;
 
 type Ids = (u32, u32);
 type Ports = (u16, u16);
@@ -40,6 +43,10 @@ struct Options {
     exclude_groups: Vec<Ids>,
     loopback: Cidr,
     ipv6: bool,
+    /// `-m TPROXY` and its `-t`.
+    tproxy_mark: Option<u32>,
+    /// Indexes in place of `-c`'s names.
+    exclude_interfaces: Vec<u32>,
 }
 
 /// `*`, or a list.
@@ -73,7 +80,9 @@ struct Packet {
     source: IpAddr,
     destination: IpAddr,
     port: u16,
-    out_lo: bool,
+    /// Where it leaves by, or comes by.
+    interface: u32,
+    mark: u32,
     owner: Option<(u32, u32)>,
     /// It came in by an interface of `-k`.
     from_machine: bool,
@@ -83,7 +92,12 @@ struct Packet {
 #[derive(Clone, Copy, Debug)]
 enum Match {
     FromMachine,
-    OutLo,
+    /// `-i` or `-o`, as the chain has it.
+    Interface(u32),
+    Mark(u32),
+    NotMark(u32),
+    /// Conntrack's, of a first packet.
+    Established,
     From(IpAddr),
     To(Cidr),
     NotTo(Cidr),
@@ -103,7 +117,10 @@ impl Match {
         let gid = |ids| packet.owner.is_some_and(|(_, gid)| within(ids, gid));
         match self {
             Self::FromMachine => packet.from_machine,
-            Self::OutLo => packet.out_lo,
+            Self::Interface(index) => packet.interface == *index,
+            Self::Mark(mark) => packet.mark == *mark,
+            Self::NotMark(mark) => packet.mark != *mark,
+            Self::Established => false,
             Self::From(address) => packet.source == *address,
             Self::To(cidr) => cidr.contains(packet.destination),
             Self::NotTo(cidr) => !cidr.contains(packet.destination),
@@ -122,6 +139,8 @@ enum Target {
     Return,
     Jump(&'static str),
     Redirect(u16),
+    Tproxy(u16),
+    SetMark(u32),
 }
 
 /// One line of the rules text. `name` is what this project calls a connection that it decides.
@@ -133,7 +152,7 @@ struct Line {
     name: Option<Rule>,
 }
 
-/// The nat table of one family.
+/// A table of one family.
 #[derive(Debug, Default)]
 struct Table {
     lines: Vec<Line>,
@@ -155,33 +174,28 @@ impl Table {
         self.lines.rotate_right(1);
     }
 
-    /// semantics.md 2.1, lines 2 and 4 to 17.
-    fn of(options: &Options, v6: bool) -> Self {
-        use Match::{FromMachine, Gid, NotGid, NotPort, NotTo, NotUid, OutLo, Port, To, Uid};
+    /// The nat table.
+    fn nat(options: &Options, v6: bool) -> Self {
+        use Match::{FromMachine, Gid, Interface, NotGid, NotPort, NotTo, NotUid, Port, To, Uid};
         use Target::{Jump, Redirect, Return};
         let mut table = Self::default();
         if v6 && !options.ipv6 {
             return table;
         }
-        let loopback = if v6 {
-            Cidr {
-                address: Ipv6Addr::LOCALHOST.into(),
-                bits: 128,
-            }
-        } else {
-            options.loopback
-        };
-        let own6: IpAddr = if v6 {
-            Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6).into()
-        } else {
-            Ipv4Addr::new(127, 0, 0, 6).into()
-        };
+        let (loopback, own6) = (options.loopback_of(v6), own6(v6));
         let of_family = |cidrs: &[Cidr]| -> Vec<Cidr> {
             let ours = cidrs.iter().filter(|c| c.address.is_ipv6() == v6);
             ours.copied().collect()
         };
         let tunnel = (options.tunnel_port, options.tunnel_port);
 
+        // 1
+        for index in &options.exclude_interfaces {
+            let name = Some(Rule::InboundInterfaceExcluded);
+            table.add("PREROUTING", &[Interface(*index)], Return, name);
+            let name = Some(Rule::ExcludedInterface);
+            table.add("OUTPUT", &[Interface(*index)], Return, name);
+        }
         // 2
         table.insert(&[FromMachine], Return, Rule::MachineNotIncluded);
         // 4 and 5
@@ -194,6 +208,7 @@ impl Table {
         let captured = Some(Rule::InboundCaptured);
         match &options.inbound {
             All::These(ports) if ports.is_empty() => {}
+            _ if options.tproxy_mark.is_some() => {}
             All::These(ports) => {
                 table.add("PREROUTING", &[], Jump("ISTIO_INBOUND"), None);
                 for ports in ports {
@@ -218,15 +233,19 @@ impl Table {
         for ports in &options.exclude_outbound_ports {
             output(&[Port(*ports)], Return, Rule::ExcludedPort);
         }
-        output(&[OutLo, Match::From(own6)], Return, Rule::ProxyPassthrough);
+        output(
+            &[Interface(LO), Match::From(own6)],
+            Return,
+            Rule::ProxyPassthrough,
+        );
         // 10 and 11
         let loopback_included = options.loopback_included();
-        let to_self = [OutLo, NotTo(loopback), NotPort(options.tunnel_port)];
+        let to_self = [Interface(LO), NotTo(loopback), NotPort(options.tunnel_port)];
         for uid in &options.uids {
             let [a, b, c] = to_self;
             output(&[a, b, c, Uid(*uid)], capture, Rule::ProxyToSelf);
             if !loopback_included {
-                output(&[OutLo, NotUid(*uid)], Return, Rule::PodLocal);
+                output(&[Interface(LO), NotUid(*uid)], Return, Rule::PodLocal);
             }
             output(&[Uid(*uid)], Return, Rule::Proxy);
         }
@@ -234,7 +253,7 @@ impl Table {
             let [a, b, c] = to_self;
             output(&[a, b, c, Gid(*gid)], capture, Rule::ProxyToSelf);
             if !loopback_included {
-                output(&[OutLo, NotGid(*gid)], Return, Rule::PodLocal);
+                output(&[Interface(LO), NotGid(*gid)], Return, Rule::PodLocal);
             }
             output(&[Gid(*gid)], Return, Rule::Proxy);
         }
@@ -277,7 +296,87 @@ impl Table {
         table
     }
 
-    /// Walks a chain as the kernel does. The port redirected to, and the line that led there.
+    /// The mangle table.
+    fn mangle(options: &Options, v6: bool) -> Self {
+        use Match::{Established, Gid, Interface, Mark, NotMark, NotTo, Port, Uid};
+        use Target::{Jump, Return, SetMark, Tproxy};
+        let mut table = Self::default();
+        let Some(mark) = options.tproxy_mark else {
+            return table;
+        };
+        if v6 && !options.ipv6 {
+            return table;
+        }
+        let (loopback, own6) = (options.loopback_of(v6), own6(v6));
+        // 1
+        for index in &options.exclude_interfaces {
+            let name = Some(Rule::InboundInterfaceExcluded);
+            table.add("PREROUTING", &[Interface(*index)], Return, name);
+            table.add("OUTPUT", &[Interface(*index)], Return, None);
+        }
+        // 18, what is put in front of 6
+        for first in [
+            vec![Mark(mark)],
+            vec![Match::From(own6), Interface(LO)],
+            vec![Interface(LO), NotMark(SELF_MARK)],
+        ] {
+            table.add("ISTIO_INBOUND", &first, Return, Some(Rule::PodLocal));
+        }
+        // 6
+        let captured = Some(Rule::InboundCaptured);
+        let capture = Tproxy(INBOUND_PORT);
+        table.add("ISTIO_TPROXY", &[NotTo(loopback)], capture, captured);
+        let hand_over = |table: &mut Self, ports: &[Match]| {
+            let established = [ports, &[Established]].concat();
+            table.add("ISTIO_INBOUND", &established, Return, Some(Rule::PodLocal));
+            table.add("ISTIO_INBOUND", ports, Jump("ISTIO_TPROXY"), None);
+        };
+        match &options.inbound {
+            All::These(ports) if ports.is_empty() => {}
+            All::These(ports) => {
+                table.add("PREROUTING", &[], Jump("ISTIO_INBOUND"), None);
+                for ports in ports {
+                    hand_over(&mut table, &[Port(*ports)]);
+                }
+            }
+            All::Star => {
+                table.add("PREROUTING", &[], Jump("ISTIO_INBOUND"), None);
+                for ports in &options.exclude_inbound {
+                    let name = Some(Rule::InboundPortExcluded);
+                    table.add("ISTIO_INBOUND", &[Port(*ports)], Return, name);
+                }
+                hand_over(&mut table, &[]);
+            }
+        }
+        // 18, the rest
+        table.add("OUTPUT", &[Interface(LO), Mark(mark)], Return, None);
+        let own = [NotTo(loopback), Interface(LO)];
+        for uid in &options.uids {
+            let matches = [own[0], own[1], Uid(*uid)];
+            table.add("OUTPUT", &matches, SetMark(SELF_MARK), None);
+        }
+        for gid in &options.gids {
+            let matches = [own[0], own[1], Gid(*gid)];
+            table.add("OUTPUT", &matches, SetMark(SELF_MARK), None);
+        }
+        table
+    }
+
+    /// The mark that a packet has after OUTPUT.
+    fn mark(&self, packet: &Packet) -> u32 {
+        let mut packet = *packet;
+        for line in self.lines.iter().filter(|line| line.chain == "OUTPUT") {
+            if line.matches.iter().all(|m| m.holds(&packet)) {
+                match line.target {
+                    Target::SetMark(mark) => packet.mark = mark,
+                    _ => break,
+                }
+            }
+        }
+        packet.mark
+    }
+
+    /// Walks a chain as the kernel does. The port handed over to, and the line that led there.
     fn walk(&self, chain: &str, packet: &Packet) -> (Option<u16>, Option<Rule>) {
         for line in self.lines.iter().filter(|line| line.chain == chain) {
             if !line.matches.iter().all(|m| m.holds(packet)) {
@@ -285,7 +384,8 @@ impl Table {
             }
             match line.target {
                 Target::Return => return (None, line.name),
-                Target::Redirect(port) => return (Some(port), line.name),
+                Target::Redirect(port) | Target::Tproxy(port) => return (Some(port), line.name),
+                Target::SetMark(_) => {}
                 Target::Jump(to) => {
                     let (port, name) = self.walk(to, packet);
                     if port.is_some() || name.is_some() {
@@ -298,7 +398,19 @@ impl Table {
     }
 }
 
+fn own6(v6: bool) -> IpAddr {
+    if v6 {
+        Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6).into()
+    } else {
+        Ipv4Addr::new(127, 0, 0, 6).into()
+    }
+}
+
 impl Options {
+    fn loopback_of(&self, v6: bool) -> Cidr {
+        if v6 { cidr("::1", 128) } else { self.loopback }
+    }
+
     fn loopback_included(&self) -> bool {
         match &self.outbound {
             All::Star => false,
@@ -322,6 +434,8 @@ impl Options {
             exclude_groups: vec![],
             loopback: cidr("127.0.0.1", 32),
             ipv6: true,
+            tproxy_mark: None,
+            exclude_interfaces: vec![],
         }
     }
 
@@ -343,7 +457,8 @@ impl Options {
                 | flag(matches!(self.outbound, All::Star), FLAG_OUTBOUND_ALL)
                 | flag(matches!(self.inbound, All::Star), FLAG_INBOUND_ALL)
                 | flag(self.loopback_included(), FLAG_LOOPBACK_INCLUDED)
-                | flag(matches!(self.groups, All::These(_)), FLAG_GROUPS_INCLUDE),
+                | flag(matches!(self.groups, All::These(_)), FLAG_GROUPS_INCLUDE)
+                | flag(self.tproxy_mark.is_some(), FLAG_TPROXY),
             lists: EVERY_LIST.map(any).iter().sum(),
             outbound_port: OUTBOUND_PORT,
             inbound_port: INBOUND_PORT,
@@ -354,10 +469,15 @@ impl Options {
             proxy_uid_count: self.uids.len() as u32,
             proxy_gid_count: self.gids.len() as u32,
             group_count: groups.len() as u32,
-            _pad2: 0,
+            tproxy_mark: self.tproxy_mark.unwrap_or_default(),
             proxy_uids: filled(&self.uids),
             proxy_gids: filled(&self.gids),
             groups: filled(groups),
+            excluded_interfaces: std::array::from_fn(|i| {
+                self.exclude_interfaces.get(i).copied().unwrap_or(LO)
+            }),
+            excluded_interface_count: self.exclude_interfaces.len() as u32,
+            _pad2: 0,
         }
     }
 
@@ -424,13 +544,20 @@ fn by_the_rules_out(options: &Options, packet: &Packet) -> Rule {
         ..*packet
     };
     let v6 = packet.destination.is_ipv6();
-    let (port, name) = Table::of(options, v6).walk("OUTPUT", &packet);
+    let mangle = Table::mangle(options, v6);
+    let mark = mangle.mark(&packet);
+    let (port, name) = Table::nat(options, v6).walk("OUTPUT", &packet);
     let rule = match name {
         Some(rule) => rule,
         None if v6 && !options.ipv6 => Rule::Ipv6Off,
         None => Rule::NotIncluded,
     };
     assert_eq!(port, port_of(rule), "the interpreter contradicts itself");
+    // What the nat table leaves alone comes in again through lo.
+    let looped = Packet { mark, ..packet };
+    if packet.interface == LO && port.is_none() && mangle.walk("PREROUTING", &looped).0.is_some() {
+        return Rule::ProxyToSelfInPlace;
+    }
     rule
 }
 
@@ -442,12 +569,24 @@ fn by_the_rules_in(options: &Options, packet: &Packet) -> Rule {
         owner: None,
         ..*packet
     };
-    let (port, name) = Table::of(options, v6).walk("PREROUTING", &packet);
+    let table = if options.tproxy_mark.is_some() {
+        Table::mangle(options, v6)
+    } else {
+        Table::nat(options, v6)
+    };
+    let (port, name) = table.walk("PREROUTING", &packet);
+    let to_loopback = options.loopback_of(v6).contains(destination);
     let rule = match (name, &options.inbound) {
         (Some(rule), _) => rule,
         (None, _) if packet.from_machine => Rule::MachineIpv6Off,
         (None, _) if v6 && !options.ipv6 => Rule::InboundIpv6Off,
         (None, All::These(ports)) if ports.is_empty() => Rule::InboundOff,
+        (None, All::Star) => Rule::InboundLoopback,
+        (None, All::These(ports))
+            if to_loopback && ports.iter().any(|(a, b)| (*a..=*b).contains(&packet.port)) =>
+        {
+            Rule::InboundLoopback
+        }
         (None, _) => Rule::InboundPortNotIncluded,
     };
     assert_eq!(port, port_of(rule), "the interpreter contradicts itself");
@@ -458,7 +597,7 @@ fn port_of(rule: Rule) -> Option<u16> {
     match rule.action() {
         Action::Pass => None,
         Action::CaptureOutbound => Some(OUTBOUND_PORT),
-        Action::CaptureInbound => Some(INBOUND_PORT),
+        Action::CaptureInbound | Action::CaptureInPlace => Some(INBOUND_PORT),
     }
 }
 
@@ -467,18 +606,24 @@ fn decided_out(options: &Options, packet: &Packet) -> Rule {
         source: packet.source.into(),
         destination: packet.destination.into(),
         port: packet.port,
-        local: packet.out_lo,
+        local: packet.interface == LO,
+        interface: packet.interface,
+        mark: packet.mark,
         owner: packet.owner.map(|(uid, gid)| Owner { uid, gid }),
     };
     decide::outbound(&options.pod(), options, &connection)
 }
 
 fn decided_in(options: &Options, packet: &Packet) -> Rule {
-    let destination = packet.destination.into();
     if packet.from_machine {
-        return decide::machine(&options.pod(), options, &destination);
+        return decide::machine(&options.pod(), options, &packet.destination.into());
     }
-    decide::inbound(&options.pod(), options, &destination, packet.port)
+    let connection = Inbound {
+        destination: packet.destination.into(),
+        port: packet.port,
+        interface: packet.interface,
+    };
+    decide::inbound(&options.pod(), options, &connection)
 }
 
 fn cidr(address: &str, bits: u8) -> Cidr {
@@ -598,7 +743,10 @@ fn any_options() -> impl Strategy<Value = Options> {
     let outbound = (all_or(vec(any_cidr(), 0..4)), vec(any_cidr(), 0..3));
     let ports = (any_ports(), any_ports(), select(&[15008_u16, 80][..]));
     let groups = (all_or(any_ids(64)), any_ids(64));
-    let rest = (any_loopback(), prop::bool::weighted(0.8));
+    // The last mark is one that the rules themselves set.
+    let mark = prop::option::of(select(&[1337_u32, 1337, 7, SELF_MARK][..]));
+    let interfaces = vec(1..6_u32, 0..3);
+    let rest = (any_loopback(), prop::bool::weighted(0.8), mark, interfaces);
     (ids, inbound, outbound, ports, groups, rest).prop_map(
         |(ids, inbound, outbound, ports, groups, rest)| Options {
             tunnel_port: ports.2,
@@ -614,6 +762,8 @@ fn any_options() -> impl Strategy<Value = Options> {
             exclude_groups: groups.1,
             loopback: rest.0,
             ipv6: rest.1,
+            tproxy_mark: rest.2,
+            exclude_interfaces: rest.3,
         },
     )
 }
@@ -622,13 +772,16 @@ fn any_packet() -> impl Strategy<Value = Packet> {
     let port = prop_oneof![9 => select(&PORTS[..]), 1 => any::<u16>()];
     let id = || prop_oneof![9 => select(&IDS[..]), 1 => any::<u32>()];
     let owner = prop::option::weighted(0.9, (id(), id()));
-    let flags = (any::<bool>(), any::<bool>());
-    (any_address(), any_address(), port, flags, owner).prop_map(
-        |(source, destination, port, (out_lo, from_machine), owner)| Packet {
+    let interface = prop_oneof![Just(LO), 2..6_u32];
+    let mark = select(&[0_u32, 0, 7, 1337, SELF_MARK][..]);
+    let (addresses, from_machine) = ((any_address(), any_address()), any::<bool>());
+    (addresses, port, interface, mark, owner, from_machine).prop_map(
+        |((source, destination), port, interface, mark, owner, from_machine)| Packet {
             source: as_family_of(destination, source),
             destination,
             port,
-            out_lo,
+            interface,
+            mark,
             owner,
             from_machine,
         },
@@ -663,6 +816,13 @@ proptest! {
     #[test]
     fn inbound_decides_as_the_rules_do(options in any_options(), packets in any_packets()) {
         for packet in &packets {
+            // From outside: by another interface than lo, and without a mark. With TPROXY, `-k` is refused.
+            let packet = &Packet {
+                interface: packet.interface.max(LO + 1),
+                mark: 0,
+                from_machine: packet.from_machine && options.tproxy_mark.is_none(),
+                ..*packet
+            };
             let wanted = by_the_rules_in(&options, packet);
             prop_assert_eq!(decided_in(&options, packet), wanted, "{:?}", packet);
         }
@@ -768,7 +928,12 @@ fn cases_that_people_trip_over() {
             source: ip(POD_IP),
             destination,
             port,
-            out_lo: destination.is_loopback() || destination == ip(POD_IP),
+            interface: if destination.is_loopback() || destination == ip(POD_IP) {
+                LO
+            } else {
+                2
+            },
+            mark: 0,
             owner: Some(owner),
             from_machine: false,
         };
@@ -785,7 +950,8 @@ fn hop_from_the_proxy_to_its_application_passes() {
             source: ip(source),
             destination: ip(destination),
             port: 8080,
-            out_lo: true,
+            interface: LO,
+            mark: 0,
             owner: Some(PROXY),
             from_machine: false,
         };
@@ -806,9 +972,13 @@ fn inbound_to_the_proxys_own_ports_is_captured_and_to_the_tunnel_is_not() {
         (15090, None),
     ];
     for (port, wanted) in rows {
-        let destination = ip(POD_IP).into();
+        let connection = Inbound {
+            destination: ip(POD_IP).into(),
+            port,
+            interface: 2,
+        };
         let options = Options::injected();
-        let rule = decide::inbound(&options.pod(), &options, &destination, port);
+        let rule = decide::inbound(&options.pod(), &options, &connection);
         assert_eq!(port_of(rule), wanted, "port {port}: {rule:?}");
     }
 }
@@ -838,11 +1008,89 @@ fn machines_are_captured_by_destination_alone() {
             source: ip("172.30.1.2"),
             destination: ip(destination),
             port: 15008,
-            out_lo: false,
+            interface: 2,
+            mark: 0,
             owner: None,
             from_machine: true,
         };
         assert_eq!(decided_in(options, &packet), wanted, "{destination}");
         assert_eq!(by_the_rules_in(options, &packet), wanted, "{destination}");
+    }
+}
+
+#[test]
+fn tproxy_takes_what_the_nat_table_leaves() {
+    let injected = || Options {
+        tproxy_mark: Some(1337),
+        ..Options::injected()
+    };
+    let by_root = (0, 1337);
+    let rows = [
+        (
+            "root's gid",
+            by_root,
+            0,
+            POD_IP,
+            8080,
+            Rule::ProxyToSelfInPlace,
+        ),
+        (
+            "tunnel",
+            by_root,
+            0,
+            POD_IP,
+            15008,
+            Rule::ProxyToSelfInPlace,
+        ),
+        ("excluded", by_root, 0, POD_IP, 15020, Rule::PodLocal),
+        ("marked", by_root, 1337, POD_IP, 8080, Rule::PodLocal),
+        ("nat first", PROXY, 0, POD_IP, 8080, Rule::ProxyToSelf),
+        (
+            "nat first, marked",
+            PROXY,
+            1337,
+            POD_IP,
+            8080,
+            Rule::ProxyToSelf,
+        ),
+        (
+            "nat's exception",
+            PROXY,
+            0,
+            POD_IP,
+            15008,
+            Rule::ProxyToSelfInPlace,
+        ),
+        ("loopback", by_root, 0, "127.0.0.1", 8080, Rule::PodLocal),
+        (
+            "not L",
+            by_root,
+            0,
+            "127.0.0.5",
+            8080,
+            Rule::ProxyToSelfInPlace,
+        ),
+        ("application", APP, 0, POD_IP, 8080, Rule::PodLocal),
+        (
+            "its mark",
+            APP,
+            SELF_MARK,
+            POD_IP,
+            8080,
+            Rule::ProxyToSelfInPlace,
+        ),
+    ];
+    for (name, owner, mark, destination, port, wanted) in rows {
+        let packet = Packet {
+            source: ip(POD_IP),
+            destination: ip(destination),
+            port,
+            interface: LO,
+            mark,
+            owner: Some(owner),
+            from_machine: false,
+        };
+        assert_eq!(decided_out(&injected(), &packet), wanted, "{name}");
+        assert_eq!(by_the_rules_out(&injected(), &packet), wanted, "{name}");
     }
 }

@@ -6,21 +6,24 @@
 
 use redirect_common::address::Address;
 use redirect_common::connection::{
-    Original, ROLE_CLIENT, ROLE_CLIENT_DIRECT, STEERED_PORT_FIRST, STEERED_PORTS, SocketState,
-    is_steered_port,
+    Original, ROLE_CLIENT, ROLE_CLIENT_DIRECT, SPARE_PORT_FIRST, SPARE_PORT_TRIES, SPARE_PORTS,
+    SocketState, is_steered_port,
 };
 use redirect_common::decide::{self, Outbound};
-use redirect_common::route::ROUTE_LOCAL;
+use redirect_common::pod::FLAG_TPROXY;
+use redirect_common::route::{ROUTE_BIND_SOURCE, ROUTE_LOCAL, RouteInfo};
 use redirect_common::verdict::{Action, Rule};
 
 use crate::ctx::{Sock, SockAddr, random};
 use crate::destinations;
+use crate::ephemeral;
 use crate::log;
 use crate::maps::{self, PolicyLists};
 use crate::owner;
 
 const ALLOW: i32 = 1;
 const REFUSE: i32 = 0;
+const EADDRNOTAVAIL: i32 = 99;
 const ENETUNREACH: i32 = 101;
 const ENOMEM: i32 = 12;
 
@@ -36,8 +39,8 @@ pub fn connect(ctx: &SockAddr) -> i32 {
     let Some(sock) = ctx.sock() else {
         return ALLOW;
     };
-    let bound = sock.source();
-    let destination = meant(ctx.address(), &bound);
+    let destination = meant(ctx.address(), sock);
+    let bound = bound_to(sock, &destination);
     let route = maps::route(netns_cookie, &destination);
     let local =
         destination.is_loopback() || route.is_some_and(|route| route.flags & ROUTE_LOCAL != 0);
@@ -46,49 +49,81 @@ pub fn connect(ctx: &SockAddr) -> i32 {
     } else {
         bound
     };
+    let routed = route.map_or(0, |route| route.interface);
+    let bound_interface = sock.bound_interface();
     let connection = Outbound {
         source,
         destination,
         port: ctx.port(),
         local,
+        // What goes to the pod itself leaves through `lo`, whatever the socket is bound to.
+        interface: if local || bound_interface == 0 {
+            routed
+        } else {
+            bound_interface
+        },
+        mark: sock.mark(),
         owner: owner::of(sock),
     };
     let lists = PolicyLists { policy: pod.policy };
-    let rule = decide::outbound(pod, &lists, &connection);
-    let proxy_port = match rule.action() {
+    let about = log::outbound(netns_cookie, pod, &connection);
+    let wanted = decide::outbound(pod, &lists, &connection);
+    // Passing it would let it out if a route has come since; the kernel would say the same.
+    let no_route = wanted.action() != Action::Pass && route.is_none();
+    let rule = if no_route { Rule::NoRoute } else { wanted };
+    maps::count(netns_cookie, rule);
+    log::decided(&about, rule);
+    let proxy_port = match wanted.action() {
         Action::Pass => {
-            maps::count(netns_cookie, rule);
-            log::decided_outbound(netns_cookie, rule, &connection, 0);
-            return pass(ctx, sock, &connection);
+            // A foreign source makes it look like one from outside.
+            let like_inbound = pod.has(FLAG_TPROXY)
+                && local
+                && !bound.is_unspecified()
+                && !maps::is_local(netns_cookie, &bound);
+            return if like_inbound {
+                in_place(ctx, sock, &connection, 0)
+            } else {
+                pass(ctx, sock, &connection)
+            };
         }
+        Action::CaptureInPlace => return in_place(ctx, sock, &connection, pod.inbound_port),
         Action::CaptureOutbound => pod.outbound_port,
         Action::CaptureInbound => pod.inbound_port,
     };
-    if route.is_none() {
-        // Passing it would let it out if a route has come since; the kernel would say the same.
-        maps::count(netns_cookie, Rule::NoRoute);
-        log::decided_outbound(netns_cookie, Rule::NoRoute, &connection, 0);
+    let Some(route) = route else {
         log::no_route(netns_cookie, &destination, connection.port);
         ctx.set_error(ENETUNREACH);
         return REFUSE;
-    }
-    maps::count(netns_cookie, rule);
-    log::decided_outbound(netns_cookie, rule, &connection, proxy_port);
-    // A socket bound to an address that is not the pod's (IP_FREEBIND) cannot be reached there.
-    let steered = if bound.is_unspecified() || maps::is_local(netns_cookie, &bound) {
-        source
-    } else {
-        destination.loopback_of_family()
     };
     let original = Original {
         destination,
         port: connection.port,
         proxy_port,
-        _pad: 0,
+        in_place: 0,
     };
-    let Some(port) = steered_port(netns_cookie, sock, &original) else {
-        log::socket_storage_refused(netns_cookie, &destination, connection.port);
-        ctx.set_error(ENOMEM);
+    let standing = destinations::port_of(netns_cookie, &original, sock.source_port());
+    let port = match standing {
+        Some(port) => {
+            forget(sock);
+            port
+        }
+        None => {
+            if !remember(sock, original, ROLE_CLIENT) {
+                log::socket_storage_refused(netns_cookie, &destination, connection.port);
+                ctx.set_error(ENOMEM);
+                return REFUSE;
+            }
+            random_spare_port()
+        }
+    };
+    let steered = steered_address(ctx, sock, port, &bound, &source, route);
+    let port = if standing.is_some() || sock.source_port() == 0 {
+        Some(port)
+    } else {
+        free_spare_port(ctx, port, (&source, sock.source_port()), &steered)
+    };
+    let Some(port) = port else {
+        ctx.set_error(EADDRNOTAVAIL);
         return REFUSE;
     };
     ctx.set_address(&steered);
@@ -96,48 +131,108 @@ pub fn connect(ctx: &SockAddr) -> i32 {
     ALLOW
 }
 
+/// The address of the pod that the connection is sent to: its own source address if possible, which
+/// the kernel then chooses as the source. An unbound socket is bound where it would not.
+#[inline(always)]
+fn steered_address(
+    ctx: &SockAddr,
+    sock: Sock,
+    port: u16,
+    bound: &Address,
+    source: &Address,
+    route: &RouteInfo,
+) -> Address {
+    let loopback = other_loopback(source);
+    // A socket bound to an address that is not the pod's (IP_FREEBIND) cannot be reached there.
+    if !bound.is_unspecified() && !maps::is_local(ctx.netns_cookie(), bound) {
+        return loopback;
+    }
+    // The kernel chooses the source port: the steered one would connect the socket to itself.
+    // Interfaces other than lo do not lead to loopback.
+    let apart = sock.source_port() == 0 && sock.interface() == 0 && ephemeral::contains(sock, port);
+    let bind = bound.is_unspecified() && (apart || route.flags & ROUTE_BIND_SOURCE != 0);
+    if apart && (!bind || ctx.bind(source)) {
+        return loopback;
+    }
+    if bind && !apart {
+        ctx.bind(source);
+    }
+    *source
+}
+
+/// A loopback address that is not `address`, where the family has one.
+#[inline(always)]
+fn other_loopback(address: &Address) -> Address {
+    let loopback = address.loopback_of_family();
+    if *address == loopback && address.is_v4() {
+        Address::from_v4_be(0x7f00_0002_u32.to_be())
+    } else {
+        loopback
+    }
+}
+
 /// Lets the connection go where it is meant to. One to a steered port of the pod itself has to be
 /// remembered: it looks like a captured one otherwise.
 #[inline(always)]
 fn pass(ctx: &SockAddr, sock: Sock, connection: &Outbound) -> i32 {
     if connection.local && is_steered_port(connection.port) {
-        let original = Original {
-            destination: connection.destination,
-            port: connection.port,
-            proxy_port: 0,
-            _pad: 0,
-        };
-        if !remember(sock, original, ROLE_CLIENT_DIRECT) {
-            ctx.set_error(ENOMEM);
-            return REFUSE;
-        }
-    } else {
-        forget(sock);
+        return remember_direct(ctx, sock, connection, 0, 0);
     }
+    forget(sock);
     ALLOW
 }
 
-/// The port that the connection is sent to: the one that stands for its destination, or a random
-/// one if there is none, with the destination in the socket's memory. None if memory runs out.
+/// Lets the connection go to the pod's own address that it is meant for. Only its flow tells
+/// `sk_lookup` what to do with it: to give it to the proxy, or with `proxy_port` 0 to let it alone.
 #[inline(always)]
-fn steered_port(netns_cookie: u64, sock: Sock, original: &Original) -> Option<u16> {
-    let source_port = sock.source_port();
-    if let Some(port) = destinations::port_of(netns_cookie, original, source_port) {
-        forget(sock);
-        return Some(port);
-    }
-    if !remember(sock, *original, ROLE_CLIENT) {
-        return None;
-    }
-    let port = STEERED_PORT_FIRST + (random() % u32::from(STEERED_PORTS)) as u16;
-    // Not the socket's own: it would connect to itself.
-    Some(if port != source_port {
-        port
-    } else if port == STEERED_PORT_FIRST {
-        port + 1
+fn in_place(ctx: &SockAddr, sock: Sock, connection: &Outbound, proxy_port: u16) -> i32 {
+    remember_direct(ctx, sock, connection, proxy_port, 1)
+}
+
+#[inline(always)]
+fn remember_direct(
+    ctx: &SockAddr,
+    sock: Sock,
+    connection: &Outbound,
+    proxy_port: u16,
+    in_place: u32,
+) -> i32 {
+    let original = Original {
+        destination: connection.destination,
+        port: connection.port,
+        proxy_port,
+        in_place,
+    };
+    if remember(sock, original, ROLE_CLIENT_DIRECT) {
+        ALLOW
     } else {
-        port - 1
-    })
+        ctx.set_error(ENOMEM);
+        REFUSE
+    }
+}
+
+#[inline(always)]
+fn random_spare_port() -> u16 {
+    SPARE_PORT_FIRST + (random() % u32::from(SPARE_PORTS)) as u16
+}
+
+/// `port` or another spare one, for a socket that is bound to a port. Another socket of the same
+/// source may have drawn the same one: connect() would fail.
+#[inline(always)]
+fn free_spare_port(
+    ctx: &SockAddr,
+    mut port: u16,
+    source: (&Address, u16),
+    steered: &Address,
+) -> Option<u16> {
+    for _ in 0..SPARE_PORT_TRIES {
+        // The socket's own would connect it to itself.
+        if port != source.1 && !ctx.is_connected(source, (steered, port)) {
+            return Some(port);
+        }
+        port = random_spare_port();
+    }
+    None
 }
 
 #[inline(always)]
@@ -145,7 +240,7 @@ fn remember(sock: Sock, original: Original, role: u32) -> bool {
     sock.set_state(&SocketState {
         original,
         role,
-        watching: 0,
+        _pad: 0,
     })
 }
 
@@ -159,12 +254,21 @@ fn forget(sock: Sock) {
 
 /// connect() to the unspecified address means this host (`ip_route_output_key_hash`, `tcp_v6_connect`).
 #[inline(always)]
-fn meant(destination: Address, bound: &Address) -> Address {
+fn meant(destination: Address, sock: Sock) -> Address {
     if !destination.is_unspecified() {
-        destination
-    } else if destination.is_v4() && bound.is_v4() && !bound.is_unspecified() {
-        *bound
-    } else {
-        destination.loopback_of_family()
+        return destination;
     }
+    let bound = bound_to(sock, &destination);
+    if destination.is_v4() && !bound.is_unspecified() {
+        bound
+    } else {
+        bound.loopback_of_family()
+    }
+}
+
+/// The address that the socket is bound to, as a connection to `destination` has it.
+#[inline(always)]
+fn bound_to(sock: Sock, destination: &Address) -> Address {
+    let (any_family, v4) = (sock.source(), sock.source_v4());
+    if destination.is_v4() { v4 } else { any_family }
 }

@@ -10,7 +10,7 @@ use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::bpf_map_type::BPF_MAP_TYPE_SK_STORAGE;
 use aya_ebpf::bindings::{
     BPF_F_CLONE, BPF_F_NO_PREALLOC, BPF_SOCK_OPS_STATE_CB_FLAG, bpf_sk_lookup, bpf_sock,
-    bpf_sock_addr, bpf_sock_ops, bpf_sockopt,
+    bpf_sock_addr, bpf_sock_ops, bpf_sock_tuple, bpf_sockopt,
 };
 use aya_ebpf::helpers::generated as helpers;
 use aya_ebpf::maps::{HashMap, LruHashMap, PerCpuHashMap};
@@ -28,7 +28,69 @@ pub const SOL_IPV6: i32 = 41;
 pub const AF_INET: u32 = 2;
 pub const AF_INET6: u32 = 10;
 pub const IPPROTO_TCP: u32 = 6;
+pub const IPPROTO_MPTCP: u32 = 262;
 const BPF_SK_STORAGE_GET_F_CREATE: u64 = 1;
+const TCP_LISTEN: u32 = 10;
+/// `BPF_F_CURRENT_NETNS`, which is negative.
+const CURRENT_NETNS: u64 = u64::MAX;
+
+/// `struct sockaddr_in`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct SockaddrIn {
+    family: u16,
+    port_be: u16,
+    address_be: u32,
+    zero: [u32; 2],
+}
+
+impl SockaddrIn {
+    /// `port` in host order.
+    #[inline(always)]
+    pub const fn new(address: &Address, port: u16) -> Self {
+        Self {
+            family: AF_INET as u16,
+            port_be: port.to_be(),
+            address_be: address.v4_be(),
+            zero: [0; 2],
+        }
+    }
+}
+
+/// `struct sockaddr_in6`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct SockaddrIn6 {
+    family: u16,
+    port_be: u16,
+    flow_info: u32,
+    address_be: [u32; 4],
+    scope_id: u32,
+}
+
+impl SockaddrIn6 {
+    /// `port` in host order.
+    #[inline(always)]
+    pub const fn new(address: &Address, port: u16) -> Self {
+        Self {
+            family: AF_INET6 as u16,
+            port_be: port.to_be(),
+            flow_info: 0,
+            address_be: address.words_be,
+            scope_id: 0,
+        }
+    }
+}
+
+/// `struct bpf_sock_tuple` of one family: addresses and ports in network order.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Tuple<A> {
+    source: A,
+    destination: A,
+    source_port: u16,
+    destination_port: u16,
+}
 
 /// Storage in sockets that accepted sockets inherit from their listener: aya-ebpf's `SkStorage` with
 /// one flag more. The loader reads the numbers from the types (BTF).
@@ -153,6 +215,13 @@ pub fn random() -> u32 {
     unsafe { helpers::bpf_get_prandom_u32() }
 }
 
+/// What a global function got a pointer to: null, for all the verifier knows of its callers.
+#[inline(always)]
+pub fn argument<T>(pointer: &*const T) -> Option<&T> {
+    // SAFETY: the verifier lets only null or readable memory of that size be passed.
+    unsafe { pointer.as_ref() }
+}
+
 /// Nanoseconds of `CLOCK_MONOTONIC`.
 #[inline(always)]
 pub fn now_ns() -> u64 {
@@ -176,12 +245,30 @@ impl Sock {
     }
 
     #[inline(always)]
+    pub fn protocol(self) -> u32 {
+        read!(self.0, protocol)
+    }
+
+    #[inline(always)]
     pub fn source(self) -> Address {
         by_family(
             self.family(),
             read!(self.0, src_ip4),
             read_words!(self.0, src_ip6),
         )
+    }
+
+    /// The source of an IPv4 connection, whatever the socket's family. An IPv6 socket bound to an
+    /// IPv6 address has 127.0.0.6 here (`LOOPBACK4_IPV6`, `__inet6_bind`).
+    #[inline(always)]
+    pub fn source_v4(self) -> Address {
+        Address::from_v4_be(read!(self.0, src_ip4))
+    }
+
+    /// Index of the interface that the socket is bound to; 0 if none.
+    #[inline(always)]
+    pub fn interface(self) -> u32 {
+        read!(self.0, bound_dev_if)
     }
 
     /// Host order.
@@ -203,6 +290,18 @@ impl Sock {
     #[inline(always)]
     pub fn destination_port(self) -> u16 {
         u16::from_be(read!(self.0, dst_port))
+    }
+
+    /// `SO_MARK`.
+    #[inline(always)]
+    pub fn mark(self) -> u32 {
+        read!(self.0, mark)
+    }
+
+    /// Index of the interface it is bound to (`SO_BINDTODEVICE`); 0 if it is not.
+    #[inline(always)]
+    pub fn bound_interface(self) -> u32 {
+        read!(self.0, bound_dev_if)
     }
 
     /// Address in kernel memory, as a number: the verifier allows no arithmetic on the pointer.
@@ -322,6 +421,72 @@ impl SockAddr {
         write!(self.pointer, u32::from(port.to_be()), user_port);
     }
 
+    /// Binds the socket to an address, not to a port. False if it is bound to a port.
+    #[inline(always)]
+    pub fn bind(&self, address: &Address) -> bool {
+        let failed = match self.family {
+            Family::V4 => {
+                let mut name = SockaddrIn::new(address, 0);
+                // SAFETY: the context is the kernel's, `name` is as long as told.
+                unsafe {
+                    helpers::bpf_bind(
+                        self.pointer,
+                        ptr::from_mut(&mut name).cast(),
+                        size_of::<SockaddrIn>() as i32,
+                    )
+                }
+            }
+            Family::V6 => {
+                let mut name = SockaddrIn6::new(address, 0);
+                // SAFETY: as above.
+                unsafe {
+                    helpers::bpf_bind(
+                        self.pointer,
+                        ptr::from_mut(&mut name).cast(),
+                        size_of::<SockaddrIn6>() as i32,
+                    )
+                }
+            }
+        };
+        failed == 0
+    }
+
+    /// True if there is a connection, of whatever state, from `local` to `remote` in this network
+    /// namespace: addresses of one family, and ports in host order.
+    #[inline(always)]
+    pub fn is_connected(&self, local: (&Address, u16), remote: (&Address, u16)) -> bool {
+        // As a packet of the peer's has it.
+        let (mut v4, mut v6);
+        let (tuple, length): (*mut bpf_sock_tuple, usize) = if local.0.is_v4() {
+            v4 = Tuple {
+                source: remote.0.v4_be(),
+                destination: local.0.v4_be(),
+                source_port: remote.1.to_be(),
+                destination_port: local.1.to_be(),
+            };
+            (ptr::from_mut(&mut v4).cast(), size_of::<Tuple<u32>>())
+        } else {
+            v6 = Tuple {
+                source: remote.0.words_be,
+                destination: local.0.words_be,
+                source_port: remote.1.to_be(),
+                destination_port: local.1.to_be(),
+            };
+            (ptr::from_mut(&mut v6).cast(), size_of::<Tuple<[u32; 4]>>())
+        };
+        // SAFETY: `tuple` has `length` bytes.
+        let sk = unsafe {
+            helpers::bpf_skc_lookup_tcp(self.pointer.cast(), tuple, length as u32, CURRENT_NETNS, 0)
+        };
+        if sk.is_null() {
+            return false;
+        }
+        let listens = read!(sk, state) == TCP_LISTEN;
+        // SAFETY: the socket is the one found above; the verifier demands its release.
+        let _ = unsafe { helpers::bpf_sk_release(sk.cast()) };
+        !listens
+    }
+
     /// Makes the system call fail with this error if the program refuses it. Before Linux 5.18 the
     /// error is always EPERM.
     #[inline(always)]
@@ -400,26 +565,10 @@ impl SockOps {
         u32::from_be(read!(self.pointer, remote_port)) as u16
     }
 
-    /// Asks to be called for this socket's state changes. False if somebody else has asked already.
+    /// Asks to be called for this socket's state changes.
     #[inline(always)]
-    pub fn watch_state(&self) -> bool {
-        let flags = read!(self.pointer, bpf_sock_ops_cb_flags);
-        if flags & BPF_SOCK_OPS_STATE_CB_FLAG != 0 {
-            return false;
-        }
-        self.set_callbacks(flags | BPF_SOCK_OPS_STATE_CB_FLAG);
-        true
-    }
-
-    /// Takes [`watch_state`](Self::watch_state) back.
-    #[inline(always)]
-    pub fn unwatch_state(&self) {
-        let flags = read!(self.pointer, bpf_sock_ops_cb_flags);
-        self.set_callbacks(flags & !BPF_SOCK_OPS_STATE_CB_FLAG);
-    }
-
-    #[inline(always)]
-    fn set_callbacks(&self, flags: u32) {
+    pub fn watch_state(&self) {
+        let flags = read!(self.pointer, bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_STATE_CB_FLAG;
         // SAFETY: the context is the kernel's.
         let _ = unsafe { helpers::bpf_sock_ops_cb_flags_set(self.pointer, flags as i32) };
     }
@@ -542,6 +691,16 @@ impl SockLookup {
     #[inline(always)]
     pub fn remote_port(&self) -> u16 {
         u16::from_be(read!(self.pointer, remote_port))
+    }
+
+    /// Index of the interface the packet came by; 0 before Linux 5.17, which does not tell.
+    #[inline(always)]
+    pub fn interface(&self) -> u32 {
+        if crate::globals::has_ingress_interface() {
+            read!(self.pointer, ingress_ifindex)
+        } else {
+            0
+        }
     }
 
     /// Gives the packet to the listener under `key` if it accepts `serves` (asked with the address

@@ -43,15 +43,17 @@ pub fn known_port_of(netns_cookie: u64, original: &Original) -> Option<u16> {
     None
 }
 
-/// The destination of a connection steered to `steered`, coming from `client`.
+/// The destination that a steered port stands for.
 #[inline(always)]
 pub fn of_port(netns_cookie: u64, steered_port: u16) -> Option<&'static Original> {
     maps::destination(&DestinationKey::new(netns_cookie, steered_port))
 }
 
-/// Could this be a captured connection? They never leave the pod.
+/// Could this be a captured connection? They never leave the pod: both ends are the pod's own.
 #[inline(always)]
 pub fn is_steered(netns_cookie: u64, client: &Address, steered: &Address, port: u16) -> bool {
     is_steered_port(port)
-        && (*client == *steered || steered.is_loopback() || maps::is_local(netns_cookie, client))
+        && (*client == *steered
+            || steered.is_loopback()
+            || (maps::is_local(netns_cookie, client) && maps::is_local(netns_cookie, steered)))
 }

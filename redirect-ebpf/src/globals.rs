@@ -15,13 +15,23 @@ static OFFSET_CRED_FSUID: u32 = 0;
 #[unsafe(no_mangle)]
 static OFFSET_CRED_FSGID: u32 = 0;
 
+#[unsafe(no_mangle)]
+static OFFSET_SOCK_NET: u32 = 0;
+#[unsafe(no_mangle)]
+static OFFSET_NET_PORT_RANGE: u32 = 0;
+
+/// 1 if the ephemeral range is one word, the last port in its upper half (since Linux 6.8), and
+/// not two.
+#[unsafe(no_mangle)]
+static PORT_RANGE_PACKED: u32 = 0;
+
 /// 1 if `bpf_set_retval` is offered to `connect` programs.
 #[unsafe(no_mangle)]
 static HAS_SET_RETVAL: u32 = 0;
 
-/// The pod's network namespace: `sk_lookup` programs have no helper that tells it.
+/// 1 if the context of `sk_lookup` tells the interface.
 #[unsafe(no_mangle)]
-static NETNS_COOKIE: u64 = 0;
+static HAS_INGRESS_INTERFACE: u32 = 0;
 
 #[inline(always)]
 pub fn offset_sock_socket() -> u64 {
@@ -49,11 +59,26 @@ pub fn offset_cred_fsgid() -> u64 {
 }
 
 #[inline(always)]
+pub fn offset_sock_net() -> u64 {
+    u64::from(read_global(&OFFSET_SOCK_NET))
+}
+
+#[inline(always)]
+pub fn offset_net_port_range() -> u64 {
+    u64::from(read_global(&OFFSET_NET_PORT_RANGE))
+}
+
+#[inline(always)]
+pub fn is_port_range_packed() -> bool {
+    read_global(&PORT_RANGE_PACKED) != 0
+}
+
+#[inline(always)]
 pub fn has_set_retval() -> bool {
     read_global(&HAS_SET_RETVAL) != 0
 }
 
 #[inline(always)]
-pub fn netns_cookie() -> u64 {
-    read_global(&NETNS_COOKIE)
+pub fn has_ingress_interface() -> bool {
+    read_global(&HAS_INGRESS_INTERFACE) != 0
 }

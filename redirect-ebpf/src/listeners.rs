@@ -20,7 +20,7 @@ pub fn record(ctx: &SockOps, netns_cookie: u64, port: u16) {
             return;
         }
     }
-    log::listener_slots_full(netns_cookie, port);
+    log::listener_slots_full(netns_cookie, u32::from(port));
     key.slot = (random() % u32::from(LISTENER_SLOTS)) as u16;
     ctx.record_listener(&mut key, BPF_ANY);
 }

@@ -3,108 +3,136 @@
 //! Rare troubles are messages, formatted by aya-log. Decisions are typed records in a ring buffer of
 //! their own: they are many, and a message of so many parts does not fit a program's stack.
 
+use core::hint::black_box;
+
 use aya_log_ebpf::warn;
 use redirect_common::address::Address;
-use redirect_common::decide::Outbound;
+use redirect_common::decide::{Outbound, Owner};
 use redirect_common::listener::LISTENER_SLOTS;
 use redirect_common::log::{Decision, FOLLOWER_LOG, FOLLOWER_RUN, NO_OWNER};
+use redirect_common::pod::PodConfig;
 use redirect_common::verdict::Rule;
 
-use crate::ctx::now_ns;
+use crate::ctx::{argument, now_ns};
 use crate::maps::{DECISIONS, FOLLOWERS};
 
 /// Readers look several times a second: nobody has to be woken.
 const BPF_RB_NO_WAKEUP: u64 = 1;
 
-/// Warns about a connection: where it was meant to go, and `text`. Readers take the network
-/// namespace cookie from the front.
-macro_rules! warn_about {
-    ($netns_cookie:expr, $destination:expr, $port:expr, $text:literal) => {
-        let destination: &Address = $destination;
-        if destination.is_v4() {
-            let address = u32::from_be(destination.v4_be());
-            warn!(
-                (),
-                "netns {}: connection to {:i} port {}: {}", $netns_cookie, address, $port, $text
-            );
-        } else {
-            let address = destination.octets();
-            warn!(
-                (),
-                "netns {}: connection to {:i} port {}: {}", $netns_cookie, address, $port, $text
-            );
-        }
-    };
+const NOBODY: Owner = Owner {
+    uid: NO_OWNER,
+    gid: NO_OWNER,
+};
+
+/// A rare trouble with one connection.
+#[repr(u32)]
+#[derive(Clone, Copy)]
+enum Trouble {
+    NoListener,
+    NoRoute,
+    FlowLost,
+    SocketStorageRefused,
+    MachineDropped,
 }
 
 /// A captured connection, whose destination this was, finds no listener of the proxy.
 #[inline(always)]
 pub fn no_listener(netns_cookie: u64, destination: &Address, port: u16) {
-    if somebody_reads(netns_cookie) {
-        warn_about!(
-            netns_cookie,
-            destination,
-            port,
-            "refused: no proxy listens where it is to go"
-        );
-    }
+    warn_about(netns_cookie, destination, port, Trouble::NoListener);
 }
 
 /// A connection that is to be captured goes where no route was known at attach.
 #[inline(always)]
 pub fn no_route(netns_cookie: u64, destination: &Address, port: u16) {
-    if somebody_reads(netns_cookie) {
-        warn_about!(
-            netns_cookie,
-            destination,
-            port,
-            "refused: no route was known there at attach"
-        );
-    }
+    warn_about(netns_cookie, destination, port, Trouble::NoRoute);
 }
 
 /// A captured connection could not be announced to its accepting end.
 #[inline(always)]
 pub fn flow_lost(netns_cookie: u64, destination: &Address, port: u16) {
-    if somebody_reads(netns_cookie) {
-        warn_about!(
-            netns_cookie,
-            destination,
-            port,
-            "refused: it could not be written to FLOWS"
-        );
-    }
+    warn_about(netns_cookie, destination, port, Trouble::FlowLost);
 }
 
 /// A virtual machine's packet would have to be captured and cannot be.
 #[inline(always)]
 pub fn machine_dropped(netns_cookie: u64, destination: &Address, port: u16) {
-    if somebody_reads(netns_cookie) {
-        warn_about!(
-            netns_cookie,
-            destination,
-            port,
-            "a virtual machine's packet is dropped: its interface has no such address, no steered port is free, or it is a fragment"
-        );
-    }
+    warn_about(netns_cookie, destination, port, Trouble::MachineDropped);
 }
 
 /// The kernel has no memory to remember a socket by.
 #[inline(always)]
 pub fn socket_storage_refused(netns_cookie: u64, destination: &Address, port: u16) {
-    if somebody_reads(netns_cookie) {
-        warn_about!(
-            netns_cookie,
-            destination,
-            port,
-            "no memory for the socket's storage"
-        );
-    }
+    warn_about(
+        netns_cookie,
+        destination,
+        port,
+        Trouble::SocketStorageRefused,
+    );
 }
 
-/// More sockets listen on a port of the proxy than are remembered.
 #[inline(always)]
-pub fn listener_slots_full(netns_cookie: u64, port: u16) {
+fn warn_about(netns_cookie: u64, destination: &Address, port: u16, trouble: Trouble) {
+    let [a, b, c, d] = destination.words_be.map(u64::from);
+    trouble_with_connection(
+        netns_cookie,
+        a << 32 | b,
+        c << 32 | d,
+        u32::from(port),
+        trouble as u32,
+    );
+}
+
+/// A global function, of numbers only: the verifier walks it once, and not again on every path that
+/// leads here.
+///
+/// Readers take the network namespace cookie from the front of the message.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn trouble_with_connection(
+    netns_cookie: u64,
+    high: u64,
+    low: u64,
+    port: u32,
+    trouble: u32,
+) -> i32 {
+    if !somebody_reads(netns_cookie) {
+        return 0;
+    }
+    let address = Address::from_words_be([
+        (high >> 32) as u32,
+        high as u32,
+        (low >> 32) as u32,
+        low as u32,
+    ])
+    .octets();
+    macro_rules! tell {
+        ($text:literal) => {
+            warn!(
+                (),
+                "netns {}: connection to {:i} port {}: {}", netns_cookie, address, port, $text
+            )
+        };
+    }
+    if trouble == Trouble::NoListener as u32 {
+        tell!("refused: no proxy listens where it is to go");
+    } else if trouble == Trouble::NoRoute as u32 {
+        tell!("refused: no route was known there at attach");
+    } else if trouble == Trouble::FlowLost as u32 {
+        tell!("refused: it could not be written to FLOWS");
+    } else if trouble == Trouble::MachineDropped as u32 {
+        tell!(
+            "a virtual machine's packet is dropped: its interface has no such address, no steered port is free, or it is a fragment"
+        );
+    } else {
+        tell!("no memory for the socket's storage");
+    }
+    0
+}
+
+/// More sockets listen on a port of the proxy than are remembered. Global for the same reason.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn listener_slots_full(netns_cookie: u64, port: u32) -> i32 {
     if somebody_reads(netns_cookie) {
         warn!(
             (),
@@ -114,64 +142,85 @@ pub fn listener_slots_full(netns_cookie: u64, port: u16) {
             port
         );
     }
+    0
 }
 
-/// A decision about a connection made in the pod. `proxy_port` is 0 if it is let alone.
+/// What can be told about a connection made in the pod. Built before the decision, whose many ways
+/// the verifier would otherwise have to tell apart up to [`decided`].
 #[inline(always)]
-pub fn decided_outbound(netns_cookie: u64, rule: Rule, connection: &Outbound, proxy_port: u16) {
-    if !decisions_wanted(netns_cookie) {
-        return;
-    }
-    let (uid, gid) = match connection.owner {
-        Some(owner) => (owner.uid, owner.gid),
-        None => (NO_OWNER, NO_OWNER),
+pub fn outbound(netns_cookie: u64, pod: &PodConfig, connection: &Outbound) -> Decision {
+    let owner = match connection.owner {
+        // Opaque: LLVM would read the ids of nobody too before it chooses, and the verifier refuses.
+        Some(owner) => black_box(owner),
+        None => NOBODY,
     };
-    tell(&Decision {
-        time_ns: now_ns(),
+    Decision {
+        time_ns: 0,
         netns_cookie,
         source: connection.source,
         destination: connection.destination,
         source_port: 0,
         port: connection.port,
-        rule: rule as u32,
-        uid,
-        gid,
-        proxy_port,
-        _pad: [0; 3],
-    });
+        rule: 0,
+        uid: owner.uid,
+        gid: owner.gid,
+        outbound_port: pod.outbound_port,
+        inbound_port: pod.inbound_port,
+        _pad: 0,
+    }
 }
 
-/// A decision about a connection from outside: addresses, and ports in host order.
+/// What can be told about a connection from outside: addresses, and ports in host order.
 #[inline(always)]
-pub fn decided_inbound(
+pub fn inbound(
     netns_cookie: u64,
-    rule: Rule,
+    pod: &PodConfig,
     source: (Address, u16),
     destination: (Address, u16),
-    proxy_port: u16,
-) {
-    if !decisions_wanted(netns_cookie) {
-        return;
-    }
-    tell(&Decision {
-        time_ns: now_ns(),
+) -> Decision {
+    Decision {
+        time_ns: 0,
         netns_cookie,
         source: source.0,
         destination: destination.0,
         source_port: source.1,
         port: destination.1,
-        rule: rule as u32,
-        uid: NO_OWNER,
-        gid: NO_OWNER,
-        proxy_port,
-        _pad: [0; 3],
-    });
+        rule: 0,
+        uid: NOBODY.uid,
+        gid: NOBODY.gid,
+        outbound_port: pod.outbound_port,
+        inbound_port: pod.inbound_port,
+        _pad: 0,
+    }
 }
 
+/// Tells a decision, if somebody reads.
 #[inline(always)]
-fn tell(decision: &Decision) {
-    // No room: the reader is too slow, and the connection does not wait for it.
-    let _ = DECISIONS.output::<Decision>(decision, BPF_RB_NO_WAKEUP);
+pub fn decided(about: &Decision, rule: Rule) {
+    tell_decision(about, rule as u32);
+}
+
+/// Global as well: of everything before it, the verifier keeps only that `about` is readable.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn tell_decision(about: *const Decision, rule: u32) -> i32 {
+    let (Some(about), Some(follower)) = (argument(&about), FOLLOWERS.get(FOLLOWER_LOG)) else {
+        return 0;
+    };
+    if follower.decisions == 0 || !follower.wants(about.netns_cookie) {
+        return 0;
+    }
+    let time_ns = now_ns();
+    if follower.reads_at(time_ns) {
+        let decision = Decision {
+            time_ns,
+            rule,
+            ..*about
+        };
+        // No room: the reader is too slow, and the connection does not wait for it.
+        let _ = DECISIONS.output::<Decision>(&decision, BPF_RB_NO_WAKEUP);
+    }
+    0
 }
 
 #[inline(always)]
@@ -180,12 +229,5 @@ fn somebody_reads(netns_cookie: u64) -> bool {
         FOLLOWERS
             .get(index)
             .is_some_and(|follower| follower.wants(netns_cookie) && follower.reads_at(now_ns()))
-    })
-}
-
-#[inline(always)]
-fn decisions_wanted(netns_cookie: u64) -> bool {
-    FOLLOWERS.get(FOLLOWER_LOG).is_some_and(|follower| {
-        follower.decisions != 0 && follower.wants(netns_cookie) && follower.reads_at(now_ns())
     })
 }

@@ -16,7 +16,6 @@ use redirect_common::virtual_machine::{Interface, InterfaceKey, Translation};
 use crate::ctx::packet::{End, Packet};
 use crate::ctx::{Family, Sock};
 use crate::destinations;
-use crate::globals;
 use crate::log;
 use crate::maps::{self, PolicyLists};
 use crate::segment::{self, Content, Segment};
@@ -32,7 +31,9 @@ type Endpoint = (Address, u16);
 /// A packet comes in from a machine.
 #[inline(always)]
 pub fn ingress(packet: &Packet) -> i32 {
-    let netns_cookie = globals::netns_cookie();
+    let Some(netns_cookie) = maps::netns_cookie() else {
+        return PASS;
+    };
     let Some((pod, interface, family)) = look(packet, netns_cookie) else {
         return PASS;
     };
@@ -84,7 +85,9 @@ pub fn ingress(packet: &Packet) -> i32 {
 /// A packet goes out to a machine.
 #[inline(always)]
 pub fn egress(packet: &Packet) -> i32 {
-    let netns_cookie = globals::netns_cookie();
+    let Some(netns_cookie) = maps::netns_cookie() else {
+        return PASS;
+    };
     let Some((_, interface, family)) = look(packet, netns_cookie) else {
         return PASS;
     };
@@ -163,7 +166,8 @@ fn opened(
     let rule = decide::machine(pod, &lists, &segment.destination.0);
     if rule.action() == Action::Pass {
         maps::count(netns_cookie, rule);
-        log::decided_inbound(netns_cookie, rule, segment.source, segment.destination, 0);
+        let about = log::inbound(netns_cookie, pod, segment.source, segment.destination);
+        log::decided(&about, rule);
         // Those to the pod itself have to be known there: they are not inbound.
         if maps::is_local(netns_cookie, &segment.destination.0) {
             maps::set_machine_flow(flow, &Translation::NONE);
@@ -210,7 +214,7 @@ fn original(pod: &PodConfig, segment: &Segment) -> Original {
         destination: segment.destination.0,
         port: segment.destination.1,
         proxy_port: pod.outbound_port,
-        _pad: 0,
+        in_place: 0,
     }
 }
 

@@ -5,6 +5,7 @@
 mod connect;
 mod ctx;
 mod destinations;
+mod ephemeral;
 mod globals;
 mod listeners;
 mod log;

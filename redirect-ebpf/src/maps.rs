@@ -3,13 +3,15 @@
 use aya_ebpf::bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST};
 use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::lpm_trie::Key;
-use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuHashMap, RingBuf, SockHash};
+use aya_ebpf::maps::{
+    Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf, SockHash,
+};
 use redirect_common::address::Address;
 use redirect_common::connection::{DestinationKey, FlowKey, Original, SocketState};
 use redirect_common::listener::ListenerKey;
 use redirect_common::lists::{LIST_PREFIX_BITS, List, ListKey, Lists};
 use redirect_common::log::{self, Follower};
-use redirect_common::pod::PodConfig;
+use redirect_common::pod::{FLAG_TPROXY, PodConfig};
 use redirect_common::record::Record;
 use redirect_common::route::{
     ROUTE_LOCAL, ROUTE_PREFIX_BITS, ROUTE_UNREACHABLE, RouteInfo, RouteKey,
@@ -70,12 +72,30 @@ pub static FOLLOWERS: Array<Follower> = Array::pinned(log::FOLLOWERS, 0);
 #[map]
 pub static DECISIONS: RingBuf = RingBuf::pinned(1 << 18, 0);
 
+/// Where a pod's own program leaves its network namespace cookie before it jumps to a shared program.
+/// Nothing comes between on that CPU: packets are taken in and sent with softirqs off.
+#[map]
+pub static NETNS: PerCpuArray<u64> = PerCpuArray::pinned(1, 0);
+
 #[btf_map]
 pub static SOCKETS: InheritedSkStorage<SocketState> = InheritedSkStorage::new();
 
 #[inline(always)]
 pub fn pod(netns_cookie: u64) -> Option<&'static PodConfig> {
     map_get(&PODS, &netns_cookie)
+}
+
+/// The network namespace of the program that runs, if it was reached by a pod's own: one for which no
+/// helper tells it.
+#[inline(always)]
+pub fn netns_cookie() -> Option<u64> {
+    NETNS.get(0).copied()
+}
+
+/// True if the pod's inbound connections keep their local address.
+#[inline(always)]
+pub fn is_tproxy(netns_cookie: u64) -> bool {
+    pod(netns_cookie).is_some_and(|pod| pod.has(FLAG_TPROXY))
 }
 
 #[inline(always)]

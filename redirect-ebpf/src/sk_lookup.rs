@@ -3,13 +3,12 @@
 
 use redirect_common::address::Address;
 use redirect_common::connection::FlowKey;
-use redirect_common::decide;
+use redirect_common::decide::{self, Inbound};
 use redirect_common::pod::FLAG_MACHINES;
 use redirect_common::verdict::{Action, Rule};
 
 use crate::ctx::SockLookup;
 use crate::destinations;
-use crate::globals;
 use crate::listeners;
 use crate::log;
 use crate::machines::{self, Arrival};
@@ -23,19 +22,26 @@ pub fn sk_lookup(ctx: &SockLookup) -> u32 {
     if !ctx.is_tcp() {
         return PASS;
     }
-    let netns_cookie = globals::netns_cookie();
+    let Some(netns_cookie) = maps::netns_cookie() else {
+        return PASS;
+    };
     let (local, remote) = ctx.addresses();
-    if destinations::is_steered(netns_cookie, &remote, &local, ctx.local_port()) {
+    let steered = destinations::is_steered(netns_cookie, &remote, &local, ctx.local_port());
+    if steered || maps::is_tproxy(netns_cookie) {
         let flow = FlowKey::new(
             netns_cookie,
             (remote, ctx.remote_port()),
             (local, ctx.local_port()),
         );
-        let original =
-            maps::flow(&flow).or_else(|| destinations::of_port(netns_cookie, ctx.local_port()));
-        if let Some(original) = original
-            && original.proxy_port != 0
-        {
+        let original = match maps::flow(&flow) {
+            Some(original) => Some(original),
+            None if steered => destinations::of_port(netns_cookie, ctx.local_port()),
+            None => None,
+        };
+        if let Some(original) = original {
+            if original.proxy_port == 0 {
+                return PASS;
+            }
             let target = local.loopback_of_family();
             return to_listener(
                 ctx,
@@ -54,14 +60,14 @@ pub fn sk_lookup(ctx: &SockLookup) -> u32 {
     let Some(pod) = maps::pod(netns_cookie) else {
         return PASS;
     };
+    let (from, to) = ((remote, ctx.remote_port()), (local, ctx.local_port()));
     if pod.has(FLAG_MACHINES) {
-        let (from, to) = ((remote, ctx.remote_port()), (local, ctx.local_port()));
         match machines::arrival(netns_cookie, from, to) {
             Some(Arrival::Captured(original)) => {
                 let meant = (original.destination, original.port);
                 let rule = Rule::MachineCaptured;
                 maps::count(netns_cookie, rule);
-                log::decided_inbound(netns_cookie, rule, from, meant, original.proxy_port);
+                log::decided(&log::inbound(netns_cookie, pod, from, meant), rule);
                 return to_listener(
                     ctx,
                     netns_cookie,
@@ -75,17 +81,15 @@ pub fn sk_lookup(ctx: &SockLookup) -> u32 {
         }
     }
     let lists = PolicyLists { policy: pod.policy };
-    let rule = decide::inbound(pod, &lists, &local, ctx.local_port());
+    let connection = Inbound {
+        destination: local,
+        port: ctx.local_port(),
+        interface: ctx.interface(),
+    };
+    let rule = decide::inbound(pod, &lists, &connection);
     maps::count(netns_cookie, rule);
-    let captured = rule.action() == Action::CaptureInbound;
-    log::decided_inbound(
-        netns_cookie,
-        rule,
-        (remote, ctx.remote_port()),
-        (local, ctx.local_port()),
-        if captured { pod.inbound_port } else { 0 },
-    );
-    if !captured {
+    log::decided(&log::inbound(netns_cookie, pod, from, to), rule);
+    if rule.action() != Action::CaptureInbound {
         return PASS;
     }
     let meant = (&local, ctx.local_port());

@@ -5,12 +5,12 @@ use aya_ebpf::bindings::{
     BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_TCP_CONNECT_CB,
     BPF_SOCK_OPS_TCP_LISTEN_CB,
 };
-use redirect_common::address::Address;
 use redirect_common::connection::{
     FlowKey, Original, ROLE_ACCEPTED_DIRECT, ROLE_ACCEPTED_INBOUND, ROLE_ACCEPTED_MACHINE,
     ROLE_ACCEPTED_OUTBOUND, ROLE_CLIENT, ROLE_CLIENT_DIRECT, ROLE_LISTENER, SocketState,
     is_steered_port,
 };
+use redirect_common::pod::FLAG_TPROXY;
 use redirect_common::verdict::Rule;
 
 use crate::ctx::{Sock, SockOps};
@@ -22,7 +22,6 @@ use crate::maps;
 
 /// The system call goes on.
 const CONTINUE: u32 = 1;
-const TCP_SYN_SENT: u32 = 2;
 const TCP_CLOSE: u32 = 7;
 
 #[inline(always)]
@@ -42,17 +41,14 @@ pub fn sockops(ctx: &SockOps) -> u32 {
 #[inline(always)]
 fn connecting(ctx: &SockOps) {
     let (local_port, remote_port) = (ctx.local_port(), ctx.remote_port());
-    if !is_steered_port(remote_port) && !is_steered_port(local_port) {
-        return;
-    }
     let Some(sock) = ctx.sock() else {
         return;
     };
     match sock.state() {
-        Some(state) if is_steered_port(remote_port) => {
+        Some(state) if is_steered_port(remote_port) || state.original.in_place != 0 => {
             let flow = own_flow(ctx);
             if maps::publish_flow(&flow, &state.original) {
-                state.watching = u32::from(ctx.watch_state());
+                ctx.watch_state();
             } else {
                 let original = &state.original;
                 maps::count(flow.netns_cookie, Rule::FlowLost);
@@ -70,6 +66,9 @@ fn connecting(ctx: &SockOps) {
 #[inline(always)]
 fn remember_client(ctx: &SockOps, sock: Sock) {
     let netns_cookie = ctx.netns_cookie();
+    if maps::pod(netns_cookie).is_none() {
+        return;
+    }
     let (local, remote) = ctx.addresses();
     let port = ctx.remote_port();
     let original = if destinations::is_steered(netns_cookie, &local, &remote, port) {
@@ -84,28 +83,24 @@ fn remember_client(ctx: &SockOps, sock: Sock) {
         } else {
             ROLE_CLIENT_DIRECT
         },
-        watching: 0,
+        _pad: 0,
     });
 }
 
-/// An attempt to connect has ended. If it failed, nobody will take its flow; if not, there is
-/// nothing more to watch.
+/// A connecting socket has closed: if the proxy has not taken its flow, nobody will.
 #[inline(always)]
 fn state_changed(ctx: &SockOps) {
-    let (old, new) = ctx.old_and_new_state();
-    if old != TCP_SYN_SENT || !is_steered_port(ctx.remote_port()) {
-        return;
-    }
-    if let Some(state) = ctx.sock().and_then(Sock::state)
-        && state.watching != 0
-    {
-        state.watching = 0;
-        ctx.unwatch_state();
-    }
+    let (_, new) = ctx.old_and_new_state();
     if new != TCP_CLOSE {
         return;
     }
-    maps::take_flow(&own_flow(ctx));
+    let in_place = ctx
+        .sock()
+        .and_then(Sock::state)
+        .is_some_and(|state| state.original.in_place != 0);
+    if in_place || is_steered_port(ctx.remote_port()) {
+        maps::take_flow(&own_flow(ctx));
+    }
 }
 
 /// The key under which a connecting socket's flow is published.
@@ -132,24 +127,34 @@ fn accepted(ctx: &SockOps) {
         None => None,
     };
     let (local, remote) = ctx.addresses();
-    if is_steered_port(ctx.local_port())
-        && handed_over(ctx, sock, listener.is_some(), (remote, local))
-    {
+    let netns_cookie = ctx.netns_cookie();
+    let flow = FlowKey::new(
+        netns_cookie,
+        (remote, ctx.remote_port()),
+        (local, ctx.local_port()),
+    );
+    if is_steered_port(flow.steered_port) && handed_over(sock, listener.is_some(), &flow) {
         return;
     }
-    if is_steered_port(ctx.local_port()) && made_by_machine(ctx, sock, (remote, local)) {
+    if is_steered_port(flow.steered_port) && made_by_machine(sock, &flow) {
         return;
+    }
+    let pod = maps::pod(netns_cookie);
+    let tproxy = pod.is_some_and(|pod| pod.has(FLAG_TPROXY));
+    if tproxy {
+        maps::take_flow(&flow);
     }
     match listener {
-        Some(state) if ctx.local_port() != state.original.proxy_port => {
+        Some(state) if !tproxy && flow.steered_port != state.original.proxy_port => {
             state.role = ROLE_ACCEPTED_INBOUND;
         }
+        // With TPROXY the socket's own address is the one to show.
         Some(state) => state.role = ROLE_ACCEPTED_DIRECT,
-        None if maps::pod(ctx.netns_cookie()).is_some() => {
+        None if pod.is_some() => {
             sock.set_state(&SocketState {
                 original: Original::default(),
                 role: ROLE_ACCEPTED_DIRECT,
-                watching: 0,
+                _pad: 0,
             });
         }
         None => {}
@@ -159,55 +164,45 @@ fn accepted(ctx: &SockOps) {
 /// A connection made in the pod to a steered port: takes over what it was meant for. False if it is
 /// none of ours.
 #[inline(always)]
-fn handed_over(
-    ctx: &SockOps,
-    sock: Sock,
-    inherited: bool,
-    (remote, local): (Address, Address),
-) -> bool {
-    let netns_cookie = ctx.netns_cookie();
-    if !destinations::is_steered(netns_cookie, &remote, &local, ctx.local_port()) {
+fn handed_over(sock: Sock, inherited: bool, flow: &FlowKey) -> bool {
+    let (netns_cookie, port) = (flow.netns_cookie, flow.steered_port);
+    if !destinations::is_steered(netns_cookie, &flow.client, &flow.steered, port) {
         return false;
     }
-    let flow = FlowKey::new(
-        netns_cookie,
-        (remote, ctx.remote_port()),
-        (local, ctx.local_port()),
-    );
-    let published = maps::flow(&flow);
+    let published = maps::flow(flow);
     let original = match published {
         Some(original) => original,
-        None => match destinations::of_port(netns_cookie, ctx.local_port()) {
+        None => match destinations::of_port(netns_cookie, port) {
             Some(original) => original,
             None => return false,
         },
     };
     // The port tells all that is to be known, unless the client's lies among the steered ones too
     // or the listener has told something else.
-    if published.is_some() || inherited || is_steered_port(ctx.remote_port()) {
+    if published.is_some() || inherited || is_steered_port(flow.client_port) {
         sock.set_state(&SocketState {
             original: *original,
-            role: if original.proxy_port == 0 {
+            role: if original.proxy_port == 0 || original.in_place != 0 {
                 ROLE_ACCEPTED_DIRECT
             } else {
                 ROLE_ACCEPTED_OUTBOUND
             },
-            watching: 0,
+            _pad: 0,
         });
     }
     if published.is_some() {
-        maps::take_flow(&flow);
+        maps::take_flow(flow);
     }
     true
 }
 
 /// A connection that a virtual machine makes: takes over what it was meant for. False if it is none.
 #[inline(always)]
-fn made_by_machine(ctx: &SockOps, sock: Sock, (remote, local): (Address, Address)) -> bool {
+fn made_by_machine(sock: Sock, flow: &FlowKey) -> bool {
     let arrival = machines::arrival(
-        ctx.netns_cookie(),
-        (remote, ctx.remote_port()),
-        (local, ctx.local_port()),
+        flow.netns_cookie,
+        (flow.client, flow.client_port),
+        (flow.steered, flow.steered_port),
     );
     let Some(Arrival::Captured(original)) = arrival else {
         return false;
@@ -215,7 +210,7 @@ fn made_by_machine(ctx: &SockOps, sock: Sock, (remote, local): (Address, Address
     sock.set_state(&SocketState {
         original: *original,
         role: ROLE_ACCEPTED_MACHINE,
-        watching: 0,
+        _pad: 0,
     })
 }
 

@@ -14,19 +14,22 @@ use redirect_common::pod::PodConfig;
 
 use crate::collect;
 use crate::detach;
+use crate::kernel;
 use crate::machines;
 use crate::observe::cgroup::Cgroup;
 use crate::observe::identity::UserNamespace;
+use crate::observe::interfaces::interfaces;
 use crate::observe::listeners::{Listeners, listeners};
 use crate::observe::netns::NetworkNamespace;
 use crate::observe::routes::{Family, first_global_family, routing_table};
 use crate::options::{Ipv6, Policy};
 use crate::pins::Pins;
-use crate::programs::{self, HOOKS, Programs, SK_LOOKUP, Side};
+use crate::programs::{self, Entered, HOOKS, Programs, SK_LOOKUP, Side};
 use crate::record::{self, Notes};
 use crate::settings;
 use crate::sys::bpf;
 use crate::tables::Tables;
+use crate::tproxy::{self, Change};
 
 /// What to attach.
 #[derive(Debug)]
@@ -56,10 +59,16 @@ pub enum Outcome {
 
 /// Attaches, or brings what is attached up to date.
 pub fn attach(request: &Request) -> Result<Outcome> {
-    let ipv6 = captures_ipv6(request)?;
+    let ipv6 = captures_ipv6(&request.policy, &request.netns)?;
     let ids = UserNamespace::owning(&request.netns)?.id_map()?;
-    let config = settings::pod_config(&request.policy, ipv6, &ids)?;
-    let notes = Notes {
+    if !request.policy.exclude_interfaces.is_empty() && !kernel::tells_ingress_interface()? {
+        bail!(
+            "--istio-exclude-interfaces: needs Linux 5.17, where programs can read the interface a packet came by"
+        );
+    }
+    let interfaces = interfaces(&request.netns)?;
+    let config = settings::pod_config(&request.policy, ipv6, &ids, &interfaces)?;
+    let mut notes = Notes {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         build: programs::build_id(),
         cgroup: request.cgroup.path().to_owned(),
@@ -68,9 +77,10 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         netns_inode: request.netns.inode(),
         ipv6,
         run_by: request.run_by,
+        changes: Vec::new(),
         policy: request.policy.clone(),
     };
-    let record = notes.encode()?;
+    notes.encode()?;
 
     let pins = Pins::open()?;
     let programs = Programs::open_or_load(&pins)?;
@@ -79,9 +89,34 @@ pub fn attach(request: &Request) -> Result<Outcome> {
     refuse_overlap(&tables, request, &notes, &config)?;
 
     let cgroup_id = request.cgroup.id();
+    if Notes::read(&tables, cgroup_id)
+        .ok()
+        .flatten()
+        .is_some_and(|attached| attached.netns_cookie != notes.netns_cookie)
+    {
+        // The cgroup has moved to another network namespace: `sk_lookup` hangs on the old one.
+        detach::one(&pins, &tables, cgroup_id)?;
+    }
     let known = pins.pod(cgroup_id).is_dir();
+    let attached = Notes::read(&tables, cgroup_id).ok().flatten();
+    let made = changes_made(&tables, cgroup_id, &notes)?;
+    notes.changes = tproxy::plan(&request.netns, &request.policy, ipv6, &made)?;
+    let obsolete: Vec<_> = made
+        .into_iter()
+        .filter(|change| !notes.changes.contains(change))
+        .collect();
+    let record = notes.encode()?;
     let steps = || -> Result<Outcome> {
-        let mut changed = false;
+        let mut changed = !obsolete.is_empty();
+        if !known {
+            // First of all, so that what comes next is found and removed if this call is killed.
+            tables
+                .records
+                .set(&cgroup_id, &record)
+                .context("writing RECORDS")?;
+        }
+        note_changes(&tables, cgroup_id, &notes, &obsolete)?;
+        changed |= tproxy::make(&request.netns, &notes.changes)?;
         for (key, value) in settings::list_entries(&request.policy) {
             tables.lists.set(&key, &value).context("writing LISTS")?;
         }
@@ -91,18 +126,24 @@ pub fn attach(request: &Request) -> Result<Outcome> {
             .insert_zeroed(&notes.netns_cookie)
             .context("writing COUNTS")?;
         let found = find_listeners(&tables, request, &notes)?;
-        changed |= link(&pins, &tables, &programs, request, &notes)?;
+        changed |= link(&pins, &programs, request, &notes, attached.as_ref())?;
         let before = tables.pods.get(&notes.netns_cookie)?;
-        if Notes::read(&tables, cgroup_id).ok().flatten().as_ref() != Some(&notes) {
+        let kept = notes.with_also(&obsolete);
+        if attached.as_ref() != Some(&kept) {
             tables
                 .records
-                .set(&cgroup_id, &record)
+                .set(&cgroup_id, &kept.encode()?)
                 .context("writing RECORDS")?;
             changed = true;
         }
         // After the notes: they tell detach where the filters are.
-        let virtual_interfaces = &request.policy.virtual_interfaces;
-        changed |= machines::add(&pins, &tables, &request.netns, virtual_interfaces)?;
+        changed |= machines::add(
+            &pins,
+            &programs,
+            &tables,
+            &request.netns,
+            &request.policy.virtual_interfaces,
+        )?;
         if before != Some(config) {
             tables
                 .pods
@@ -113,7 +154,15 @@ pub fn attach(request: &Request) -> Result<Outcome> {
             find_listeners(&tables, request, &notes)?;
         }
         // Only now: until the policy is written these interfaces are captured by the old one.
-        changed |= machines::remove_others(&tables, &request.netns, virtual_interfaces)?;
+        changed |=
+            machines::remove_others(&tables, &request.netns, &request.policy.virtual_interfaces)?;
+        if !obsolete.is_empty() {
+            tproxy::take_back(&request.netns, &obsolete)?;
+            tables
+                .records
+                .set(&cgroup_id, &record)
+                .context("writing RECORDS")?;
+        }
         warn_about_listeners(&found, &request.policy);
         Ok(match (known && before.is_some(), changed) {
             (false, _) => Outcome::Attached,
@@ -123,31 +172,73 @@ pub fn attach(request: &Request) -> Result<Outcome> {
     };
     match steps() {
         Ok(outcome) => {
-            if outcome == Outcome::Changed {
-                bpf::wait_for_running_programs().context("membarrier")?;
-                collect::unused_lists(&tables)?;
-                collect::retire_programs(&pins, &tables)?;
-            }
+            // Whatever the outcome: a call that was killed, or a pod that has gone, may have left something.
+            collect::unused_lists(&tables)?;
+            collect::unused_programs(&pins, &tables)?;
             Ok(outcome)
         }
         Err(error) => {
-            if !known {
-                // Best effort: the error that matters is the first one.
-                if let Err(undo) = detach::one(&pins, &tables, cgroup_id) {
-                    tracing::warn!("undoing the attachment: {undo:#}");
-                }
+            // Best effort: the error that matters is the first one.
+            let undone = if known {
+                Ok(())
+            } else {
+                detach::one(&pins, &tables, cgroup_id)
+            };
+            // What was written for a policy that no pod has now.
+            if let Err(undo) = undone.and_then(|()| collect::unused_lists(&tables)) {
+                tracing::warn!("undoing the attachment: {undo:#}");
             }
             Err(error)
         }
     }
 }
 
-fn captures_ipv6(request: &Request) -> Result<bool> {
-    Ok(match request.policy.ipv6 {
+/// What was made in the namespace for this cgroup, or for another one that shares it.
+fn changes_made(tables: &Tables, cgroup_id: u64, notes: &Notes) -> Result<Vec<Change>> {
+    let mut all = record::all(tables)?;
+    // The cgroup's own notes first: those of the others are copies.
+    all.sort_by_key(|(id, _)| *id != cgroup_id);
+    Ok(all
+        .into_iter()
+        .find(|(_, known)| known.netns_cookie == notes.netns_cookie && !known.changes.is_empty())
+        .map(|(_, known)| known.changes)
+        .unwrap_or_default())
+}
+
+/// Writes down what is about to be made, so that it is taken back even after a kill. The rest of the
+/// notes stays as it was: nothing else has changed yet.
+fn note_changes(tables: &Tables, cgroup_id: u64, notes: &Notes, obsolete: &[Change]) -> Result<()> {
+    let changes = notes.with_also(obsolete).changes;
+    let known = Notes::read(tables, cgroup_id).ok().flatten();
+    if known
+        .as_ref()
+        .map(|known| &known.changes)
+        .unwrap_or(&Vec::new())
+        == &changes
+    {
+        return Ok(());
+    }
+    let ahead = Notes {
+        changes,
+        // Of no build: its programs are not attached yet.
+        ..known.unwrap_or(Notes {
+            build: 0,
+            ..notes.clone()
+        })
+    };
+    tables
+        .records
+        .set(&cgroup_id, &ahead.encode()?)
+        .context("writing RECORDS")
+}
+
+/// Whether IPv6 is captured, by the policy and the namespace's addresses.
+pub fn captures_ipv6(policy: &Policy, netns: &NetworkNamespace) -> Result<bool> {
+    Ok(match policy.ipv6 {
         Ipv6::On => true,
         Ipv6::Off => false,
-        Ipv6::Auto => first_global_family(&request.netns, false)? == Family::V6,
-        Ipv6::DualStack => first_global_family(&request.netns, true)? == Family::V6,
+        Ipv6::Auto => first_global_family(netns, false)? == Family::V6,
+        Ipv6::DualStack => first_global_family(netns, true)? == Family::V6,
     })
 }
 
@@ -158,29 +249,29 @@ fn refuse_overlap(
     notes: &Notes,
     config: &PodConfig,
 ) -> Result<()> {
+    let relatives = request.cgroup.relatives()?;
     for (cgroup_id, other) in record::all(tables)? {
         if cgroup_id == request.cgroup.id() {
             continue;
         }
-        let (ours, theirs) = (request.cgroup.path(), other.cgroup.as_path());
-        if ours.starts_with(theirs) || theirs.starts_with(ours) {
+        let theirs = other.cgroup.display();
+        if relatives.contains(&cgroup_id) {
             bail!(
-                "--cgroup {}: overlaps {}, which is attached; detach that first",
-                ours.display(),
-                theirs.display()
+                "--cgroup {}: overlaps {theirs}, which is attached; detach that first",
+                request.cgroup,
             );
         }
-        let same_machines = other.policy.virtual_interfaces == notes.policy.virtual_interfaces;
-        if other.netns_cookie == notes.netns_cookie
+        let same_pod = other.netns_cookie == notes.netns_cookie;
+        let same_options = other.policy.mode == notes.policy.mode
+            && other.policy.virtual_interfaces == notes.policy.virtual_interfaces
             && tables
                 .pods
                 .get(&notes.netns_cookie)?
-                .is_some_and(|attached| attached != *config || !same_machines)
-        {
+                .is_none_or(|attached| attached == *config);
+        if same_pod && !same_options {
             bail!(
-                "network namespace {} is captured with other options for cgroup {}; use the same or detach that first",
+                "network namespace {} is captured with other options for cgroup {theirs}; use the same or detach that first",
                 request.netns,
-                theirs.display()
             );
         }
     }
@@ -261,17 +352,17 @@ fn warn_about_listeners(found: &Listeners, policy: &Policy) {
     }
 }
 
-/// Attaches the programs, or updates those of another build. True if anything changed.
+/// Attaches the programs, or updates those of another build than the one in the notes on what is
+/// `attached`. True if anything changed.
 fn link(
     pins: &Pins,
-    tables: &Tables,
     programs: &Programs,
     request: &Request,
     notes: &Notes,
+    attached: Option<&Notes>,
 ) -> Result<bool> {
     let directory = pins.pod(request.cgroup.id());
     if directory.is_dir() {
-        let attached = Notes::read(tables, request.cgroup.id()).ok().flatten();
         if attached.is_some_and(|attached| attached.build == notes.build) {
             return Ok(false);
         }
@@ -279,7 +370,7 @@ fn link(
             programs.update(index, &open_link(&directory.join(hook.name))?)?;
         }
         let lookup = open_link(&directory.join(SK_LOOKUP))?;
-        let program = programs::load_sk_lookup(pins, notes.netns_cookie)?;
+        let program = programs.load_entry(pins, notes.netns_cookie, Entered::SkLookup)?;
         bpf::link_update(lookup.as_fd(), program.as_fd()).context("updating link sk_lookup")?;
         return Ok(true);
     }
@@ -287,7 +378,7 @@ fn link(
     let pin = |link: OwnedFd, name: &str| {
         bpf::pin(link.as_fd(), &staged.join(name)).with_context(|| format!("pinning link {name}"))
     };
-    let program = programs::load_sk_lookup(pins, notes.netns_cookie)?;
+    let program = programs.load_entry(pins, notes.netns_cookie, Entered::SkLookup)?;
     pin(
         programs::attach_sk_lookup(&program, &request.netns)?,
         SK_LOOKUP,

@@ -1,9 +1,10 @@
 //! The command line.
 
+mod istio_iptables;
 mod table;
 
 use std::ffi::OsString;
-use std::io::Write as _;
+use std::io::{ErrorKind, Write as _};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -13,17 +14,19 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::attach::{self, Outcome, Request};
 use crate::follow::{self, Wanted};
+use crate::kernel::Task;
 use crate::observe::cgroup::Cgroup;
 use crate::observe::netns::NetworkNamespace;
-use crate::options::{CaptureFlags, OptionError, process_env};
-use crate::{detach, kernel, run, status};
+use crate::options::{CaptureFlags, IstioIptablesFlags, OptionError, process_env};
+use crate::run::{self, NotStarted};
+use crate::{detach, kernel, status};
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage or a refused value; \
-                          `run` ends with the command's own.";
+                          `run` ends with the command's own, 127 if it is not found, 126 if it cannot be run.";
 
 /// Captures a pod's TCP traffic for its proxy, as istio-iptables does, with eBPF.
 #[derive(Debug, Parser)]
-#[command(name = "redirect", version, after_help = EXIT_CODES)]
+#[command(name = "redirect", version, propagate_version = true, after_help = EXIT_CODES)]
 pub struct Cli {
     #[command(subcommand)]
     command: Subcommands,
@@ -42,6 +45,9 @@ enum Subcommands {
     Log(LogArgs),
     /// Run a command with its outbound TCP captured, until it ends
     Run(Box<RunArgs>),
+    /// Capture the pod this runs in, as an init container in the place of istio-iptables
+    #[command(after_help = istio_iptables::EXIT_CODES)]
+    IstioIptables(Box<IstioIptablesFlags>),
 }
 
 #[derive(Debug, Args)]
@@ -125,18 +131,54 @@ struct RunArgs {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
-    match cli.execute() {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("redirect: {}", describe(&error));
-            if error.is::<OptionError>() {
-                ExitCode::from(2)
-            } else {
-                ExitCode::FAILURE
-            }
+    let arguments = istio_iptables::by_name(std::env::args_os().collect());
+    let codes = if istio_iptables::is_called(&arguments) {
+        istio_iptables::CODES
+    } else {
+        CODES
+    };
+    match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli.execute().unwrap_or_else(|error| {
+            report(&error);
+            ExitCode::from((codes.of_error)(&error))
+        }),
+        Err(message) => {
+            // Nothing is left to be said if that fails.
+            let _ = message.print();
+            // --help and --version are answered, not wrong.
+            ExitCode::from(if message.use_stderr() { codes.usage } else { 0 })
         }
     }
+}
+
+/// How a call that failed ends.
+struct Codes {
+    /// The command line could not be parsed.
+    usage: u8,
+    /// Anything later.
+    of_error: fn(&anyhow::Error) -> u8,
+}
+
+const CODES: Codes = Codes {
+    usage: 2,
+    of_error: exit_code,
+};
+
+/// 127 and 126 are what shells and `env` answer for a command that they cannot run.
+fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.is::<OptionError>() {
+        return 2;
+    }
+    match error.downcast_ref::<NotStarted>() {
+        Some(command) if command.source.kind() == ErrorKind::NotFound => 127,
+        Some(_) => 126,
+        None => 1,
+    }
+}
+
+/// Says what went wrong, in one line.
+fn report(error: &anyhow::Error) {
+    eprintln!("redirect: {}", describe(error));
 }
 
 /// The error and its causes in one line; some errors quote their cause already.
@@ -159,6 +201,7 @@ impl Cli {
             Subcommands::Status(args) => args.execute(),
             Subcommands::Log(args) => args.execute(),
             Subcommands::Run(args) => args.execute(),
+            Subcommands::IstioIptables(flags) => istio_iptables::execute(&flags),
         }
     }
 }
@@ -166,7 +209,7 @@ impl Cli {
 impl AttachArgs {
     fn execute(self) -> Result<ExitCode> {
         let policy = self.capture.validate(&process_env)?;
-        kernel::require()?;
+        kernel::require(Task::AnyPod)?;
         let netns = match (&self.netns, self.pid) {
             (Some(path), _) => NetworkNamespace::open(path).context("--netns")?,
             (None, Some(pid)) => NetworkNamespace::of_process(pid).context("--pid")?,
@@ -210,7 +253,7 @@ impl AttachArgs {
 
 impl DetachArgs {
     fn execute(self) -> Result<ExitCode> {
-        kernel::require()?;
+        kernel::require(Task::AnyPod)?;
         match self.cgroup {
             Some(path) => {
                 let cgroup = Cgroup::open(&path).context("--cgroup")?;
@@ -228,7 +271,7 @@ impl DetachArgs {
 
 impl StatusArgs {
     fn execute(self) -> Result<ExitCode> {
-        kernel::require()?;
+        kernel::require(Task::AnyPod)?;
         let status = status::status()?;
         match self.output {
             Format::Json => println!("{}", serde_json::to_string_pretty(&status)?),
@@ -240,7 +283,7 @@ impl StatusArgs {
 
 impl LogArgs {
     fn execute(self) -> Result<ExitCode> {
-        kernel::require()?;
+        kernel::require(Task::AnyPod)?;
         let wanted = Wanted {
             netns_cookie: self.netns_cookie()?,
             decisions: self.decisions,
@@ -261,7 +304,7 @@ impl LogArgs {
         })?;
         match failed {
             // Whoever read the lines has enough of them.
-            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {}
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => {}
             failed => failed.context("writing to standard output")?,
         }
         Ok(ExitCode::SUCCESS)
@@ -296,7 +339,7 @@ impl LogArgs {
 impl RunArgs {
     fn execute(self) -> Result<ExitCode> {
         let policy = self.capture.validate(&process_env)?;
-        kernel::require()?;
+        kernel::require(Task::AnyPod)?;
         let status = run::run(policy, &self.command)?;
         let code = status.code().unwrap_or(128 + signal(status));
         Ok(ExitCode::from(code as u8))

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 
 use crate::detach;
 use crate::pins::Pins;
-use crate::programs::{self, Programs, SK_LOOKUP};
+use crate::programs::{self, SK_LOOKUP};
 use crate::record::{self, Notes};
 use crate::sys::bpf;
 use crate::tables::Tables;
@@ -53,7 +53,7 @@ fn is_left_over(tables: &Tables, cgroup_id: u64) -> bool {
     !Path::new("/proc").join(pid.to_string()).exists() && fs::remove_dir(&notes.cgroup).is_ok()
 }
 
-/// Removes lists of policies that no pod has.
+/// Removes lists of policies that no pod has, once no program reads them any more.
 pub(crate) fn unused_lists(tables: &Tables) -> Result<()> {
     let mut used = HashSet::new();
     for cookie in tables.pods.keys().context("reading PODS")? {
@@ -61,22 +61,23 @@ pub(crate) fn unused_lists(tables: &Tables) -> Result<()> {
             used.insert([config.policy as u32, (config.policy >> 32) as u32]);
         }
     }
-    for key in tables.lists.keys().context("reading LISTS")? {
-        if !used.contains(&key.data.policy) {
-            tables.lists.remove(&key).context("writing LISTS")?;
-        }
+    let mut unused = tables.lists.keys().context("reading LISTS")?;
+    unused.retain(|key| !used.contains(&key.data.policy));
+    if !unused.is_empty() {
+        bpf::wait_for_running_programs().context("membarrier")?;
     }
-    Ok(())
+    unused
+        .iter()
+        .try_for_each(|key| tables.lists.remove(key))
+        .context("writing LISTS")
 }
 
-/// Unpins programs of other builds once no pod is attached with them.
-pub(crate) fn retire_programs(pins: &Pins, tables: &Tables) -> Result<()> {
-    let build = programs::build_id();
-    if record::all(tables)?
+/// Unpins the programs of other builds that no pod is recorded with. A link that still runs one, since an upgrade
+/// was killed, keeps it.
+pub(crate) fn unused_programs(pins: &Pins, tables: &Tables) -> Result<()> {
+    let mut builds = vec![programs::build_id()];
+    builds.extend(record::all(tables)?.iter().map(|(_, notes)| notes.build));
+    pins.programs_but(&builds)?
         .iter()
-        .all(|(_, notes)| notes.build == build)
-    {
-        Programs::retire_others(pins)?;
-    }
-    Ok(())
+        .try_for_each(|directory| pins.withdraw(directory))
 }

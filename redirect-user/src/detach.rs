@@ -1,6 +1,8 @@
 //! Detaching: new connections are let alone first, then everything of the pod is removed.
 
 use std::fs;
+use std::os::fd::AsFd;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -8,9 +10,11 @@ use anyhow::{Context, Result};
 use crate::collect;
 use crate::machines;
 use crate::pins::{self, Pins};
+use crate::programs::{HOOKS, SK_LOOKUP};
 use crate::record::{self, Notes};
 use crate::sys::bpf;
 use crate::tables::{RoutePrefix, Tables};
+use crate::tproxy;
 
 /// How long to wait for connections that are being handed to the proxy; a handshake inside the pod
 /// takes microseconds.
@@ -18,9 +22,13 @@ const HANDSHAKES: Duration = Duration::from_millis(200);
 
 /// Detaches one cgroup. False if it was not attached.
 pub fn detach(cgroup_id: u64) -> Result<bool> {
-    let Some(pins) = Pins::open_existing()? else {
+    let Some(pins) = Pins::open_any()? else {
         return Ok(false);
     };
+    if !pins.is_complete() && pins.pods()?.is_empty() {
+        pins.remove_all()?;
+        return Ok(false);
+    }
     let tables = Tables::open(&pins)?;
     collect::gone(&pins, &tables)?;
     let was = pins.pod(cgroup_id).is_dir() || tables.records.get(&cgroup_id)?.is_some();
@@ -35,16 +43,15 @@ pub fn detach_all() -> Result<usize> {
         return Ok(0);
     };
     let pods = pins.pods()?;
-    if pods.is_empty() {
-        pins.remove_all()?;
-        return Ok(0);
-    }
     match Tables::open(&pins) {
         Ok(tables) => {
-            for cgroup_id in &pods {
+            // Notes without links: an attachment, or a detachment, was interrupted.
+            let noted = tables.records.keys().context("reading RECORDS")?;
+            for cgroup_id in pods.iter().chain(&noted) {
                 one(&pins, &tables, *cgroup_id)?;
             }
         }
+        Err(_) if pods.is_empty() => {}
         // Capture ends with the links; what the maps hold goes with them.
         Err(error) => tracing::warn!("removing pins without reading the maps: {error:#}"),
     }
@@ -74,8 +81,21 @@ pub(crate) fn one(pins: &Pins, tables: &Tables, cgroup_id: u64) -> Result<()> {
         wait_for_handshakes(tables, notes.netns_cookie)?;
     }
     // The links that capture go first: what is left then only serves what has been captured.
-    for name in ["connect4", "connect6"] {
-        let _ = fs::remove_file(directory.join(name));
+    // An unpinned link stays attached for a while: attached again meanwhile, a connection would meet
+    // both programs.
+    for name in HOOKS.iter().rev().map(|hook| hook.name).chain([SK_LOOKUP]) {
+        let path = directory.join(name);
+        if let Ok(link) = bpf::open_pinned(&path) {
+            // Fails if its cgroup or namespace has gone, and with it the attachment.
+            let _ = bpf::link_detach(link.as_fd());
+            let _ = fs::remove_file(&path);
+        }
+    }
+    if let Some(notes) = notes
+        .as_ref()
+        .filter(|_| !shared && !namespace_is_gone(&directory))
+    {
+        tproxy::take_back_noted(notes)?;
     }
     pins::remove(&directory)?;
     if let Some(notes) = notes.as_ref().filter(|_| !shared) {
@@ -85,11 +105,19 @@ pub(crate) fn one(pins: &Pins, tables: &Tables, cgroup_id: u64) -> Result<()> {
     tables.records.remove(&cgroup_id).context("writing RECORDS")
 }
 
+/// True if the kernel has cut the link to the network namespace off.
+fn namespace_is_gone(directory: &Path) -> bool {
+    bpf::open_pinned(&directory.join(SK_LOOKUP))
+        .and_then(|link| bpf::netns_link(link.as_fd()))
+        .is_ok_and(|link| link.target == 0)
+}
+
 /// Removes what no pod uses any more.
 fn finish(pins: &Pins, tables: &Tables) -> Result<()> {
     if pins.pods()?.is_empty() {
         return pins.remove_all();
     }
+    collect::unused_programs(pins, tables)?;
     collect::unused_lists(tables)
 }
 

@@ -1,13 +1,17 @@
 //! What the running kernel offers: capabilities, BTF offsets, helpers.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use btfparse::{Offset, Readable, TypeInformation};
+
+use crate::observe::identity::INITIAL_USER_NAMESPACE;
 
 const BTF: &str = "/sys/kernel/btf/vmlinux";
 
-/// Where `xt_owner`'s way from a socket to its creator's ids lies in this kernel, in bytes.
+/// Where things lie in this kernel's structures, in bytes: `xt_owner`'s way from a socket to its
+/// creator's ids, and the way to the network namespace's ephemeral ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Offsets {
     /// `struct sock.sk_socket`
@@ -20,6 +24,12 @@ pub struct Offsets {
     pub cred_fsuid: u32,
     /// `struct cred.fsgid`
     pub cred_fsgid: u32,
+    /// `struct sock.__sk_common.skc_net.net`
+    pub sock_net: u32,
+    /// `struct net.ipv4.ip_local_ports.range`
+    pub net_port_range: u32,
+    /// Whether `range` is one word (since Linux 6.8) and not two.
+    pub port_range_packed: bool,
 }
 
 impl Offsets {
@@ -28,21 +38,29 @@ impl Offsets {
         let bytes = std::fs::read(BTF).with_context(|| format!("reading {BTF}"))?;
         let types = TypeInformation::new(&Bytes(bytes))
             .map_err(|error| anyhow::anyhow!("reading {BTF}: {error:?}"))?;
-        let offset = |name: &str, member: &str| -> Result<u32> {
+        let member = |name: &str, member: &str| -> Result<(u32, u32)> {
             let id = types
                 .id_of(name)
                 .with_context(|| format!("{BTF} has no struct {name}"))?;
             match types.offset_of(id, member) {
-                Ok((_, Offset::ByteOffset(bytes))) => Ok(bytes),
+                Ok((kind, Offset::ByteOffset(bytes))) => Ok((kind, bytes)),
                 other => bail!("{BTF} does not tell where struct {name} has {member}: {other:?}"),
             }
         };
+        let offset = |name: &str, path: &str| member(name, path).map(|(_, bytes)| bytes);
+        let (port_range, net_port_range) = member("net", "ipv4.ip_local_ports.range")?;
+        let port_range_bytes = types
+            .size_of(port_range)
+            .map_err(|error| anyhow::anyhow!("reading {BTF}: {error:?}"))?;
         Ok(Self {
             sock_socket: offset("sock", "sk_socket")?,
             socket_file: offset("socket", "file")?,
             file_cred: offset("file", "f_cred")?,
             cred_fsuid: offset("cred", "fsuid")?,
             cred_fsgid: offset("cred", "fsgid")?,
+            sock_net: offset("sock", "__sk_common.skc_net.net")?,
+            net_port_range,
+            port_range_packed: port_range_bytes == 4,
         })
     }
 }
@@ -79,8 +97,22 @@ pub fn version() -> Result<(u32, u32)> {
     }
 }
 
+/// Whether `sk_lookup` programs can read the interface a packet came by.
+pub fn tells_ingress_interface() -> Result<bool> {
+    Ok(version()? >= (5, 17))
+}
+
+/// What a call is about to do, which decides what it takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Task {
+    /// To manage any pod of this machine: enters namespaces, takes descriptors of other processes.
+    AnyPod,
+    /// To capture the pod that this process runs in.
+    OwnPod,
+}
+
 /// Refuses a kernel or a process that cannot do it, naming what is missing.
-pub fn require() -> Result<()> {
+pub fn require(task: Task) -> Result<()> {
     let (major, minor) = version()?;
     if (major, minor) < (5, 15) {
         bail!(
@@ -90,27 +122,87 @@ pub fn require() -> Result<()> {
     if !Path::new(BTF).exists() {
         bail!("this kernel has no BTF at {BTF}: redirect needs CONFIG_DEBUG_INFO_BTF=y");
     }
+    if std::fs::metadata("/proc/self/ns/user")
+        .context("/proc/self/ns/user")?
+        .ino()
+        != INITIAL_USER_NAMESPACE
+    {
+        bail!(
+            "this process is in a user namespace of its own (hostUsers: false), whose capabilities the kernel does not accept for eBPF: attach the pod from the node"
+        );
+    }
     let status = std::fs::read_to_string("/proc/self/status").context("/proc/self/status")?;
     let effective = status
         .lines()
         .find_map(|line| line.strip_prefix("CapEff:"))
         .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
         .context("/proc/self/status tells no CapEff")?;
-    let missing: Vec<&str> = CAPABILITIES
-        .iter()
-        .filter(|(bit, _)| effective & (1 << bit) == 0)
-        .map(|(_, name)| *name)
-        .collect();
-    if missing.is_empty() {
-        Ok(())
-    } else {
-        bail!("missing capability {}: run as root", missing.join(", "))
-    }
+    let missing = missing(task, effective);
+    let advice = match task {
+        Task::AnyPod => "run as root",
+        Task::OwnPod => "run as root, and add it to the container's securityContext",
+    };
+    ensure!(
+        missing.is_empty(),
+        "missing capability {}: {advice}",
+        missing.join(", ")
+    );
+    Ok(())
 }
 
-/// Bit and name (linux/capability.h) of what loading, attaching and looking around takes.
-const CAPABILITIES: &[(u32, &str)] = &[
-    (12, "CAP_NET_ADMIN"),
-    (19, "CAP_SYS_PTRACE"),
-    (21, "CAP_SYS_ADMIN"),
-];
+/// A bit of linux/capability.h and its name.
+type Capability = (u32, &'static str);
+
+const NET_ADMIN: Capability = (12, "CAP_NET_ADMIN");
+const SYS_PTRACE: Capability = (19, "CAP_SYS_PTRACE");
+const SYS_ADMIN: Capability = (21, "CAP_SYS_ADMIN");
+const PERFMON: Capability = (38, "CAP_PERFMON");
+const BPF: Capability = (39, "CAP_BPF");
+
+/// Names of what the mask of effective capabilities lacks.
+fn missing(task: Task, effective: u64) -> Vec<&'static str> {
+    let has = |(bit, _): &Capability| effective & (1 << bit) != 0;
+    let needed: &[Capability] = match task {
+        Task::AnyPod => &[NET_ADMIN, SYS_PTRACE, SYS_ADMIN],
+        // The kernel takes CAP_SYS_ADMIN for the other two.
+        Task::OwnPod if has(&SYS_ADMIN) => &[NET_ADMIN],
+        Task::OwnPod => &[NET_ADMIN, BPF, PERFMON],
+    };
+    needed
+        .iter()
+        .filter(|capability| !has(capability))
+        .map(|(_, name)| *name)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn missing_capabilities_are_named() {
+        let mask = |capabilities: &[Capability]| capabilities.iter().map(|(bit, _)| 1 << bit).sum();
+        for (task, has, expected) in [
+            (
+                Task::AnyPod,
+                &[NET_ADMIN, SYS_PTRACE, SYS_ADMIN][..],
+                &[][..],
+            ),
+            (
+                Task::AnyPod,
+                &[NET_ADMIN, BPF, PERFMON],
+                &["CAP_SYS_PTRACE", "CAP_SYS_ADMIN"],
+            ),
+            (Task::OwnPod, &[NET_ADMIN, BPF, PERFMON], &[]),
+            (Task::OwnPod, &[NET_ADMIN, SYS_ADMIN], &[]),
+            (Task::OwnPod, &[NET_ADMIN], &["CAP_BPF", "CAP_PERFMON"]),
+            (
+                Task::OwnPod,
+                &[],
+                &["CAP_NET_ADMIN", "CAP_BPF", "CAP_PERFMON"],
+            ),
+        ] {
+            assert_eq!(missing(task, mask(has)), expected, "{task:?} {has:?}");
+        }
+    }
+}

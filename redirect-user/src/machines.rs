@@ -17,11 +17,12 @@ use aya::programs::{SchedClassifier, TcAttachType};
 use redirect_common::address::Address;
 use redirect_common::virtual_machine::{Interface, InterfaceKey};
 
-use crate::observe::interfaces::{self, Direction, Filter, Layer};
+use crate::observe::interfaces::filters::{self, Direction, Filter};
+use crate::observe::interfaces::{self, Layer};
 use crate::observe::netns::NetworkNamespace;
 use crate::options::InterfacePattern;
 use crate::pins::Pins;
-use crate::programs;
+use crate::programs::{self, Entered, Programs};
 use crate::record::Notes;
 use crate::sys::bpf;
 use crate::tables::Tables;
@@ -34,10 +35,10 @@ const HANDLE: u32 = 1;
 
 const ETHERNET_HEADER: u32 = 14;
 
-/// Program and pin of each side.
-const PROGRAMS: [(Direction, &str); 2] = [
-    (Direction::Egress, "redirect_machine_egress"),
-    (Direction::Ingress, "redirect_machine_ingress"),
+/// Program of each side.
+const PROGRAMS: [(Direction, Entered); 2] = [
+    (Direction::Egress, Entered::MachineEgress),
+    (Direction::Ingress, Entered::MachineIngress),
 ];
 
 /// An interface that the options name, and whether it has both filters.
@@ -52,6 +53,7 @@ pub struct Found {
 /// Puts filters on the interfaces that match. True if anything changed.
 pub fn add(
     pins: &Pins,
+    programs: &Programs,
     tables: &Tables,
     netns: &NetworkNamespace,
     patterns: &[InterfacePattern],
@@ -68,7 +70,7 @@ pub fn add(
             );
         }
     }
-    let pinned = open_or_load(pins, netns_cookie)?;
+    let pinned = entries(pins, programs, netns_cookie)?;
     let mut changed = false;
     for found in wanted.iter().filter(|found| is_usable(found)) {
         changed |= netns
@@ -91,9 +93,7 @@ pub fn remove_others(
     if known.is_empty() {
         return Ok(false);
     }
-    let there = netns
-        .run_inside(interfaces::interfaces)?
-        .context("listing interfaces")?;
+    let there = interfaces::interfaces(netns)?;
     for key in known {
         let found = there.iter().find(|found| found.index == key.index);
         if let Some(found) = found {
@@ -139,7 +139,7 @@ pub fn forget(pins: &Pins, tables: &Tables, notes: &Notes) -> Result<()> {
         }
     }
     let suffix = suffix(netns_cookie);
-    for path in pins.all_programs()? {
+    for path in pins.all_program_pins()? {
         if path.to_string_lossy().ends_with(&suffix) {
             std::fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))?;
         }
@@ -155,7 +155,7 @@ pub fn inspect(
 ) -> Result<Vec<Found>> {
     let netns_cookie = netns.cookie()?;
     let ids = PROGRAMS.map(|(_, program)| {
-        pins.all_programs()
+        pins.all_program_pins()
             .unwrap_or_default()
             .iter()
             .filter(|path| path.ends_with(pin_name(program, netns_cookie)))
@@ -166,7 +166,7 @@ pub fn inspect(
     let mut answer = Vec::new();
     for found in matching(netns, patterns)? {
         let filtered = PROGRAMS.iter().zip(&ids).all(|((direction, _), ids)| {
-            let filters = netns.run_inside(|| interfaces::filters(found.index, *direction));
+            let filters = netns.run_inside(|| filters::filters(found.index, *direction));
             let filters = filters.ok().and_then(Result::ok).unwrap_or_default();
             filters.iter().any(|filter| {
                 is_ours(filter) && filter.program_id.is_some_and(|id| ids.contains(&id))
@@ -190,9 +190,7 @@ fn matching(
     netns: &NetworkNamespace,
     patterns: &[InterfacePattern],
 ) -> Result<Vec<interfaces::Interface>> {
-    let mut all = netns
-        .run_inside(interfaces::interfaces)?
-        .context("listing interfaces")?;
+    let mut all = interfaces::interfaces(netns)?;
     // Nothing comes in by `lo`: what the pod sends to itself is decided when it is sent.
     all.retain(|found| {
         found.name != "lo" && patterns.iter().any(|pattern| pattern.matches(&found.name))
@@ -220,7 +218,7 @@ fn add_one(
 ) -> Result<bool> {
     let key = InterfaceKey::new(netns_cookie, found.index);
     let observed = tables.interfaces.get(&key)?;
-    let has_clsact = interfaces::has_clsact(found.index).context("listing qdiscs")?;
+    let has_clsact = filters::has_clsact(found.index).context("listing qdiscs")?;
     let wanted = Interface {
         ipv4: found.ipv4.map_or(Address::UNSPECIFIED, |ip| {
             Address::from(std::net::IpAddr::from(ip))
@@ -259,7 +257,7 @@ fn add_one(
 
 fn put_filter(found: &interfaces::Interface, direction: Direction, pinned: &Path) -> Result<bool> {
     let wanted = bpf::program_id(bpf::open_pinned(pinned)?.as_fd())?;
-    let there = interfaces::filters(found.index, direction).context("listing filters")?;
+    let there = filters::filters(found.index, direction).context("listing filters")?;
     let there = there.into_iter().find(is_ours);
     if there.is_some_and(|filter| filter.program_id == Some(wanted)) {
         return Ok(false);
@@ -282,12 +280,12 @@ fn put_filter(found: &interfaces::Interface, direction: Direction, pinned: &Path
 
 /// Runs inside the namespace.
 fn remove_one(tables: &Tables, key: &InterfaceKey, name: &str) -> Result<()> {
-    if !interfaces::has_clsact(key.index).context("listing qdiscs")? {
+    if !filters::has_clsact(key.index).context("listing qdiscs")? {
         return Ok(());
     }
     let mut others = false;
     for direction in [Direction::Ingress, Direction::Egress] {
-        let there = interfaces::filters(key.index, direction).context("listing filters")?;
+        let there = filters::filters(key.index, direction).context("listing filters")?;
         others |= there.iter().any(|filter| !is_ours(filter));
         if there.iter().any(is_ours) {
             our_link(name, direction)?
@@ -300,7 +298,7 @@ fn remove_one(tables: &Tables, key: &InterfaceKey, name: &str) -> Result<()> {
         .get(key)?
         .is_some_and(|it| it.qdisc_is_ours != 0);
     if ours && !others {
-        interfaces::remove_clsact(key.index).context("removing the clsact qdisc")?;
+        filters::remove_clsact(key.index).context("removing the clsact qdisc")?;
     }
     Ok(())
 }
@@ -321,26 +319,22 @@ fn attach_type(direction: Direction) -> TcAttachType {
     }
 }
 
-/// The pinned programs of a namespace, of this build. Every cgroup in the namespace uses them.
-fn open_or_load(pins: &Pins, netns_cookie: u64) -> Result<[PathBuf; 2]> {
+/// Pins of the namespace's entries to the programs of this build. Every cgroup in the namespace uses
+/// them: they are loaded if they are not there.
+fn entries(pins: &Pins, programs: &Programs, netns_cookie: u64) -> Result<[PathBuf; 2]> {
     let directory = pins.programs(programs::build_id());
     let paths = PROGRAMS.map(|(_, program)| directory.join(pin_name(program, netns_cookie)));
-    if paths.iter().all(|path| path.exists()) {
-        return Ok(paths);
-    }
-    let names = PROGRAMS.map(|(_, program)| program);
-    let loaded = programs::load_for_namespace(pins, netns_cookie, names)?;
-    for (program, path) in loaded.iter().zip(&paths) {
+    for ((_, program), path) in PROGRAMS.iter().zip(&paths) {
         if !path.exists() {
-            bpf::pin(program.as_fd(), path)
-                .with_context(|| format!("pinning {}", path.display()))?;
+            let entry = programs.load_entry(pins, netns_cookie, *program)?;
+            bpf::pin(entry.as_fd(), path).with_context(|| format!("pinning {}", path.display()))?;
         }
     }
     Ok(paths)
 }
 
-fn pin_name(program: &str, netns_cookie: u64) -> String {
-    format!("{program}{}", suffix(netns_cookie))
+fn pin_name(program: Entered, netns_cookie: u64) -> String {
+    format!("{}{}", program.program(), suffix(netns_cookie))
 }
 
 fn suffix(netns_cookie: u64) -> String {

@@ -8,10 +8,12 @@ pub mod cgroup;
 pub mod identity;
 pub mod interfaces;
 pub mod listeners;
+pub mod mounts;
 pub mod netns;
+pub mod pod_cgroup;
 pub mod routes;
 
-mod netlink;
-mod proc;
+pub(crate) mod netlink;
+pub(crate) mod proc;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;

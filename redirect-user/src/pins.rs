@@ -11,7 +11,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{FsType, statfs};
@@ -54,12 +54,12 @@ impl Pins {
 
     /// Opens the directory if anything can be attached. Waits for the lock.
     pub fn open_existing() -> Result<Option<Self>> {
-        // Maps may be missing after a kill while they were made: nothing is attached then.
-        let complete = |pins: &Self| {
-            pins.root.join("pods").is_dir()
-                && tables::NAMES.iter().all(|name| pins.map(name).exists())
-        };
-        Ok(Self::open_any()?.filter(complete))
+        Ok(Self::open_any()?.filter(Self::is_complete))
+    }
+
+    /// False after a kill while the maps were made or removed: nothing is attached then.
+    pub fn is_complete(&self) -> bool {
+        self.root.join("pods").is_dir() && tables::NAMES.iter().all(|name| self.map(name).exists())
     }
 
     fn lock() -> Result<Self> {
@@ -78,15 +78,20 @@ impl Pins {
         self.root.join("maps").join(name)
     }
 
-    /// Every pinned program, of whatever build.
+    /// Directories of programs, one per build.
     pub fn all_programs(&self) -> Result<Vec<PathBuf>> {
-        let mut programs = Vec::new();
-        for directory in entries(&self.root)? {
-            if file_name(&directory).starts_with("programs-") {
-                programs.append(&mut entries(&directory)?);
-            }
+        let mut directories = entries(&self.root)?;
+        directories.retain(|path| file_name(path).starts_with("programs-"));
+        Ok(directories)
+    }
+
+    /// Every pinned program, of whatever build.
+    pub fn all_program_pins(&self) -> Result<Vec<PathBuf>> {
+        let mut pins = Vec::new();
+        for directory in self.all_programs()? {
+            pins.append(&mut entries(&directory)?);
         }
-        Ok(programs)
+        Ok(pins)
     }
 
     /// Where the programs of one build are pinned.
@@ -94,13 +99,12 @@ impl Pins {
         self.root.join(format!("programs-{build:016x}"))
     }
 
-    /// Directories of other builds' programs.
-    pub fn other_programs(&self, build: u64) -> Result<Vec<PathBuf>> {
-        let own = self.programs(build);
-        Ok(entries(&self.root)?
-            .into_iter()
-            .filter(|path| *path != own && file_name(path).starts_with("programs-"))
-            .collect())
+    /// Directories of the programs of all builds but these.
+    pub fn programs_but(&self, builds: &[u64]) -> Result<Vec<PathBuf>> {
+        let kept: Vec<PathBuf> = builds.iter().map(|build| self.programs(*build)).collect();
+        let mut directories = self.all_programs()?;
+        directories.retain(|path| !kept.contains(path));
+        Ok(directories)
     }
 
     /// Where a pod's links are pinned.
@@ -139,10 +143,16 @@ impl Pins {
 
     /// Removes everything once no pod is left, but for the directory itself: it holds the lock.
     pub fn remove_all(&self) -> Result<()> {
-        for path in entries(&self.root)? {
-            remove(&path)?;
-        }
-        Ok(())
+        entries(&self.root)?
+            .iter()
+            .try_for_each(|path| self.withdraw(path))
+    }
+
+    /// Removes a directory beside the others in one step, so that none is ever met with half of its pins.
+    pub fn withdraw(&self, directory: &Path) -> Result<()> {
+        let staging = self.root.join(STAGING);
+        self.publish(directory, &staging)?;
+        remove(&staging)
     }
 }
 
@@ -213,6 +223,15 @@ fn mount_bpffs() -> Result<()> {
     } else {
         bail!("{BPFFS} is no BPF file system although mounting one succeeded")
     }
+}
+
+/// Refuses to go on without a BPF file system: one that a container mounts itself ends with it, and the capture too.
+pub fn require_bpffs() -> Result<()> {
+    ensure!(
+        is_bpffs()?,
+        "no BPF file system is mounted at {BPFFS}: mount the host's there (hostPath)"
+    );
+    Ok(())
 }
 
 fn is_bpffs() -> Result<bool> {

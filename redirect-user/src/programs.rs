@@ -1,5 +1,8 @@
 //! The eBPF programs: loaded once per build of redirect, pinned, and shared by all pods.
 
+mod entry;
+
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
@@ -9,7 +12,7 @@ use aya::{Ebpf, EbpfLoader};
 use aya_obj::generated::bpf_attach_type;
 
 use crate::kernel::{self, Offsets};
-use crate::pins::{self, Pins};
+use crate::pins::Pins;
 use crate::sys::bpf;
 use crate::tables;
 
@@ -92,7 +95,53 @@ pub const HOOKS: &[Hook] = &[
 
 /// Name of the pin of a pod's `sk_lookup` link.
 pub const SK_LOOKUP: &str = "sk_lookup";
-const SK_LOOKUP_PROGRAM: &str = "redirect_sk_lookup";
+
+/// A program for whose type no helper tells the network namespace. Every pod has an entry of its own
+/// to it, of a few instructions, that knows the namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entered {
+    /// Steers connections to listeners.
+    SkLookup,
+    /// Translates packets to virtual machines.
+    MachineEgress,
+    /// Translates packets of virtual machines.
+    MachineIngress,
+}
+
+impl Entered {
+    const ALL: [Self; 3] = [Self::SkLookup, Self::MachineEgress, Self::MachineIngress];
+
+    /// Name of the program in the object.
+    pub const fn program(self) -> &'static str {
+        match self {
+            Self::SkLookup => "redirect_sk_lookup",
+            Self::MachineEgress => "redirect_machine_egress",
+            Self::MachineIngress => "redirect_machine_ingress",
+        }
+    }
+
+    /// Pin of the one-entry program array through which the pods' entries reach the program.
+    fn jump(self) -> String {
+        format!("{}_jump", self.program())
+    }
+
+    fn load(self, entry: &[bpf::Instruction]) -> io::Result<OwnedFd> {
+        match self {
+            Self::SkLookup => bpf::load_sk_lookup(entry),
+            Self::MachineEgress | Self::MachineIngress => bpf::load_tc(entry),
+        }
+    }
+
+    /// Lets alone whatever the program is about.
+    const fn pass(self) -> i32 {
+        match self {
+            // SK_PASS
+            Self::SkLookup => 1,
+            // TC_ACT_UNSPEC: other filters have their say.
+            Self::MachineEgress | Self::MachineIngress => -1,
+        }
+    }
+}
 
 const fn hook(
     name: &'static str,
@@ -112,15 +161,15 @@ const fn hook(
 #[derive(Debug)]
 pub struct Programs {
     fds: Vec<OwnedFd>,
+    jumps: Vec<OwnedFd>,
 }
 
-/// Names this build's programs.
-pub fn build_id() -> u64 {
-    use sha2::{Digest, Sha256};
-    let hash = Sha256::digest(OBJECT);
-    hash.iter()
-        .take(8)
-        .fold(0, |id, byte| id << 8 | u64::from(*byte))
+/// Names this build's programs: a hash of the object, from the build script.
+pub const fn build_id() -> u64 {
+    match u64::from_str_radix(env!("REDIRECT_BUILD"), 16) {
+        Ok(id) => id,
+        Err(_) => panic!("the build script writes 16 hexadecimal digits"),
+    }
 }
 
 impl Programs {
@@ -131,6 +180,8 @@ impl Programs {
             return Self::open(&directory);
         }
         let offsets = Offsets::of_running_kernel()?;
+        let port_range_packed = u32::from(offsets.port_range_packed);
+        let has_ingress_interface = u32::from(kernel::tells_ingress_interface()?);
         let has_set_retval = u32::from(kernel::version()? >= (5, 18));
         let mut object = EbpfLoader::new();
         object
@@ -139,7 +190,11 @@ impl Programs {
             .override_global("OFFSET_FILE_CRED", &offsets.file_cred, true)
             .override_global("OFFSET_CRED_FSUID", &offsets.cred_fsuid, true)
             .override_global("OFFSET_CRED_FSGID", &offsets.cred_fsgid, true)
-            .override_global("HAS_SET_RETVAL", &has_set_retval, true);
+            .override_global("OFFSET_SOCK_NET", &offsets.sock_net, true)
+            .override_global("OFFSET_NET_PORT_RANGE", &offsets.net_port_range, true)
+            .override_global("PORT_RANGE_PACKED", &port_range_packed, true)
+            .override_global("HAS_SET_RETVAL", &has_set_retval, true)
+            .override_global("HAS_INGRESS_INTERFACE", &has_ingress_interface, true);
         let mut object = load_object(&mut object, pins)?;
         let staged = pins.stage()?;
         for hook in HOOKS {
@@ -147,19 +202,33 @@ impl Programs {
             bpf::pin(fd.as_fd(), &staged.join(hook.program))
                 .with_context(|| format!("pinning program {}", hook.program))?;
         }
+        for entered in Entered::ALL {
+            let name = entered.program();
+            let fd = load_program(&mut object, name)?;
+            let jump = bpf::program_array(fd.as_fd())
+                .with_context(|| format!("making the jump to {name}"))?;
+            bpf::pin(jump.as_fd(), &staged.join(entered.jump()))
+                .with_context(|| format!("pinning the jump to {name}"))?;
+        }
         pins.publish(&staged, &directory)?;
         Self::open(&directory)
     }
 
     fn open(directory: &Path) -> Result<Self> {
-        let fds = HOOKS
-            .iter()
-            .map(|hook| {
-                let path = directory.join(hook.program);
-                bpf::open_pinned(&path).with_context(|| format!("opening {}", path.display()))
-            })
-            .collect::<Result<_>>()?;
-        Ok(Self { fds })
+        let open = |name: &str| {
+            let path = directory.join(name);
+            bpf::open_pinned(&path).with_context(|| format!("opening {}", path.display()))
+        };
+        Ok(Self {
+            fds: HOOKS
+                .iter()
+                .map(|hook| open(hook.program))
+                .collect::<Result<_>>()?,
+            jumps: Entered::ALL
+                .iter()
+                .map(|entered| open(&entered.jump()))
+                .collect::<Result<_>>()?,
+        })
     }
 
     /// Attaches one hook.
@@ -187,35 +256,17 @@ impl Programs {
         Ok(true)
     }
 
-    /// Unpins the programs of other builds; links that still run them keep them.
-    pub fn retire_others(pins: &Pins) -> Result<()> {
-        pins.other_programs(build_id())?
-            .iter()
-            .try_for_each(|directory| pins::remove(directory))
+    /// Loads a pod's entry to a shared program.
+    pub fn load_entry(&self, pins: &Pins, netns_cookie: u64, entered: Entered) -> Result<OwnedFd> {
+        let path = pins.map("NETNS");
+        let netns =
+            bpf::open_pinned(&path).with_context(|| format!("opening {}", path.display()))?;
+        let jump = self.jumps[entered as usize].as_fd();
+        let entry = entry::instructions(netns.as_fd(), netns_cookie, jump, entered.pass());
+        entered
+            .load(&entry)
+            .with_context(|| format!("loading the pod's entry to {}", entered.program()))
     }
-}
-
-/// Loads a pod's own `sk_lookup` program.
-pub fn load_sk_lookup(pins: &Pins, netns_cookie: u64) -> Result<OwnedFd> {
-    let [program] = load_for_namespace(pins, netns_cookie, [SK_LOOKUP_PROGRAM])?;
-    Ok(program)
-}
-
-/// Loads programs that learn their network namespace from a constant, since no helper tells it.
-pub fn load_for_namespace<const N: usize>(
-    pins: &Pins,
-    netns_cookie: u64,
-    programs: [&str; N],
-) -> Result<[OwnedFd; N]> {
-    let mut object = EbpfLoader::new();
-    object.override_global("NETNS_COOKIE", &netns_cookie, true);
-    let mut object = load_object(&mut object, pins)?;
-    let fds = programs
-        .into_iter()
-        .map(|program| load_program(&mut object, program))
-        .collect::<Result<Vec<_>>>()?;
-    fds.try_into()
-        .map_err(|_| anyhow::anyhow!("not every program was loaded"))
 }
 
 /// Attaches a pod's `sk_lookup` program.

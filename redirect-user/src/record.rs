@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::options::Policy;
 use crate::tables::Tables;
+use crate::tproxy::Change;
 
 /// What is written down when a pod is attached.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,6 +31,9 @@ pub struct Notes {
     /// The `redirect run` that removes it again; None if it was attached for good.
     #[serde(default)]
     pub run_by: Option<i32>,
+    /// What was made in the network namespace, or was about to be, and is to be taken back.
+    #[serde(default)]
+    pub changes: Vec<Change>,
     /// What is captured.
     pub policy: Policy,
 }
@@ -49,6 +53,14 @@ impl Notes {
         serde_json::from_slice(json)
             .with_context(|| format!("record of cgroup {cgroup_id} is corrupt"))
             .map(Some)
+    }
+
+    /// These notes, with more to be taken back.
+    #[must_use]
+    pub fn with_also(&self, changes: &[Change]) -> Self {
+        let mut notes = self.clone();
+        notes.changes.extend_from_slice(changes);
+        notes
     }
 
     /// As stored. An error if it does not fit.

@@ -12,9 +12,20 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::attach::{self, Request};
 use crate::detach;
 use crate::follow::{self, Forwarder};
-use crate::observe::cgroup::{self, Cgroup};
+use crate::observe::cgroup::Cgroup;
+use crate::observe::mounts;
 use crate::observe::netns::NetworkNamespace;
 use crate::options::{Policy, Scope};
+
+/// The command could not be started.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot run {program:?}: {source}")]
+pub struct NotStarted {
+    /// The command's first word.
+    pub program: OsString,
+    /// What the kernel said.
+    pub source: std::io::Error,
+}
 
 /// Runs the command and waits for it. The proxy may be any process on this machine that listens in
 /// the same network namespace; capture ends with the command.
@@ -28,7 +39,7 @@ pub fn run(mut policy: Policy, command: &[OsString]) -> Result<ExitStatus> {
     policy.inbound_ports = Scope::Listed(Vec::new());
     policy.virtual_interfaces = Vec::new();
 
-    let mountpoint = cgroup::mountpoint()?;
+    let mountpoint = mounts::mountpoint()?;
     let own = RunCgroup::create(&mountpoint)?;
     let cgroup = Cgroup::open(&own.path)?;
     let cgroup_id = cgroup.id();
@@ -93,7 +104,10 @@ fn spawn(own: &RunCgroup, mountpoint: &Path, command: &[OsString]) -> Result<Chi
     enter(&own.path)?;
     let child = Command::new(program).args(arguments).spawn();
     enter(&before)?;
-    child.with_context(|| format!("starting {}", program.to_string_lossy()))
+    child.map_err(|source| {
+        let program = program.clone();
+        NotStarted { program, source }.into()
+    })
 }
 
 fn enter(cgroup: &Path) -> Result<()> {

@@ -1,6 +1,7 @@
 //! From a validated policy and what was read of a pod to map entries. Pure: nothing is written here.
 
-use std::net::IpAddr;
+use std::collections::HashSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyhow::{Result, ensure};
 use ipnet::IpNet;
@@ -8,19 +9,26 @@ use redirect_common::address::Address;
 use redirect_common::lists::{LIST_PREFIX_BITS, List, ListKey};
 use redirect_common::pod::{
     self, FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6, FLAG_LOOPBACK_INCLUDED, FLAG_MACHINES,
-    FLAG_OUTBOUND_ALL, PodConfig,
+    FLAG_OUTBOUND_ALL, FLAG_TPROXY, MAX_EXCLUDED_INTERFACES, PodConfig,
 };
 use redirect_common::route::{
-    ROUTE_LOCAL, ROUTE_PREFIX_BITS, ROUTE_UNREACHABLE, RouteInfo, RouteKey,
+    ROUTE_BIND_SOURCE, ROUTE_LOCAL, ROUTE_PREFIX_BITS, ROUTE_UNREACHABLE, RouteInfo, RouteKey,
 };
 
 use crate::observe::identity::IdMap;
+use crate::observe::interfaces::Interface;
 use crate::observe::routes::RoutingTable;
-use crate::options::{IdRange, Policy, PortRange};
+use crate::options::{IdRange, Mode, Policy, PortRange};
 use crate::tables::{ListPrefix, RoutePrefix};
 
-/// The pod's entry of `PODS`. `ids` translates the pod's user and group ids to the kernel's.
-pub fn pod_config(policy: &Policy, ipv6: bool, ids: &IdMap) -> Result<PodConfig> {
+/// The pod's entry of `PODS`. `ids` translates the pod's user and group ids to the kernel's,
+/// `interfaces` are those of its network namespace.
+pub fn pod_config(
+    policy: &Policy,
+    ipv6: bool,
+    ids: &IdMap,
+    interfaces: &[Interface],
+) -> Result<PodConfig> {
     let mut config = PodConfig {
         policy: policy.digest(),
         outbound_port: policy.outbound_port,
@@ -37,6 +45,7 @@ pub fn pod_config(policy: &Policy, ipv6: bool, ids: &IdMap) -> Result<PodConfig>
         (FLAG_LOOPBACK_INCLUDED, policy.loopback_included),
         (FLAG_GROUPS_INCLUDE, !policy.owner_groups.is_all()),
         (FLAG_MACHINES, !policy.virtual_interfaces.is_empty()),
+        (FLAG_TPROXY, policy.mode != Mode::Redirect),
     ] {
         if set {
             config.flags |= flag;
@@ -45,6 +54,12 @@ pub fn pod_config(policy: &Policy, ipv6: bool, ids: &IdMap) -> Result<PodConfig>
     for (key, _) in list_entries(policy) {
         config.lists |= 1 << key.data.list;
     }
+    if let Mode::Tproxy { mark, .. } = policy.mode {
+        config.tproxy_mark = mark;
+    }
+    let excluded = excluded_interfaces(policy, interfaces)?;
+    config.excluded_interface_count = excluded.len() as u32;
+    config.excluded_interfaces[..excluded.len()].copy_from_slice(&excluded);
     let groups = if policy.owner_groups.is_all() {
         &policy.owner_groups_exclude
     } else {
@@ -60,6 +75,23 @@ pub fn pod_config(policy: &Policy, ipv6: bool, ids: &IdMap) -> Result<PodConfig>
         Ok(ids.gids(range.first, range.last)?)
     })?;
     Ok(config)
+}
+
+/// Indexes of the interfaces that `-c` names now, in ascending order.
+pub fn excluded_interfaces(policy: &Policy, interfaces: &[Interface]) -> Result<Vec<u32>> {
+    let patterns = &policy.exclude_interfaces;
+    let mut excluded: Vec<u32> = interfaces
+        .iter()
+        .filter(|interface| patterns.iter().any(|p| p.matches(&interface.name)))
+        .map(|interface| interface.index)
+        .collect();
+    ensure!(
+        excluded.len() <= MAX_EXCLUDED_INTERFACES,
+        "--istio-exclude-interfaces names {} interfaces of the pod, allowed are {MAX_EXCLUDED_INTERFACES}",
+        excluded.len()
+    );
+    excluded.sort_unstable();
+    Ok(excluded)
 }
 
 fn translate(
@@ -109,10 +141,8 @@ pub fn list_entries(policy: &Policy) -> Vec<(ListPrefix, u8)> {
         ),
     ];
     let cidrs = cidrs.into_iter().flat_map(|(list, nets)| {
-        nets.iter().map(move |net| {
-            let (address, bits) = prefix(net);
-            (ListKey::address(id, list, address), bits)
-        })
+        let prefixes = nets.iter().flat_map(prefixes_of_family);
+        prefixes.map(move |(address, bits)| (ListKey::address(id, list, address), bits))
     });
     let ports = ports.into_iter().flat_map(|(list, ranges)| {
         ranges.iter().flat_map(move |range| {
@@ -138,10 +168,25 @@ pub fn route_entries(netns_cookie: u64, table: &RoutingTable) -> Vec<(RoutePrefi
         };
         (key, info)
     };
+    let sources: HashSet<IpAddr> = table.routes.iter().map(|route| route.source).collect();
+    let secondary: HashSet<IpAddr> = sources
+        .into_iter()
+        .filter(|source| {
+            let routes = table.routes.iter().filter(|r| r.prefix.contains(source));
+            let route = routes.max_by_key(|route| route.prefix.prefix_len());
+            route.is_some_and(|route| route.source != *source)
+        })
+        .collect();
     let routes = table.routes.iter().map(|route| {
+        let local = if route.local { ROUTE_LOCAL } else { 0 };
+        let bind = if secondary.contains(&route.source) {
+            ROUTE_BIND_SOURCE
+        } else {
+            0
+        };
         let info = RouteInfo {
             source: Address::from(route.source),
-            flags: if route.local { ROUTE_LOCAL } else { 0 },
+            flags: local | bind,
             interface: route.interface,
         };
         entry(&route.prefix, info)
@@ -156,9 +201,34 @@ pub fn route_entries(netns_cookie: u64, table: &RoutingTable) -> Vec<(RoutePrefi
     routes.chain(holes).collect()
 }
 
+/// Prefix length of `::ffff:0:0/96`, where IPv4 addresses are kept.
+const MAPPED_BITS: u32 = 96;
+
+/// A network as prefixes of the 16-byte form that cover addresses of its own family only: an IPv6 one around
+/// `::ffff:0:0/96`, such as `::/0`, goes in pieces that leave IPv4 out.
+fn prefixes_of_family(net: &IpNet) -> Vec<(Address, u32)> {
+    const MAPPED: u128 = Ipv4Addr::UNSPECIFIED.to_ipv6_mapped().to_bits();
+    let (address, bits) = prefix(net);
+    let IpNet::V6(net) = net else {
+        return vec![(address, bits)];
+    };
+    let common = (net.network().to_bits() ^ MAPPED).leading_zeros();
+    if common < bits.min(MAPPED_BITS) {
+        return vec![(address, bits)];
+    }
+    // What is inside IPv4's place leaves nothing.
+    let pieces = (bits..MAPPED_BITS).map(|length| {
+        let sibling = MAPPED ^ (1 << (127 - length));
+        let network = sibling & (u128::MAX << (127 - length));
+        (Ipv6Addr::from_bits(network).into(), length + 1)
+    });
+    pieces
+        .map(|(address, bits): (IpAddr, u32)| (address.into(), bits))
+        .collect()
+}
+
 /// A network as a prefix of the 16-byte form.
 fn prefix(net: &IpNet) -> (Address, u32) {
-    const MAPPED_BITS: u32 = 96;
     let bits = u32::from(net.prefix_len());
     match net.network() {
         address @ IpAddr::V4(_) => (address.into(), MAPPED_BITS + bits),
@@ -187,6 +257,54 @@ fn port_prefixes(range: PortRange) -> impl Iterator<Item = (u16, u32)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn prefixes_of_a_network_cover_its_own_family_only() {
+        let addresses = [
+            "::",
+            "::1",
+            "::fffe:ffff:ffff",
+            "::1:0:0:0",
+            "2001:db8::1",
+            "fd00::1",
+            "ffff::1",
+            "0.0.0.0",
+            "10.1.2.3",
+            "255.255.255.255",
+        ];
+        let nets = [
+            "::/0",
+            "::/1",
+            "::/16",
+            "::/80",
+            "::/95",
+            "::/96",
+            "::fffe:0:0/95",
+            "::ffff:0:0/96",
+            "::ffff:10.0.0.0/104",
+            "2000::/3",
+            "8000::/1",
+            "0.0.0.0/0",
+            "10.0.0.0/8",
+        ];
+        let words = |address: Address| {
+            let [a, b, c, d] = address.words_be.map(u32::from_be);
+            Ipv6Addr::from_bits(
+                u128::from(a) << 96 | u128::from(b) << 64 | u128::from(c) << 32 | u128::from(d),
+            )
+            .to_bits()
+        };
+        for net in nets.map(|net| net.parse::<IpNet>().unwrap()) {
+            let prefixes = prefixes_of_family(&net);
+            for address in addresses.map(|address| address.parse::<IpAddr>().unwrap()) {
+                let bits = words(address.into());
+                let covered = prefixes
+                    .iter()
+                    .any(|(network, length)| (words(*network) ^ bits).leading_zeros() >= *length);
+                assert_eq!(covered, net.contains(&address), "{net} and {address}");
+            }
+        }
+    }
 
     #[test]
     fn port_prefixes_cover_exactly_the_range() {

@@ -9,6 +9,8 @@ use redirect_common::verdict::Rule;
 use serde::Serialize;
 
 use crate::machines;
+use crate::observe::cgroup::Cgroup;
+use crate::observe::interfaces::interfaces;
 use crate::observe::netns::NetworkNamespace;
 use crate::observe::routes::routing_table;
 use crate::options::Policy;
@@ -17,6 +19,7 @@ use crate::programs;
 use crate::record::{self, Notes};
 use crate::settings;
 use crate::tables::Tables;
+use crate::tproxy;
 
 /// The state of this machine.
 #[derive(Debug, Serialize)]
@@ -46,11 +49,12 @@ pub struct Pod {
     pub build: String,
     /// False if an attach was interrupted: nothing is captured until it is repeated.
     pub capturing: bool,
-    /// Whether the addresses and routes known here are those of the namespace; None if it cannot be
-    /// opened by the path it was attached with.
+    /// Whether the addresses, routes and excluded interfaces known here are those of the namespace,
+    /// and what TPROXY needs is there; None if it is found neither by the path it was attached
+    /// with nor by a process of the pod.
     pub routes_current: Option<bool>,
     /// By pattern of `-k`: the interfaces that match, and whether the machines behind them are
-    /// captured; None if the namespace cannot be opened by the path it was attached with.
+    /// captured; None if the namespace is not found.
     pub virtual_interfaces: Option<BTreeMap<String, BTreeMap<String, bool>>>,
     /// Whether IPv6 is captured.
     pub ipv6: bool,
@@ -128,13 +132,6 @@ fn connections(tables: &Tables, netns_cookie: u64) -> Result<BTreeMap<&'static s
         .collect())
 }
 
-/// By the path it was attached with.
-fn namespace(notes: &Notes) -> Option<NetworkNamespace> {
-    NetworkNamespace::open(notes.netns.as_ref())
-        .ok()
-        .filter(|netns| netns.inode() == notes.netns_inode)
-}
-
 fn virtual_interfaces(
     pins: &Pins,
     notes: &Notes,
@@ -158,10 +155,33 @@ fn routes_current(tables: &Tables, notes: &Notes) -> Option<bool> {
     let netns = namespace(notes)?;
     let wanted = settings::route_entries(notes.netns_cookie, &routing_table(&netns).ok()?);
     let known = crate::detach::routes_of(tables, notes.netns_cookie).ok()?;
+    let excluded = settings::excluded_interfaces(&notes.policy, &interfaces(&netns).ok()?).ok();
+    let config = tables.pods.get(&notes.netns_cookie).ok()?;
+    let known_excluded = config.map(|config| {
+        let count = config.excluded_interface_count as usize;
+        config.excluded_interfaces[..count].to_vec()
+    });
+    let complete = tproxy::is_complete(&netns, &notes.policy, notes.ipv6).ok()?;
     Some(
-        wanted.len() == known.len()
+        complete
+            && (known_excluded.is_none() || known_excluded == excluded)
+            && wanted.len() == known.len()
             && wanted
                 .iter()
                 .all(|(key, info)| tables.routes.get(key).ok().flatten() == Some(*info)),
     )
+}
+
+/// The pod's namespace by the path it was attached with, else by a process in the pod's cgroup: the path may have gone, or mean
+/// something else here than in the container that attached it.
+fn namespace(notes: &Notes) -> Option<NetworkNamespace> {
+    let is_same = |netns: &NetworkNamespace| netns.inode() == notes.netns_inode;
+    let by_path = NetworkNamespace::open(notes.netns.as_ref()).ok();
+    by_path.filter(is_same).or_else(|| {
+        let processes = Cgroup::open(&notes.cgroup).ok()?.processes().ok()?;
+        processes
+            .into_iter()
+            .filter_map(|pid| NetworkNamespace::of_process(pid).ok())
+            .find(is_same)
+    })
 }

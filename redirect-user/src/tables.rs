@@ -76,6 +76,7 @@ pub const NAMES: &[&str] = &[
     "LISTENERS",
     "SOCKETS",
     "RECORDS",
+    "NETNS",
     "FOLLOWERS",
     "DECISIONS",
     "AYA_LOGS",

@@ -3,11 +3,13 @@
 use std::{
     env,
     io::{BufRead as _, BufReader, Write as _},
+    net::SocketAddr,
+    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
-    process::{Child, ChildStdin, Command, Stdio},
+    process::{Child, ChildStdin, Command, ExitStatus, Stdio},
     sync::mpsc::{Receiver, channel},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use crate::protocol::{Answer, Dial, Dialed, Family, Identity, Listen, Request, Start, Traffic};
@@ -27,7 +29,24 @@ pub struct Actor {
 impl Actor {
     /// Starts one in a namespace and, maybe, a cgroup.
     pub fn start(netns: &Path, cgroup: Option<PathBuf>, identity: Identity) -> Self {
-        let mut child = Command::new(executable("actor"))
+        Self::start_as(Start {
+            cgroup,
+            netns: netns.to_owned(),
+            net_admin: false,
+            identity,
+        })
+    }
+
+    /// Starts one.
+    pub fn start_as(start: Start) -> Self {
+        Self::start_by(&mut Command::new(executable("actor")), start)
+    }
+
+    /// Starts one by a command that ends in running the actor's program.
+    pub fn start_by(command: &mut Command, start: Start) -> Self {
+        let mut child = command
+            // An interrupt from the keyboard is for the test, which then ends its actors.
+            .process_group(0)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -43,15 +62,10 @@ impl Actor {
             }
         });
         let mut actor = Self {
-            identity: identity.clone(),
+            identity: start.identity.clone(),
             child,
             stdin,
             answers,
-        };
-        let start = Start {
-            cgroup,
-            netns: netns.to_owned(),
-            identity,
         };
         actor.send(&serde_json::to_string(&start).unwrap());
         actor.receive();
@@ -63,10 +77,28 @@ impl Actor {
         self.child.id()
     }
 
+    /// Lets it come to its end, and waits for what it was started by.
+    pub fn end(mut self) -> ExitStatus {
+        drop(self.stdin.take());
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "the actor does not end");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// Asks for something.
     pub fn request(&mut self, request: &Request) -> Answer {
-        self.send(&serde_json::to_string(request).unwrap());
+        self.order(request);
         self.receive()
+    }
+
+    /// Asks for something without waiting; [`Self::receive`] has to follow.
+    pub fn order(&mut self, request: &Request) {
+        self.send(&serde_json::to_string(request).unwrap());
     }
 
     /// Makes a connection.
@@ -97,10 +129,73 @@ impl Actor {
         self.done(&Request::Assume(identity.clone()));
     }
 
-    /// Connects a socket made by [`Self::create`].
+    /// Connects a socket made by [`Self::create`], or kept after a connection. It is kept.
     pub fn connect(&mut self, name: &str, dial: &Dial) -> Dialed {
         let (name, dial) = (name.to_owned(), dial.clone());
         self.dialed(&Request::Connect { name, dial })
+    }
+
+    /// Dissolves a connection and keeps the socket.
+    pub fn disconnect(&mut self, name: &str) {
+        self.done(&Request::Disconnect {
+            name: name.to_owned(),
+        });
+    }
+
+    /// Listens on a socket made before.
+    pub fn serve(&mut self, name: &str, who: &str) {
+        let (name, who) = (name.to_owned(), who.to_owned());
+        self.done(&Request::Serve { name, who });
+    }
+
+    /// Makes a connection in a child process, on a socket it inherits or on its own.
+    pub fn spawn(&mut self, name: Option<&str>, dial: &Dial) -> Dialed {
+        let (name, dial) = (name.map(str::to_owned), dial.clone());
+        self.dialed(&Request::Spawn { name, dial })
+    }
+
+    /// Connects to consecutive addresses and returns what went wrong.
+    pub fn sweep(&mut self, to: SocketAddr, addresses: u32) -> Vec<Dialed> {
+        match self.request(&Request::Sweep { to, addresses }) {
+            Answer::Several(wrong) => wrong,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Connects a UDP socket and looks at it.
+    pub fn datagram(&mut self, to: SocketAddr) -> Dialed {
+        self.dialed(&Request::Datagram(to))
+    }
+
+    /// Makes connections at the same time.
+    pub fn together(&mut self, dials: Vec<Dial>) -> Vec<Dialed> {
+        match self.request(&Request::Together(dials)) {
+            Answer::Several(dialed) => dialed,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Hands a copy of a socket to another process.
+    pub fn give(&mut self, name: &str, other: &mut Self) {
+        let place = env::temp_dir().join(format!("redirect-{}", other.pid()));
+        let name = name.to_owned();
+        other.done(&Request::Expect(place.clone()));
+        self.done(&Request::Give {
+            name: name.clone(),
+            to: place.clone(),
+        });
+        other.done(&Request::Take { name });
+        std::fs::remove_file(place).unwrap();
+    }
+
+    /// Sends a line, stops sending, and returns all that comes.
+    pub fn half_close(&mut self, name: &str, line: &str) -> Result<String, String> {
+        let (name, line) = (name.to_owned(), line.to_owned());
+        match self.request(&Request::HalfClose { name, line }) {
+            Answer::Said(line) => Ok(line),
+            Answer::Failed(error) => Err(error),
+            other => panic!("{other:?}"),
+        }
     }
 
     /// Sends a line on a kept connection and returns the echo, or the name of the error.
@@ -158,7 +253,8 @@ impl Actor {
         writeln!(self.stdin.as_mut().unwrap(), "{line}").unwrap();
     }
 
-    fn receive(&self) -> Answer {
+    /// Waits for the answer to [`Self::order`].
+    pub fn receive(&self) -> Answer {
         let line = self
             .answers
             .recv_timeout(PATIENCE)

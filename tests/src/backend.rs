@@ -1,7 +1,8 @@
 //! The capture under test, and the reference that vouches for the expectations.
 
 use crate::{
-    iptables, loader,
+    iptables::{self, Variant},
+    loader,
     namespace::errors,
     options::Options,
     pod::{Pod, Regrets},
@@ -21,7 +22,7 @@ impl Backend {
     pub fn attach(self, pod: &Pod, options: &Options) {
         match self {
             Self::Redirect => drop(loader::attach(pod, options)),
-            Self::Iptables => iptables::apply(pod, options),
+            Self::Iptables => iptables::apply(pod, options, Variant::from_environment()),
         }
     }
 
@@ -34,7 +35,7 @@ impl Backend {
                     Regrets::new("the attachment").add(errors(&output));
                 }
             }
-            Self::Iptables => iptables::flush(pod),
+            Self::Iptables => iptables::flush(pod, Variant::from_environment()),
         }
     }
 }

@@ -39,6 +39,23 @@ pub fn find() -> Result<PathBuf, String> {
     })
 }
 
+/// How inbound connections get there.
+#[derive(Clone, Copy, Eq, PartialEq)]
+enum Inbound {
+    Redirected,
+    Transparent,
+}
+
+impl Inbound {
+    /// Whom Istio runs it as.
+    const fn user(self) -> &'static str {
+        match self {
+            Self::Redirected => "1337",
+            Self::Transparent => "0",
+        }
+    }
+}
+
 /// A running Envoy, ended with this value.
 #[derive(Debug)]
 pub struct Envoy {
@@ -49,20 +66,35 @@ pub struct Envoy {
 impl Envoy {
     /// Runs Envoy as 1337 in the pod and waits until it listens. `app` has to live in the pod.
     pub fn start(program: &Path, pod: &Pod, app: &mut Actor) -> Self {
+        Self::run(program, pod, app, Inbound::Redirected)
+    }
+
+    /// Runs Envoy for TPROXY: as a superuser with the group 1337, with a transparent inbound listener, which calls the
+    /// application from its client's address.
+    pub fn start_transparent(program: &Path, pod: &Pod, app: &mut Actor) -> Self {
+        Self::run(program, pod, app, Inbound::Transparent)
+    }
+
+    fn run(program: &Path, pod: &Pod, app: &mut Actor, inbound: Inbound) -> Self {
         let folder = env::temp_dir().join(pod.netns.name());
         fs::create_dir(&folder).unwrap();
         // Envoy writes its access log there, unprivileged.
         fs::set_permissions(&folder, Permissions::from_mode(0o777)).unwrap();
         let config = folder.join("envoy.yaml");
-        fs::write(&config, configuration(pod, &folder.join("access.log"))).unwrap();
+        fs::write(
+            &config,
+            configuration(pod, &folder.join("access.log"), inbound),
+        )
+        .unwrap();
         let script = "echo 0 > \"$0/cgroup.procs\"; exec nsenter \"--net=$1\" \
-             setpriv --reuid 1337 --regid 1337 --clear-groups \
+             setpriv --reuid \"$4\" --regid 1337 --clear-groups \
              \"$2\" --config-path \"$3\" --disable-hot-restart --concurrency 2 --log-level warning --file-flush-interval-msec 20";
         let child = Command::new("sh")
             .args(["-c", script])
             .arg(pod.cgroup.child("envoy"))
             .arg(pod.netns.path())
             .args([program, &config])
+            .arg(inbound.user())
             .stdout(Stdio::null())
             .stderr(fs::File::create(folder.join("envoy.log")).unwrap())
             .spawn()
@@ -119,7 +151,7 @@ impl Drop for Envoy {
     }
 }
 
-fn configuration(pod: &Pod, access_log: &Path) -> String {
+fn configuration(pod: &Pod, access_log: &Path, mode: Inbound) -> String {
     let log = |listener: &str| {
         format!(
             r#"access_log: [{{ name: envoy.access_loggers.file, typed_config: {{
@@ -136,14 +168,25 @@ fn configuration(pod: &Pod, access_log: &Path) -> String {
             log(listener)
         )
     };
+    let transparent = mode == Inbound::Transparent;
     let listener = |name: &str, port: u16, chains: &str| {
+        let (options, filter) = if transparent && name == "inbound" {
+            (
+                "transparent: true",
+                r#", { name: envoy.filters.listener.original_src, typed_config: {
+      "@type": type.googleapis.com/envoy.extensions.filters.listener.original_src.v3.OriginalSrc, mark: 1337 } }"#,
+            )
+        } else {
+            ("transparent: false", "")
+        };
         format!(
             r#"
   - name: {name}
     address: {{ socket_address: {{ address: 0.0.0.0, port_value: {port} }} }}
     additional_addresses: [{{ address: {{ socket_address: {{ address: "::", port_value: {port} }} }} }}]
+    {options}
     listener_filters: [{{ name: envoy.filters.listener.original_dst, typed_config: {{
-      "@type": type.googleapis.com/envoy.extensions.filters.listener.original_dst.v3.OriginalDst }} }}]
+      "@type": type.googleapis.com/envoy.extensions.filters.listener.original_dst.v3.OriginalDst }} }}{filter}]
     filter_chains: [{chains}]"#
         )
     };
@@ -163,6 +206,15 @@ fn configuration(pod: &Pod, access_log: &Path) -> String {
         &chain("inbound", "inbound_passthrough", ""),
     );
     let own = pod.ipv4;
+    // Else the connection comes from where the original_src filter says.
+    let bind = if transparent {
+        ""
+    } else {
+        r#"
+    upstream_bind_config:
+      source_address: { address: 127.0.0.6, port_value: 0 }
+      extra_source_addresses: [{ address: { address: "::6", port_value: 0 } }]"#
+    };
     format!(
         r#"
 static_resources:
@@ -177,10 +229,7 @@ static_resources:
   - name: inbound_passthrough
     type: ORIGINAL_DST
     lb_policy: CLUSTER_PROVIDED
-    connect_timeout: 2s
-    upstream_bind_config:
-      source_address: {{ address: 127.0.0.6, port_value: 0 }}
-      extra_source_addresses: [{{ address: {{ address: "::6", port_value: 0 }} }}]
+    connect_timeout: 2s{bind}
   - name: self
     type: STATIC
     connect_timeout: 2s

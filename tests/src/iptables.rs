@@ -1,202 +1,125 @@
-//! The reference: the rules istio-iptables emits for an option set, in its order, in REDIRECT mode.
-//!
-//! Written after `tools/istio-iptables/pkg/capture/run.go` (istio/istio 86c9f01fd735), without DNS, TPROXY and `-c`.
+//! The reference: Istio's rules in the kernel's own iptables.
 
-use std::{env, fmt::Write as _, io::Write as _, net::IpAddr, process::Stdio};
+mod rules;
 
-use crate::{
-    namespace::errors,
-    options::{Options, or},
-    pod::Pod,
+use std::{
+    env,
+    io::Write as _,
+    process::{self, Stdio},
+    sync::OnceLock,
 };
 
-/// The `iptables-restore` input for one family.
-pub fn rules(options: &Options, ipv6: bool) -> String {
-    let proxy = or(options.proxy_port, "15001");
-    let capture = or(options.inbound_port, "15006");
-    let tunnel = or(options.tunnel_port, "15008");
-    let uids = or(options.uids, "1337");
-    let gids = or(options.gids, uids);
-    let (loopback, own) = if ipv6 {
-        ("::1/128", "::6/128")
-    } else {
-        (or(options.loopback_cidr, "127.0.0.1/32"), "127.0.0.6/32")
-    };
-    let mut rules = Rules::default();
-    for name in items(options.virtual_interfaces) {
-        rules.front(format!("-i {name} -j RETURN"));
-    }
-    rules.nat(format!("ISTIO_INBOUND -p tcp --dport {tunnel} -j RETURN"));
-    rules.nat(format!(
-        "ISTIO_REDIRECT -p tcp -j REDIRECT --to-ports {proxy}"
-    ));
-    rules.nat(format!(
-        "ISTIO_IN_REDIRECT -p tcp -j REDIRECT --to-ports {capture}"
-    ));
-    match options.include_inbound {
-        "" => (),
-        "*" => {
-            rules.nat("PREROUTING -p tcp -j ISTIO_INBOUND");
-            for port in items(options.exclude_inbound) {
-                rules.nat(format!("ISTIO_INBOUND -p tcp --dport {port} -j RETURN"));
-            }
-            rules.nat("ISTIO_INBOUND -p tcp -j ISTIO_IN_REDIRECT");
-        }
-        list => {
-            rules.nat("PREROUTING -p tcp -j ISTIO_INBOUND");
-            for port in items(list) {
-                rules.nat(format!(
-                    "ISTIO_INBOUND -p tcp --dport {port} -j ISTIO_IN_REDIRECT"
-                ));
-            }
-        }
-    }
-    rules.nat("OUTPUT -j ISTIO_OUTPUT");
-    for port in items(options.exclude_outbound) {
-        rules.output(format!("-p tcp --dport {port} -j RETURN"));
-        rules.output(format!("-p udp --dport {port} -j RETURN"));
-    }
-    rules.output(format!("-o lo -s {own} -j RETURN"));
-    let loopback_included = items(options.include_cidrs).any(is_loopback);
-    for (kind, owners) in [("uid", uids), ("gid", gids)] {
-        for id in items(owners) {
-            let owner = format!("-m owner --{kind}-owner {id}");
-            rules.output(format!(
-                "-o lo ! -d {loopback} -p tcp ! --dport {tunnel} {owner} -j ISTIO_IN_REDIRECT"
-            ));
-            if !loopback_included {
-                rules.output(format!("-o lo -m owner ! --{kind}-owner {id} -j RETURN"));
-            }
-            rules.output(format!("{owner} -j RETURN"));
-        }
-    }
-    match options.owner_groups.unwrap_or("*") {
-        "*" => {
-            for group in items(options.owner_groups_exclude) {
-                rules.output(format!("-m owner --gid-owner {group} -j RETURN"));
-            }
-        }
-        list => {
-            let others: String = items(list)
-                .map(|group| format!("-m owner ! --gid-owner {group} "))
-                .collect();
-            rules.output(format!("{others}-j RETURN"));
-        }
-    }
-    rules.output(format!("-d {loopback} -j RETURN"));
-    let (included, excluded): (Vec<_>, Vec<_>) = (
-        items(options.include_cidrs)
-            .filter(|cidr| of_family(cidr, ipv6))
-            .collect(),
-        items(options.exclude_cidrs)
-            .filter(|cidr| of_family(cidr, ipv6))
-            .collect(),
-    );
-    for cidr in excluded {
-        rules.output(format!("-d {cidr} -j RETURN"));
-    }
-    for port in items(options.include_outbound) {
-        rules.output(format!("-p tcp --dport {port} -j ISTIO_REDIRECT"));
-    }
-    for cidr in included {
-        match cidr {
-            "*" => {
-                rules.output("-j ISTIO_REDIRECT");
-                for name in items(options.virtual_interfaces) {
-                    rules.front(format!("-i {name} -j ISTIO_REDIRECT"));
-                }
-            }
-            cidr => {
-                for name in items(options.virtual_interfaces) {
-                    rules.front(format!("-i {name} -d {cidr} -j ISTIO_REDIRECT"));
-                }
-                rules.output(format!("-d {cidr} -j ISTIO_REDIRECT"));
-            }
-        }
-    }
-    rules.text()
+use crate::{
+    namespace::{Namespace, errors},
+    options::{Options, TPROXY_MARK},
+    pod::Pod,
+};
+pub use rules::rules;
+
+/// Istio's default for `--istio-inbound-tproxy-route-table`.
+const TPROXY_TABLE: &str = "133";
+
+/// Which of iptables' two implementations.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Variant {
+    /// Over nftables: today's default.
+    Nft,
+    /// The kernel's ip_tables.
+    Legacy,
 }
 
-#[derive(Default)]
-struct Rules(Vec<String>);
-
-impl Rules {
-    fn nat(&mut self, rule: impl Into<String>) {
-        self.0.push(format!("-A {}", rule.into()));
-    }
-
-    fn output(&mut self, rule: impl AsRef<str>) {
-        self.nat(format!("ISTIO_OUTPUT {}", rule.as_ref()));
-    }
-
-    /// In front of everything that comes in.
-    fn front(&mut self, rule: impl AsRef<str>) {
-        self.0.push(format!("-I PREROUTING 1 {}", rule.as_ref()));
-    }
-
-    fn text(&self) -> String {
-        let mut text = String::from("*nat\n");
-        for chain in [
-            "ISTIO_INBOUND",
-            "ISTIO_REDIRECT",
-            "ISTIO_IN_REDIRECT",
-            "ISTIO_OUTPUT",
-        ] {
-            writeln!(text, "-N {chain}").unwrap();
+impl Variant {
+    /// What `REDIRECT_IPTABLES` says, or nft.
+    pub fn from_environment() -> Self {
+        match env::var("REDIRECT_IPTABLES").as_deref() {
+            Ok("legacy") => Self::Legacy,
+            Ok("nft") | Err(_) => Self::Nft,
+            Ok(other) => panic!("REDIRECT_IPTABLES={other}: allowed are nft and legacy"),
         }
-        for rule in &self.0 {
-            writeln!(text, "{rule}").unwrap();
-        }
-        text.push_str("COMMIT\n");
-        text
     }
-}
 
-/// istio's `config.Split`.
-fn items(list: &str) -> impl Iterator<Item = &str> {
-    list.split(',')
-        .map(str::trim)
-        .filter(|item| !item.is_empty())
-}
+    /// Whether this machine has it: the programs, and what they need of the kernel.
+    pub fn works(self) -> bool {
+        static WORKS: [OnceLock<bool>; 2] = [OnceLock::new(), OnceLock::new()];
+        *WORKS[self as usize].get_or_init(|| {
+            let namespace = Namespace::new(&format!("rd-{}-{}", process::id(), self.name()));
+            ["iptables", "ip6tables"].iter().all(|program| {
+                let program = format!("{program}-{}", self.name());
+                let list = ["-t", "nat", "-S"];
+                let output = namespace.command(&program).args(list).output();
+                output.is_ok_and(|output| output.status.success())
+            })
+        })
+    }
 
-fn of_family(cidr: &str, ipv6: bool) -> bool {
-    cidr == "*" || cidr.contains(':') == ipv6
-}
-
-fn is_loopback(cidr: &str) -> bool {
-    let address = cidr
-        .split('/')
-        .next()
-        .and_then(|address| address.parse().ok());
-    address.is_some_and(|address: IpAddr| address.is_loopback())
+    /// As in the programs' names.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Nft => "nft",
+            Self::Legacy => "legacy",
+        }
+    }
 }
 
 /// Loads the rules for `options` into the pod.
-pub fn apply(pod: &Pod, options: &Options) {
-    restore(pod, false, &rules(options, false));
+pub fn apply(pod: &Pod, options: &Options, variant: Variant) {
+    restore(pod, variant, false, &rules(options, false));
     if options.ipv6 {
         // As istio-iptables does whenever IPv6 is on.
         pod.netns.ip("addr replace ::6/128 dev lo nodad");
-        restore(pod, true, &rules(options, true));
+        restore(pod, variant, true, &rules(options, true));
+    }
+    if options.tproxy && !options.include_inbound.is_empty() {
+        for (family, all) in [("-4", "0.0.0.0/0"), ("-6", "::/0")] {
+            if family == "-4" || options.ipv6 {
+                // A batch of `ip` commands cannot choose the family.
+                for command in [
+                    format!("{family} rule add fwmark {TPROXY_MARK} lookup {TPROXY_TABLE}"),
+                    format!("{family} route replace local {all} dev lo table {TPROXY_TABLE}"),
+                ] {
+                    assert!(pod.netns.try_ip(&command), "ip {command}");
+                }
+            }
+        }
     }
 }
 
-/// Empties the nat table of the pod.
-pub fn flush(pod: &Pod) {
+/// Empties the pod's tables.
+pub fn flush(pod: &Pod, variant: Variant) {
+    const EMPTY: &str = "\
+*raw
+:PREROUTING ACCEPT
+:OUTPUT ACCEPT
+COMMIT
+*mangle
+:PREROUTING ACCEPT
+:INPUT ACCEPT
+:FORWARD ACCEPT
+:OUTPUT ACCEPT
+:POSTROUTING ACCEPT
+COMMIT
+*nat
+:PREROUTING ACCEPT
+:INPUT ACCEPT
+:OUTPUT ACCEPT
+:POSTROUTING ACCEPT
+COMMIT
+";
     for ipv6 in [false, true] {
-        restore(
-            pod,
-            ipv6,
-            "*nat\n:PREROUTING ACCEPT\n:INPUT ACCEPT\n:OUTPUT ACCEPT\n:POSTROUTING ACCEPT\nCOMMIT\n",
-        );
+        restore(pod, variant, ipv6, EMPTY);
+    }
+    for family in ["-4", "-6"] {
+        let _was_there_in_tproxy_mode = pod.netns.try_ip(&format!(
+            "{family} rule del fwmark {TPROXY_MARK} lookup {TPROXY_TABLE}"
+        ));
     }
 }
 
-fn restore(pod: &Pod, ipv6: bool, text: &str) {
-    let variant = env::var("REDIRECT_IPTABLES").unwrap_or_else(|_| "nft".to_owned());
+fn restore(pod: &Pod, variant: Variant, ipv6: bool, text: &str) {
     let program = format!(
-        "{}-{variant}-restore",
-        if ipv6 { "ip6tables" } else { "iptables" }
+        "{}-{}-restore",
+        if ipv6 { "ip6tables" } else { "iptables" },
+        variant.name()
     );
     let flush = if text.contains("-N ") {
         &["--noflush"][..]

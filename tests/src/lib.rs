@@ -6,14 +6,18 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`namespace`], [`cgroup`], [`pod`] | a pod and its peer, removed again whatever happens |
+//! | [`container`] | the `istio-iptables` program in a container of a pod |
 //! | [`protocol`], [`actor`] | a process with a chosen identity that dials and listens on request |
-//! | [`dial`], [`server`], [`sockopt`] | the code that runs inside such a process |
+//! | [`dial`], [`datagram`], [`server`], [`sockopt`] | the code that runs inside such a process |
 //! | [`options`], [`loader`], [`iptables`], [`backend`] | the capture under test and the reference it is compared with |
 //! | [`envoy`], [`skip`] | a real Envoy in the pod, and what is said where there is none |
 //! | [`follower`] | `redirect log` beside a test |
+//! | [`bpffs`] | a BPF file system of a test's own, and what the loader keeps in it |
+//! | [`tracer`] | running the loader call by call, and killing it after any of them |
 //! | [`foreign`] | somebody else's eBPF program on the same hook |
 //! | [`machine`] | a virtual machine behind an interface of a pod |
 //! | [`scene`] | a pod with a proxy, an application and a service, and the check of one connection |
+//! | [`conformance`] | random options and connections, in two pods alike: one captured by redirect, one by iptables |
 #![allow(
     clippy::unwrap_used,
     reason = "a test panics where it fails, so that the backtrace points at the line"
@@ -21,7 +25,11 @@
 
 pub mod actor;
 pub mod backend;
+pub mod bpffs;
 pub mod cgroup;
+pub mod conformance;
+pub mod container;
+pub mod datagram;
 pub mod dial;
 pub mod envoy;
 pub mod follower;
@@ -29,11 +37,15 @@ pub mod foreign;
 pub mod iptables;
 pub mod loader;
 pub mod machine;
+pub mod maps;
 pub mod namespace;
 pub mod options;
+pub mod parcel;
 pub mod pod;
 pub mod protocol;
+pub mod raw;
 pub mod scene;
 pub mod server;
 pub mod skip;
 pub mod sockopt;
+pub mod tracer;

@@ -1,22 +1,99 @@
 //! Running the `redirect` program.
 
 use std::{
-    env,
+    env, fs,
     path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
+    process::{self, Command, Output, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
     thread,
     time::{Duration, Instant},
 };
 
-use crate::{actor::executable, namespace::errors, options::Options, pod::Pod};
+use crate::{
+    actor::executable,
+    namespace::{Namespace, errors, succeed},
+    options::Options,
+    pod::Pod,
+};
 
 /// No call of the program takes longer.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A call of `redirect` in the making.
 pub fn redirect() -> Command {
-    let path = env::var_os("REDIRECT_BIN").map_or_else(|| executable("redirect"), PathBuf::from);
-    let mut command = Command::new(path);
+    clean(Command::new(program()))
+}
+
+/// A call of `redirect` by somebody in a network namespace.
+pub fn redirect_inside(netns: &Namespace) -> Command {
+    let mut command = clean(netns.command("env"));
+    command.arg(program());
+    command
+}
+
+/// A copy of the program whose embedded eBPF object has another hash, as that of another release: a padding byte of
+/// its ELF header, which means nothing, is changed.
+#[derive(Debug)]
+pub struct OtherBuild {
+    path: PathBuf,
+}
+
+static COPIES: AtomicU32 = AtomicU32::new(0);
+
+impl OtherBuild {
+    /// Makes the copy; it goes with this value.
+    pub fn new() -> Self {
+        // elf(5): magic, 64 bits, little-endian, version 1.
+        const ELF: &[u8] = b"\x7fELF\x02\x01\x01";
+        const PADDING: usize = 15;
+        const MACHINE: usize = 18;
+        const EM_BPF: [u8; 2] = 247u16.to_le_bytes();
+        let mut bytes = fs::read(program()).unwrap();
+        let objects: Vec<usize> = (0..bytes.len() - MACHINE - EM_BPF.len())
+            .filter(|&at| bytes[at] == ELF[0] && bytes[at..].starts_with(ELF))
+            .filter(|&at| bytes[at + MACHINE..].starts_with(&EM_BPF))
+            .collect();
+        let [object] = objects[..] else {
+            panic!("eBPF objects in the program: {objects:?}");
+        };
+        bytes[object + PADDING] ^= 1;
+        let serial = COPIES.fetch_add(1, Ordering::Relaxed);
+        let name = format!("redirect-other-build-{}-{serial}", process::id());
+        let (path, patched) = (
+            env::temp_dir().join(&name),
+            env::temp_dir().join(name + "-patched"),
+        );
+        fs::write(&patched, bytes).unwrap();
+        // By another process: a file that a fork of this one holds open for writing cannot be executed.
+        let mut install = Command::new("install");
+        succeed(install.args(["-m", "700"]).args([&patched, &path]));
+        fs::remove_file(patched).unwrap();
+        Self { path }
+    }
+
+    /// A call of it.
+    pub fn redirect(&self) -> Command {
+        clean(Command::new(&self.path))
+    }
+}
+
+impl Default for OtherBuild {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for OtherBuild {
+    fn drop(&mut self) {
+        let _left_in_tmp = fs::remove_file(&self.path);
+    }
+}
+
+fn program() -> PathBuf {
+    env::var_os("REDIRECT_BIN").map_or_else(|| executable("redirect"), PathBuf::from)
+}
+
+fn clean(mut command: Command) -> Command {
     // Istio's variables in the surrounding environment must not reach the program under test.
     command.env_clear();
     for kept in ["PATH", "HOME", "RUST_BACKTRACE", "RUST_LOG"] {
@@ -57,7 +134,11 @@ pub fn run<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Output {
 
 /// `redirect attach` for a pod, not run yet.
 pub fn attach_command(pod: &Pod) -> Command {
-    let mut command = redirect();
+    attach_by(redirect(), pod)
+}
+
+/// The same by any call of `redirect`.
+pub fn attach_by(mut command: Command, pod: &Pod) -> Command {
     command.arg("attach");
     command.arg("--cgroup").arg(pod.cgroup.path());
     command.arg("--netns").arg(pod.netns.path());

@@ -103,6 +103,16 @@ impl Namespace {
         );
     }
 
+    /// Runs one `ip` command in it; false where it fails.
+    pub fn try_ip(&self, command: &str) -> bool {
+        let output = Command::new("ip")
+            .args(["-n", &self.name])
+            .args(command.split(' '))
+            .output()
+            .unwrap();
+        output.status.success()
+    }
+
     /// Sets kernel parameters under `/proc/sys/net`: path and value.
     pub fn sysctl(&self, parameters: &[(&str, &str)]) {
         self.enter(|| {

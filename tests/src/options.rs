@@ -1,5 +1,12 @@
 //! istio-iptables' options as a test states them: one value, from which the flags and the reference rules are both made.
 
+use std::{fs, net::IpAddr};
+
+/// Where Istio's agent answers captured DNS queries; it cannot be chosen.
+pub const DNS_PROXY_PORT: u16 = 15053;
+/// Istio's default for `--istio-inbound-tproxy-mark`.
+pub const TPROXY_MARK: u32 = 1337;
+
 /// An option set. Fields hold the text of the flag; empty means that the flag is not given.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
@@ -25,8 +32,6 @@ pub struct Options {
     pub include_outbound: &'static str,
     /// `-o`
     pub exclude_outbound: &'static str,
-    /// `-k`
-    pub virtual_interfaces: &'static str,
     /// `ISTIO_OUTBOUND_OWNER_GROUPS`; unlike the flags, set but empty means: nobody.
     pub owner_groups: Option<&'static str>,
     /// `ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE`
@@ -35,6 +40,20 @@ pub struct Options {
     pub loopback_cidr: &'static str,
     /// Whether IPv6 is captured.
     pub ipv6: bool,
+    /// `-c`
+    pub exclude_interfaces: &'static str,
+    /// `-k`
+    pub virtual_interfaces: &'static str,
+    /// `-m TPROXY`
+    pub tproxy: bool,
+    /// `--redirect-dns`
+    pub redirect_dns: bool,
+    /// `--capture-all-dns`
+    pub capture_all_dns: bool,
+    /// `--resolv-conf`: the file that names the servers whose queries are captured.
+    pub resolv_conf: &'static str,
+    /// `--drop-invalid`
+    pub drop_invalid: bool,
 }
 
 impl Options {
@@ -51,11 +70,17 @@ impl Options {
         exclude_cidrs: "",
         include_outbound: "",
         exclude_outbound: "",
-        virtual_interfaces: "",
         owner_groups: None,
         owner_groups_exclude: "",
         loopback_cidr: "",
         ipv6: true,
+        exclude_interfaces: "",
+        virtual_interfaces: "",
+        tproxy: false,
+        redirect_dns: false,
+        capture_all_dns: false,
+        resolv_conf: "",
+        drop_invalid: false,
     };
 
     /// What Istio's injector gives istio-init: everything, except the proxy's own ports.
@@ -82,13 +107,22 @@ impl Options {
             ("-x", self.exclude_cidrs),
             ("-q", self.include_outbound),
             ("-o", self.exclude_outbound),
+            ("-c", self.exclude_interfaces),
             ("-k", self.virtual_interfaces),
+            ("-m", if self.tproxy { "TPROXY" } else { "" }),
+            ("--resolv-conf", self.resolv_conf),
             ("--ipv6", if self.ipv6 { "on" } else { "off" }),
         ];
+        let switches = [
+            ("--redirect-dns", self.redirect_dns),
+            ("--capture-all-dns", self.capture_all_dns),
+            ("--drop-invalid", self.drop_invalid),
+        ];
+        let flags = flags.into_iter().filter(|(_, value)| !value.is_empty());
+        let switches = switches.into_iter().filter(|(_, on)| *on);
         flags
-            .into_iter()
-            .filter(|(_, value)| !value.is_empty())
             .flat_map(|(flag, value)| [flag.to_owned(), value.to_owned()])
+            .chain(switches.map(|(switch, _)| switch.to_owned()))
             .collect()
     }
 
@@ -108,6 +142,18 @@ impl Options {
             variables.push(("ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR", self.loopback_cidr));
         }
         variables
+    }
+
+    /// The servers that [`Self::resolv_conf`] names.
+    pub fn dns_servers(&self) -> Vec<IpAddr> {
+        if !self.redirect_dns || self.resolv_conf.is_empty() {
+            return Vec::new();
+        }
+        let text = fs::read_to_string(self.resolv_conf)
+            .unwrap_or_else(|error| panic!("{}: {error}", self.resolv_conf));
+        text.lines()
+            .filter_map(|line| line.strip_prefix("nameserver ")?.trim().parse().ok())
+            .collect()
     }
 
     /// The port that receives captured outbound connections.

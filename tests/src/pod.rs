@@ -88,7 +88,7 @@ impl Pod {
                 offset => Namespace::in_user_namespace(&name, offset),
             },
             peer: Namespace::new(&format!("{name}-peer")),
-            cgroup: Cgroup::below(&above, &format!("pod-{serial}")),
+            cgroup: Cgroup::below(&above, &format!("pod{}", uid(serial))),
             above,
             ipv4: Ipv4Addr::new(10, x, y, 2),
             ipv6: Ipv6Addr::new(0xfd00, x6, y6, 0, 0, 0, 0, 2),
@@ -101,9 +101,14 @@ impl Pod {
             ipv6,
             peer4,
             peer6,
+            netns,
             peer,
             ..
         } = &pod;
+        // Otherwise link-local addresses appear seconds later, and routes change under a test.
+        for namespace in [netns, peer] {
+            namespace.sysctl(&[("ipv6/conf/default/accept_dad", "0")]);
+        }
         pod.netns.ip(&format!(
             "link add eth0 type veth peer name eth0 netns {}\naddr add {ipv4}/24 dev eth0\nlink set eth0 up",
             peer.name()
@@ -125,6 +130,17 @@ impl Pod {
         pod
     }
 
+    /// Renames its cgroup as kubelet's systemd driver does. Nothing may be in it yet.
+    pub fn with_systemd_driver(mut self) -> Self {
+        let name = self.cgroup.path().file_name().unwrap().to_string_lossy();
+        let slice = format!(
+            "kubelet-kubepods-burstable-{}.slice",
+            name.replace('-', "_")
+        );
+        self.cgroup = Cgroup::below(&self.above, &slice);
+        self
+    }
+
     /// The pod's address in that family.
     pub fn own(&self, family: Family) -> IpAddr {
         if family.is_ipv4() {
@@ -139,6 +155,11 @@ impl Pod {
         let address = address.to_canonical();
         address.is_loopback() || address == self.ipv4 || address == self.ipv6
     }
+}
+
+/// A uid as Kubernetes makes them, told apart by process and number.
+fn uid(serial: u32) -> String {
+    format!("{:08x}-0000-4000-8000-{serial:012x}", process::id())
 }
 
 impl Default for Pod {

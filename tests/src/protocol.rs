@@ -1,11 +1,14 @@
 //! What a test and its actor say to each other: one JSON document per line, a request down, an answer up.
 
 use std::{
+    io::Error,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
 };
 
 use serde::{Deserialize, Serialize};
+
+use crate::sockopt::errno_name;
 
 /// The user and group ids a process runs with.
 ///
@@ -31,6 +34,8 @@ impl Identity {
     pub const APP: Self = Self::new(1000, 1000);
     /// The proxy, as Istio runs it.
     pub const PROXY: Self = Self::new(1337, 1337);
+    /// The proxy, as Istio runs it for TPROXY: it needs a superuser's rights.
+    pub const TPROXY: Self = Self::new(0, 1337);
 
     /// `uid` and `gid`, real and effective, no supplementary groups.
     pub const fn new(uid: u32, gid: u32) -> Self {
@@ -94,18 +99,74 @@ impl Family {
     }
 }
 
+/// How a server is spoken to.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub enum Transport {
+    /// TCP.
+    Tcp,
+    /// UDP on a connected socket.
+    ConnectedUdp,
+    /// UDP on a socket that names the destination with every datagram.
+    Udp,
+}
+
+/// How a connection is asked for.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub enum Way {
+    /// connect(2).
+    Blocking,
+    /// connect(2) on a non-blocking socket, then poll(2).
+    Nonblocking,
+    /// sendto(2) with `MSG_FASTOPEN`; sends [`EARLY`].
+    FastOpen,
+    /// connect(2) with `TCP_FASTOPEN_CONNECT`, which waits for the first write: [`EARLY`].
+    FastOpenConnect,
+    /// `IORING_OP_CONNECT`.
+    IoUring,
+}
+
+/// What fast-open connections send first; servers echo it after their greeting.
+pub const EARLY: &str = "early";
+
+/// A socket option, set before binding and connecting.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub enum Setting {
+    /// `SO_BINDTODEVICE`.
+    Device(String),
+    /// `IP_BIND_ADDRESS_NO_PORT`.
+    BindAddressNoPort,
+    /// `IP_FREEBIND`.
+    Freebind,
+    /// `IP_TRANSPARENT`.
+    Transparent,
+    /// `SO_REUSEPORT`.
+    ReusePort,
+}
+
 /// A connection to make.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Dial {
+    /// The protocol.
+    pub transport: Transport,
     /// The kind of socket.
     pub family: Family,
     /// The destination; IPv4 addresses are mapped where `family` says so.
     pub to: SocketAddr,
     /// Address and port to bind before connecting. An unspecified address or port 0 leave that half to the kernel.
     pub bind: Option<SocketAddr>,
-    /// Whether `connect` is asked for on a non-blocking socket.
-    pub nonblocking: bool,
-    /// How long connecting may take, and then reading, in milliseconds.
+    /// `SO_MARK`, which needs `CAP_NET_ADMIN`; 0 leaves it alone.
+    pub mark: u32,
+    /// Reset the connection when it is closed, so that neither end waits in TIME_WAIT.
+    pub reset: bool,
+    /// How it is asked for.
+    pub way: Way,
+    /// Options of the socket.
+    pub settings: Vec<Setting>,
+    /// Whether the socket is of `IPPROTO_MPTCP`.
+    pub multipath: bool,
+    /// How long connecting may take, in milliseconds, if it is asked for on a non-blocking socket.
+    pub connect_ms: u64,
+    /// How long connecting may take on a blocking socket, and then reading, in milliseconds.
     pub timeout_ms: u64,
     /// Keep the connection under this name.
     pub keep: Option<String>,
@@ -119,10 +180,16 @@ impl Dial {
     /// A blocking connection with three seconds of patience.
     pub const fn new(family: Family, to: SocketAddr) -> Self {
         Self {
+            transport: Transport::Tcp,
             family,
             to,
             bind: None,
-            nonblocking: false,
+            mark: 0,
+            reset: false,
+            way: Way::Blocking,
+            settings: Vec::new(),
+            multipath: false,
+            connect_ms: 3000,
             timeout_ms: 3000,
             keep: None,
             probe_lengths: Vec::new(),
@@ -136,20 +203,49 @@ impl Dial {
         self
     }
 
+    /// Set `SO_MARK`.
+    pub const fn mark(mut self, mark: u32) -> Self {
+        self.mark = mark;
+        self
+    }
+
+    /// Come from an address that need not be the pod's own.
+    pub fn transparent(self, source: SocketAddr) -> Self {
+        self.setting(Setting::Transparent).bind(source)
+    }
+
+    /// Leave by that interface.
+    pub fn device(self, name: &str) -> Self {
+        self.setting(Setting::Device(name.to_owned()))
+    }
+
     /// Keep the connection open under `name`.
     pub fn keep(mut self, name: &str) -> Self {
         self.keep = Some(name.to_owned());
         self
     }
 
-    /// Connect without blocking.
-    pub const fn nonblocking(mut self) -> Self {
-        self.nonblocking = true;
+    /// Connect in another way.
+    pub const fn way(mut self, way: Way) -> Self {
+        self.way = way;
+        self
+    }
+
+    /// Set a socket option first.
+    pub fn setting(mut self, setting: Setting) -> Self {
+        self.settings.push(setting);
+        self
+    }
+
+    /// Use an MPTCP socket.
+    pub const fn multipath(mut self) -> Self {
+        self.multipath = true;
         self
     }
 
     /// Give up after this many milliseconds.
     pub const fn timeout_ms(mut self, timeout: u64) -> Self {
+        self.connect_ms = timeout;
         self.timeout_ms = timeout;
         self
     }
@@ -172,8 +268,29 @@ pub struct Listen {
     pub reuseport: usize,
     /// `IPV6_V6ONLY`.
     pub v6_only: bool,
-    /// Accept and hold connections without greeting them, all in one thread: for very many connections.
-    pub silent: bool,
+    /// What is done with a connection.
+    pub manner: Manner,
+    /// Whether this is a UDP socket, which answers every datagram with a greeting.
+    pub udp: bool,
+    /// `IP_TRANSPARENT`; needs `CAP_NET_ADMIN`.
+    pub transparent: bool,
+    /// Length of the queue of connections not accepted yet.
+    pub backlog: i32,
+    /// How long to wait before the first is accepted, in milliseconds.
+    pub delay_ms: u64,
+    /// Whether the socket is of `IPPROTO_MPTCP`.
+    pub multipath: bool,
+}
+
+/// What a listener does with a connection.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub enum Manner {
+    /// Greets, then echoes what it is told.
+    Converse,
+    /// Holds it without a word, all in one thread: for very many connections at once.
+    Hold,
+    /// Closes it at once: for very many connections one after another.
+    HangUp,
 }
 
 impl Listen {
@@ -184,8 +301,25 @@ impl Listen {
             at,
             reuseport: 0,
             v6_only: true,
-            silent: false,
+            manner: Manner::Converse,
+            transparent: false,
+            udp: false,
+            backlog: 4096,
+            delay_ms: 0,
+            multipath: false,
         }
+    }
+
+    /// With `IP_TRANSPARENT`, as iptables' TPROXY asks for.
+    pub const fn transparent(mut self) -> Self {
+        self.transparent = true;
+        self
+    }
+
+    /// UDP in place of TCP.
+    pub const fn udp(mut self) -> Self {
+        self.udp = true;
+        self
     }
 
     /// Serve IPv4 on an IPv6 socket too.
@@ -200,9 +334,21 @@ impl Listen {
         self
     }
 
-    /// Hold connections without a greeting.
-    pub const fn silent(mut self) -> Self {
-        self.silent = true;
+    /// Treat connections in another way.
+    pub const fn manner(mut self, manner: Manner) -> Self {
+        self.manner = manner;
+        self
+    }
+
+    /// Keep few connections waiting, and for so many milliseconds.
+    pub const fn slow(mut self, backlog: i32, delay_ms: u64) -> Self {
+        (self.backlog, self.delay_ms) = (backlog, delay_ms);
+        self
+    }
+
+    /// Use an MPTCP socket.
+    pub const fn multipath(mut self) -> Self {
+        self.multipath = true;
         self
     }
 }
@@ -221,6 +367,58 @@ pub enum Request {
     },
     /// Take another identity, for good.
     Assume(Identity),
+    /// Dissolve a socket's connection: connect(2) to `AF_UNSPEC`.
+    Disconnect {
+        /// Name of the connection.
+        name: String,
+    },
+    /// Listen on a socket that is there, and serve.
+    Serve {
+        /// Name of the socket, which is gone afterwards.
+        name: String,
+        /// Who a client is told it has reached.
+        who: String,
+    },
+    /// Make a connection in a child process.
+    Spawn {
+        /// On this socket, which it inherits; else on one of its own.
+        name: Option<String>,
+        /// How.
+        dial: Dial,
+    },
+    /// Connect to consecutive addresses, one after another, and tell of those where an end did not
+    /// see the right destination.
+    Sweep {
+        /// The first.
+        to: SocketAddr,
+        /// How many.
+        addresses: u32,
+    },
+    /// Connect a UDP socket and look at it.
+    Datagram(SocketAddr),
+    /// Make connections at the same time, each in its own thread.
+    Together(Vec<Dial>),
+    /// Open a place where sockets of other processes arrive.
+    Expect(PathBuf),
+    /// Send a socket to such a place.
+    Give {
+        /// Name of the socket, which is kept too.
+        name: String,
+        /// The place.
+        to: PathBuf,
+    },
+    /// Receive a socket at the place opened.
+    Take {
+        /// Name to keep it under.
+        name: String,
+    },
+    /// Send a line, stop sending, and read all that comes.
+    HalfClose {
+        /// Name of the connection.
+        name: String,
+        /// What to send.
+        line: String,
+    },
     /// Connect a socket that was created before.
     Connect {
         /// Its name.
@@ -256,7 +454,7 @@ pub enum Request {
     TrafficStart(Dial),
     /// Stop dialling and tell what happened.
     TrafficStop,
-    /// Connect, read the greeting and reset, this many times.
+    /// Connect, wait until the other side hangs up and reset, this many times.
     Churn {
         /// How.
         dial: Dial,
@@ -283,19 +481,12 @@ pub enum Answer {
     Failed(String),
     /// A connection was attempted.
     Dialed(Box<Dialed>),
+    /// Several were.
+    Several(Vec<Dialed>),
     /// The echo.
     Said(String),
     /// What the traffic met.
     Traffic(Traffic),
-    /// How long a connection took, in nanoseconds: the medians of the first and of the last tenth, and what answered.
-    Churned {
-        /// Of the first tenth.
-        first: u64,
-        /// Of the last tenth.
-        last: u64,
-        /// Counts by outcome.
-        traffic: Traffic,
-    },
     /// How many connections are held, and the first error.
     Crowd {
         /// Connections held now.
@@ -323,7 +514,7 @@ pub struct Greeting {
     pub who: String,
     /// `getpeername`.
     pub peer: SocketAddr,
-    /// `getsockname`.
+    /// `getsockname`; for UDP, the address that the datagram was sent to as it arrived.
     pub local: SocketAddr,
     /// `SO_ORIGINAL_DST` at `SOL_IP` with a `sockaddr_in`.
     pub original: Probe,
@@ -332,7 +523,7 @@ pub struct Greeting {
 }
 
 /// What a client saw of a connection.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub struct Dialed {
     /// Name of the errno that ended it.
     pub error: Option<String>,
@@ -342,6 +533,8 @@ pub struct Dialed {
     pub local: Option<SocketAddr>,
     /// `getpeername`.
     pub peer: Option<SocketAddr>,
+    /// Where the answer to a datagram came from.
+    pub replied: Option<SocketAddr>,
     /// The client's own `SO_ORIGINAL_DST` at `SOL_IP`.
     pub original: Option<Probe>,
     /// The client's own `SO_ORIGINAL_DST` at `SOL_IPV6`.
@@ -351,6 +544,28 @@ pub struct Dialed {
 }
 
 impl Dialed {
+    /// Nothing seen yet.
+    pub const fn new() -> Self {
+        Self {
+            error: None,
+            greeting: None,
+            local: None,
+            peer: None,
+            replied: None,
+            original: None,
+            original6: None,
+            probes: Vec::new(),
+        }
+    }
+
+    /// One that did not come about.
+    pub fn failed(error: &Error) -> Self {
+        Self {
+            error: Some(errno_name(error)),
+            ..Self::new()
+        }
+    }
+
     /// The name of whoever answered, or of the error, for messages and comparisons.
     pub fn outcome(&self) -> &str {
         match (&self.error, &self.greeting) {
@@ -385,6 +600,8 @@ pub struct Start {
     pub cgroup: Option<PathBuf>,
     /// The network namespace to enter.
     pub netns: PathBuf,
+    /// Keep `CAP_NET_ADMIN`, and no other capability, whatever the identity is.
+    pub net_admin: bool,
     /// The identity to take at last.
     pub identity: Identity,
 }

@@ -36,6 +36,8 @@ pub enum Lands {
     Outbound,
     /// At the proxy's inbound listener.
     Inbound,
+    /// At the proxy's inbound listener, with the address and port that it was sent to: TPROXY.
+    InPlace,
 }
 
 /// A destination, in terms of the scene.
@@ -62,6 +64,8 @@ pub struct Attempt {
     pub from: Option<Identity>,
     /// The source to bind.
     pub bind: Option<SocketAddr>,
+    /// `SO_MARK`; 0 for none.
+    pub mark: u32,
     /// The destination.
     pub to: To,
     /// Where it ends once captured.
@@ -73,6 +77,7 @@ pub const fn out(from: Identity, to: To, lands: Lands) -> Attempt {
     Attempt {
         from: Some(from),
         bind: None,
+        mark: 0,
         to,
         lands,
     }
@@ -83,12 +88,19 @@ pub const fn inward(port: u16, lands: Lands) -> Attempt {
     Attempt {
         from: None,
         bind: None,
+        mark: 0,
         to: To::Own(port),
         lands,
     }
 }
 
 impl Attempt {
+    /// Marks the connection, which needs a superuser.
+    pub const fn mark(mut self, mark: u32) -> Self {
+        self.mark = mark;
+        self
+    }
+
     /// Binds to an address first.
     pub const fn source(mut self, address: IpAddr) -> Self {
         self.bind = Some(SocketAddr::new(address, 0));
@@ -163,7 +175,19 @@ impl Scene {
     }
 
     /// Opens the proxy's listeners, as wildcards of both families. Each is named after its port.
+    ///
+    /// iptables' TPROXY reaches transparent listeners only, which take a superuser to open.
     pub fn open_proxy(&mut self) {
+        if self.options.tproxy {
+            let options = self.options;
+            for port in [options.outbound_listener(), options.inbound_listener()] {
+                for address in wildcards(port) {
+                    let listen = Listen::new(&port.to_string(), address).transparent();
+                    self.actor(&Identity::TPROXY).listen(listen);
+                }
+            }
+            return;
+        }
         for port in [
             self.options.outbound_listener(),
             self.options.inbound_listener(),
@@ -179,6 +203,12 @@ impl Scene {
         backend.attach(&self.pod, options);
         self.options = *options;
         self.attached = Some(backend);
+    }
+
+    /// Takes over a capture that something else began: expects its marks, and ends it.
+    pub fn adopt(&mut self, options: &Options) {
+        self.options = *options;
+        self.attached = Some(Backend::Redirect);
     }
 
     /// Stops capturing.
@@ -225,6 +255,7 @@ impl Scene {
         let to = self.address(family, attempt.to);
         let mut dial = Dial::new(family, to);
         dial.bind = attempt.bind;
+        dial.mark = attempt.mark;
         let dialed = match &attempt.from {
             Some(identity) => self.actor(identity).dial(&dial),
             None => self.outside.dial(&dial),
@@ -258,6 +289,7 @@ impl Scene {
             Lands::Outbound => (outbound.to_string(), loopback(real, outbound)),
             // PREROUTING redirects to the ingress interface's address, OUTPUT to loopback.
             Lands::Inbound if inward => (inbound.to_string(), SocketAddr::new(real.ip(), inbound)),
+            Lands::InPlace => (inbound.to_string(), real),
             Lands::Inbound => (inbound.to_string(), loopback(real, inbound)),
         };
         let source = match attempt.bind {
@@ -306,8 +338,8 @@ impl Scene {
     }
 
     /// Runs a table: uncaptured first, when everything has to be direct; then captured; then uncaptured again.
-    pub fn run(backend: Backend, family: Family, options: &Options, attempts: &[Attempt]) {
-        Self::run_in(Pod::new(), backend, family, options, attempts);
+    pub fn run(backend: Backend, family: Family, options: Options, attempts: &[Attempt]) {
+        Self::run_in(Pod::new(), backend, family, &options, attempts);
     }
 
     /// As [`Self::run`], in a pod of that kind.

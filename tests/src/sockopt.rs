@@ -1,7 +1,7 @@
 //! `SO_ORIGINAL_DST` with any level and any buffer length.
 #![expect(
     unsafe_code,
-    reason = "no safe wrapper passes a caller's own buffer length to getsockopt, and that length is what is tested"
+    reason = "no safe wrapper passes a caller's own buffer length to getsockopt, which is what is tested, or knows SO_NETNS_COOKIE"
 )]
 
 use std::{
@@ -46,6 +46,25 @@ fn probe(socket: &impl AsFd, level: libc::c_int, length: usize) -> Probe {
         errno,
         length: given as usize,
     }
+}
+
+/// The cookie of the network namespace that this thread's sockets are in.
+pub fn netns_cookie() -> u64 {
+    let socket = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let mut cookie = 0u64;
+    let mut length = libc::socklen_t::try_from(size_of_val(&cookie)).unwrap();
+    // SAFETY: the descriptor is open; `cookie` has `length` writable bytes; both are locals.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    assert_eq!(result, 0, "{}", Error::last_os_error());
+    cookie
 }
 
 /// Reads a `sockaddr_in` or `sockaddr_in6`.

@@ -338,15 +338,6 @@ fn identities() {
 fn what_is_not_supported_yet_is_never_ignored() {
     all(&[
         (
-            &["-m", "TPROXY"],
-            &[],
-            &[
-                "--istio-inbound-interception-mode",
-                "TPROXY",
-                "not supported yet",
-            ],
-        ),
-        (
             &["-m", "tproxy"],
             &[],
             &["--istio-inbound-interception-mode", "tproxy", "REDIRECT"],
@@ -355,11 +346,6 @@ fn what_is_not_supported_yet_is_never_ignored() {
             &["-m", "NONE"],
             &[],
             &["--istio-inbound-interception-mode", "NONE"],
-        ),
-        (
-            &[],
-            &["ISTIO_INBOUND_INTERCEPTION_MODE=TPROXY"],
-            &["ISTIO_INBOUND_INTERCEPTION_MODE", "not supported yet"],
         ),
         (
             &["--redirect-dns=true"],
@@ -438,16 +424,6 @@ fn what_is_not_supported_yet_is_never_ignored() {
             &["KUBE_VIRT_INTERFACES", "!tap1"],
         ),
         (
-            &["-c", "eth1"],
-            &[],
-            &["--istio-exclude-interfaces", "eth1", "not supported yet"],
-        ),
-        (
-            &[],
-            &["ISTIO_EXCLUDE_INTERFACES=net1,net2"],
-            &["ISTIO_EXCLUDE_INTERFACES", "net1,net2", "not supported yet"],
-        ),
-        (
             &["-m", "TPROXY"],
             &["KUBE_VIRT_INTERFACES=tap0"],
             &[
@@ -466,6 +442,98 @@ fn what_is_not_supported_yet_is_never_ignored() {
         (&["--dual-stack=perhaps"], &[], &["--dual-stack", "perhaps"]),
         (&[], &["DUAL_STACK=yes"], &["DUAL_STACK", "yes"]),
     ]);
+}
+
+/// What Istio's flag parser stops at ends with 255 as there, everything else with 1.
+#[rstest]
+fn calls_of_istio_iptables() {
+    let mut wrong = Vec::new();
+    for (flags, environment, code, parts) in [
+        (&["--frobnicate"][..], &[][..], 255, &["--frobnicate"][..]),
+        (&["surplus"], &[], 255, &["surplus"]),
+        (&["-p"], &[], 255, &["--envoy-port"]),
+        (&["--run-validation", "false"], &[], 255, &["false"]),
+        (&["--dry-run=maybe"], &[], 255, &["--dry-run", "maybe"]),
+        (&["-n=2"], &[], 255, &["--dry-run", "2"]),
+        (&["--dual-stack=on"], &[], 255, &["--dual-stack", "on"]),
+        (&["--redirect-dns=on"], &[], 255, &["--redirect-dns", "on"]),
+        (&["--capture-all-dns=x"], &[], 255, &["--capture-all-dns"]),
+        (&["--skip-rule-apply=x"], &[], 255, &["--skip-rule-apply"]),
+        (&["--run-validation=x"], &[], 255, &["--run-validation"]),
+        (&["--cleanup-only=x"], &[], 255, &["--cleanup-only"]),
+        (&["--reconcile=x"], &[], 255, &["--reconcile"]),
+        (&["--force-apply=x"], &[], 255, &["--force-apply"]),
+        (&["--drop-invalid=x"], &[], 255, &["--drop-invalid"]),
+        (&["--native-nftables=x"], &[], 255, &["--native-nftables"]),
+        (&["--cni-mode=x"], &[], 255, &["--cni-mode"]),
+        (&["--log_as_json=x"], &[], 255, &["--log_as_json"]),
+        (
+            &["--iptables-probe-port", "70000"],
+            &[],
+            255,
+            &["--iptables-probe-port", "70000", "1-65535"],
+        ),
+        (
+            &["--probe-timeout", "5"],
+            &[],
+            255,
+            &["--probe-timeout", "5", "500ms"],
+        ),
+        (
+            &["--force-iptables-binary", "iptables"],
+            &[],
+            1,
+            &["--force-iptables-binary", "iptables", "legacy and nft"],
+        ),
+        (&["-p", "abc"], &[], 1, &["--envoy-port", "abc"]),
+        (&["-i", "10.0.0.0"], &[], 1, &["--istio-service-cidr"]),
+        (&["-m", "NONE"], &[], 1, &["NONE", "REDIRECT and TPROXY"]),
+        (&[], &["DRY_RUN=maybe"], 1, &["DRY_RUN", "maybe"]),
+        (&[], &["SKIP_RULE_APPLY=x"], 1, &["SKIP_RULE_APPLY"]),
+        (&[], &["RUN_VALIDATION=x"], 1, &["RUN_VALIDATION"]),
+        (&[], &["CLEANUP_ONLY=x"], 1, &["CLEANUP_ONLY"]),
+        (&[], &["RECONCILE=x"], 1, &["RECONCILE"]),
+        (&[], &["FORCE_APPLY=x"], 1, &["FORCE_APPLY"]),
+        (&[], &["DROP_INVALID=x"], 1, &["DROP_INVALID"]),
+        (&[], &["INVALID_DROP=x"], 1, &["INVALID_DROP"]),
+        (&[], &["NATIVE_NFTABLES=x"], 1, &["NATIVE_NFTABLES"]),
+        (&[], &["CNI_MODE=x"], 1, &["CNI_MODE"]),
+        (
+            &[],
+            &["IPTABLES_PROBE_PORT=abc"],
+            1,
+            &["IPTABLES_PROBE_PORT"],
+        ),
+        (&[], &["PROBE_TIMEOUT=-1s"], 1, &["PROBE_TIMEOUT", "-1s"]),
+        (
+            &[],
+            &["FORCE_IPTABLES_BINARY=x"],
+            1,
+            &["FORCE_IPTABLES_BINARY", "x", "legacy and nft"],
+        ),
+        (&[], &["PROXY_UID=x y"], 1, &["PROXY_UID", "x y"]),
+    ] {
+        let mut command = redirect();
+        command.arg("istio-iptables").args(flags);
+        command.envs(
+            environment
+                .iter()
+                .map(|pair: &&str| pair.split_once('=').unwrap()),
+        );
+        let output = finish(&mut command);
+        let text = errors(&output);
+        let missing = parts.iter().find(|part| !text.contains(**part));
+        if output.status.code() != Some(code) || missing.is_some() || text.contains("panicked") {
+            wrong.push(format!(
+                "{flags:?} {environment:?}: {:?}, not {code}: {text}",
+                output.status
+            ));
+        }
+    }
+    assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
+    let help = run(["istio-iptables", "--help"]);
+    assert!(help.status.success());
+    assert!(String::from_utf8_lossy(&help.stdout).contains("--run-validation"));
 }
 
 #[rstest]

@@ -36,7 +36,7 @@ fn effective_ids_decide(
         out(identity.clone(), To::Service(80), outside),
         out(identity, To::Own(8080), own),
     ];
-    Scene::run(backend, family, &Options::ISTIO, &attempts);
+    Scene::run(backend, family, Options::ISTIO, &attempts);
 }
 
 /// Creates a socket as one identity and connects it as another.

@@ -19,107 +19,55 @@ use Backend::{Iptables, Redirect};
 use Family::{V4, V6};
 use Lands::{Direct, Inbound};
 
-fn table(backend: Backend, family: Family, options: Options, attempts: &[Attempt]) {
-    Scene::run(backend, family, &options, attempts);
-}
-
 #[rstest]
-fn wildcard_captures_all_but_excluded_ports_and_the_tunnel(
-    #[values(Redirect, Iptables)] backend: Backend,
-    #[values(V4, V6)] family: Family,
-) {
-    let attempts = [
-        inward(8080, Inbound),
-        inward(80, Inbound),
-        inward(53, Inbound),
-        inward(15001, Inbound),
-        inward(15006, Inbound),
-        inward(15007, Inbound),
-        inward(15008, Direct),
-        inward(15020, Direct),
-        inward(15021, Direct),
-        inward(15090, Direct),
-    ];
-    table(backend, family, Options::ISTIO, &attempts);
-}
-
-#[rstest]
-fn excluded_range_passes(
-    #[values(Redirect, Iptables)] backend: Backend,
-    #[values(V4, V6)] family: Family,
-) {
-    let options = Options {
-        exclude_inbound: "443,8000:8010",
+#[case::wildcard_takes_all_but_excluded_ports_and_the_tunnel(
+    Options::ISTIO,
+    &[53, 80, 8080, 15001, 15006, 15007],
+    &[15008, 15020, 15021, 15090],
+)]
+#[case::excluded_range_passes(
+    Options { exclude_inbound: "443,8000:8010", ..Options::ISTIO },
+    &[7999, 8011, 15020],
+    &[443, 8000, 8010],
+)]
+#[case::listed_ports_are_captured_and_exclusions_ignored(
+    Options { include_inbound: "80,8000:8010,15008", exclude_inbound: "80,8005", ..Options::ISTIO },
+    &[80, 8005, 8010],
+    &[8011, 8080, 15001, 15006, 15008],
+)]
+#[case::no_list_captures_nothing(
+    Options { include_inbound: "", ..Options::ISTIO },
+    &[],
+    &[8080, 15006],
+)]
+#[case::custom_ports_move_listener_and_tunnel(
+    Options { proxy_port: "12001", inbound_port: "12006", tunnel_port: "9000", ..Options::ISTIO },
+    &[8080, 15008],
+    &[9000],
+)]
+#[case::outbound_options_do_not_touch_inbound(
+    Options {
+        exclude_outbound: "8080",
+        exclude_cidrs: "0.0.0.0/0,::/0",
+        owner_groups: Some(""),
         ..Options::ISTIO
-    };
-    let attempts = [
-        inward(443, Direct),
-        inward(7999, Inbound),
-        inward(8000, Direct),
-        inward(8010, Direct),
-        inward(8011, Inbound),
-        inward(15020, Inbound),
-    ];
-    table(backend, family, options, &attempts);
-}
-
-#[rstest]
-fn listed_ports_are_captured_and_exclusions_ignored(
+    },
+    &[8080],
+    &[],
+)]
+fn ports(
     #[values(Redirect, Iptables)] backend: Backend,
     #[values(V4, V6)] family: Family,
+    #[case] options: Options,
+    #[case] captured: &[u16],
+    #[case] direct: &[u16],
 ) {
-    let options = Options {
-        include_inbound: "80,8000:8010,15008",
-        exclude_inbound: "80,8005",
-        ..Options::ISTIO
-    };
-    let attempts = [
-        inward(80, Inbound),
-        inward(8005, Inbound),
-        inward(8010, Inbound),
-        inward(8011, Direct),
-        inward(8080, Direct),
-        inward(15008, Direct),
-        inward(15006, Direct),
-        inward(15001, Direct),
-    ];
-    table(backend, family, options, &attempts);
-}
-
-#[rstest]
-fn no_list_captures_nothing(
-    #[values(Redirect, Iptables)] backend: Backend,
-    #[values(V4, V6)] family: Family,
-) {
-    let options = Options {
-        include_inbound: "",
-        ..Options::ISTIO
-    };
-    table(
-        backend,
-        family,
-        options,
-        &[inward(8080, Direct), inward(15006, Direct)],
-    );
-}
-
-#[rstest]
-fn custom_ports_move_listener_and_tunnel(
-    #[values(Redirect, Iptables)] backend: Backend,
-    #[values(V4, V6)] family: Family,
-) {
-    let options = Options {
-        proxy_port: "12001",
-        inbound_port: "12006",
-        tunnel_port: "9000",
-        ..Options::ISTIO
-    };
-    let attempts = [
-        inward(8080, Inbound),
-        inward(9000, Direct),
-        inward(15008, Inbound),
-    ];
-    table(backend, family, options, &attempts);
+    let attempts: Vec<Attempt> = captured
+        .iter()
+        .map(|port| inward(*port, Inbound))
+        .chain(direct.iter().map(|port| inward(*port, Direct)))
+        .collect();
+    Scene::run(backend, family, options, &attempts);
 }
 
 #[rstest]
@@ -128,7 +76,7 @@ fn ipv6_off_captures_ipv4_only(
     #[values(V4, V6)] family: Family,
 ) {
     let lands = if family == V6 { Direct } else { Inbound };
-    table(
+    Scene::run(
         backend,
         family,
         Options {
@@ -137,20 +85,6 @@ fn ipv6_off_captures_ipv4_only(
         },
         &[inward(8080, lands)],
     );
-}
-
-#[rstest]
-fn outbound_options_do_not_touch_inbound(
-    #[values(Redirect, Iptables)] backend: Backend,
-    #[values(V4, V6)] family: Family,
-) {
-    let options = Options {
-        exclude_outbound: "8080",
-        exclude_cidrs: "0.0.0.0/0,::/0",
-        owner_groups: Some(""),
-        ..Options::ISTIO
-    };
-    table(backend, family, options, &[inward(8080, Inbound)]);
 }
 
 #[rstest]
@@ -180,7 +114,7 @@ fn connection_within_the_pod_is_never_inbound(
         out(Identity::APP, To::Localhost(8080), Direct),
         out(Identity::ROOT, To::Own(8080), Direct),
     ];
-    table(backend, family, Options::ISTIO, &attempts);
+    Scene::run(backend, family, Options::ISTIO, &attempts);
 }
 
 #[rstest]

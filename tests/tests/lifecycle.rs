@@ -456,53 +456,6 @@ fn pod_that_vanished_is_collected_by_the_next_call() {
 }
 
 #[rstest]
-fn killed_attach_leaves_old_or_new_state_and_is_repaired(
-    #[values(false, true)] attached_before: bool,
-) {
-    let mut scene = Scene::new();
-    let old = if attached_before { Outbound } else { Direct };
-    for delay in [0, 1, 2, 3, 5, 8, 13, 21, 34, 55] {
-        if attached_before {
-            scene.attach(
-                Redirect,
-                &Options {
-                    exclude_outbound: "443",
-                    ..Options::ISTIO
-                },
-            );
-        } else {
-            Redirect.detach(&scene.pod);
-        }
-        let mut child = attach_command(&scene.pod)
-            .args(Options::ISTIO.arguments())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        thread::sleep(Duration::from_millis(delay));
-        child.kill().unwrap();
-        child.wait().unwrap();
-        let to = scene.address(V4, To::Service(80));
-        let who = scene.app.dial(&Dial::new(V4, to)).outcome().to_owned();
-        let expected = if old == Outbound {
-            &["15001"][..]
-        } else {
-            &["service", "15001"]
-        };
-        assert!(
-            expected.contains(&who.as_str()),
-            "killed after {delay} ms: {who}"
-        );
-        scene.attach(Redirect, &Options::ISTIO);
-        scene.all(
-            "repaired",
-            V4,
-            &[out(APP, To::Service(80), Outbound), inward(8080, Inbound)],
-        );
-    }
-}
-
-#[rstest]
 fn simultaneous_attaches_end_in_one_of_the_wanted_states() {
     let mut scene = Scene::new();
     let children: Vec<_> = (0..4)

@@ -5,12 +5,15 @@
 )]
 
 use redirect_tests::{
+    actor::Actor,
     backend::Backend::Redirect,
     foreign::LoadBalancer,
+    loader::{self, finish, redirect},
+    namespace::errors,
     options::Options,
-    pod::{ELSEWHERE4, SERVICE4},
-    protocol::{Dial, Family, canonical},
-    scene::{Scene, To},
+    pod::{ELSEWHERE4, Pod, SERVICE4},
+    protocol::{Dial, Family, Identity, Listen, canonical},
+    scene::{Scene, To, wildcards},
 };
 use rstest::rstest;
 
@@ -78,8 +81,7 @@ fn process_outside_the_pods_cgroup_is_not_captured() {
     let mut scene = Scene::new();
     scene.attach(Redirect, &Options::ISTIO);
     let netns = scene.pod.netns.path();
-    let identity = redirect_tests::protocol::Identity::APP;
-    let mut stranger = redirect_tests::actor::Actor::start(&netns, None, identity);
+    let mut stranger = Actor::start(&netns, None, Identity::APP);
     let to = scene.address(V4, To::Service(80));
     assert_eq!(stranger.dial(&Dial::new(V4, to)).outcome(), "service");
 }
@@ -90,8 +92,39 @@ fn process_in_another_namespace_of_the_pods_cgroup_is_not_captured() {
     let (mut scene, other) = (Scene::new(), Scene::new());
     scene.attach(Redirect, &Options::ISTIO);
     let cgroup = Some(scene.pod.cgroup.child("stray"));
-    let identity = redirect_tests::protocol::Identity::APP;
-    let mut stray = redirect_tests::actor::Actor::start(&other.pod.netns.path(), cgroup, identity);
+    let mut stray = Actor::start(&other.pod.netns.path(), cgroup, Identity::APP);
     let to = scene.address(V4, To::Service(80));
     assert_eq!(stray.dial(&Dial::new(V4, to)).outcome(), "service");
+}
+
+#[rstest]
+fn cgroup_that_moves_to_another_namespace_is_captured_there() {
+    // As when a pod's sandbox is made anew while something still holds the old one.
+    let (first, second) = (
+        Pod::new(),
+        Scene::without_proxy(Pod::new(), &Options::ISTIO),
+    );
+    let cgroup = second.pod.above.child("moving");
+    let attach = |pod: &Pod| {
+        let mut command = redirect();
+        command.arg("attach").arg("--cgroup").arg(&cgroup);
+        command.arg("--netns").arg(pod.netns.path());
+        let output = finish(command.args(Options::ISTIO.arguments()));
+        assert!(output.status.success(), "{}", errors(&output));
+    };
+    attach(&first);
+    let start = |identity| Actor::start(&second.pod.netns.path(), Some(cgroup.clone()), identity);
+    let (mut proxy, mut app) = (start(Identity::PROXY), start(Identity::APP));
+    for at in wildcards(15001) {
+        proxy.listen(Listen::new("15001", at));
+    }
+    let to = second.address(V4, To::Service(80));
+    assert_eq!(app.dial(&Dial::new(V4, to)).outcome(), "service");
+    attach(&second.pod);
+    let dialed = app.dial(&Dial::new(V4, to));
+    assert_eq!(dialed.outcome(), "15001");
+    assert_eq!(dialed.greeting.unwrap().original.address, Some(to));
+    let detached = loader::detach(&cgroup);
+    assert!(detached.status.success(), "{}", errors(&detached));
+    assert_eq!(app.dial(&Dial::new(V4, to)).outcome(), "service");
 }

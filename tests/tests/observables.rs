@@ -11,8 +11,8 @@ use redirect_tests::{
     backend::Backend,
     options::Options,
     pod::Pod,
-    protocol::{Dial, Dialed, Family, Identity, Listen, Probe, canonical},
-    scene::{Lands, Scene, To, answered, inward, out, wildcards},
+    protocol::{Dial, Dialed, Family, Identity, Listen, Probe, Way, canonical},
+    scene::{self, Lands, Scene, To, answered, inward, out, wildcards},
 };
 use rstest::rstest;
 
@@ -31,22 +31,54 @@ fn failed(errno: &str, length: usize) -> Probe {
     }
 }
 
-/// Captured, with the proxy on dual-stack sockets or on one socket per family.
-fn scene(backend: Backend, dual_stack: bool) -> Scene {
-    let mut scene = if dual_stack {
-        let mut scene = Scene::without_proxy(Pod::new(), &Options::ISTIO);
-        for port in [15001, 15006] {
-            let at = (Ipv6Addr::UNSPECIFIED, port).into();
-            scene
-                .proxy
-                .listen(Listen::new(&port.to_string(), at).dual_stack());
-        }
+/// Connections to be captured: from a process of the pod, or from outside.
+type Connection = (Option<Identity>, To);
+
+const OUT: Connection = (Some(Identity::APP), To::Service(80));
+const IN: Connection = (None, To::Own(8080));
+
+/// A scene with the proxy on dual-stack sockets, or on one socket per family.
+fn scene(dual_stack: bool) -> Scene {
+    if !dual_stack {
+        return Scene::new();
+    }
+    let mut scene = Scene::without_proxy(Pod::new(), &Options::ISTIO);
+    for port in [15001, 15006] {
+        let at = (Ipv6Addr::UNSPECIFIED, port).into();
         scene
-    } else {
-        Scene::new()
-    };
-    scene.attach(backend, &Options::ISTIO);
+            .proxy
+            .listen(Listen::new(&port.to_string(), at).dual_stack());
+    }
     scene
+}
+
+/// Attaches, after a look at the connections uncaptured: the destination answers, and nobody knows of an original one.
+fn attach(scene: &mut Scene, backend: Backend, family: Family, connections: &[Connection]) {
+    for (from, to) in connections {
+        let to = scene.address(family, *to);
+        let dialed = dial_from(scene, from.as_ref()).dial(&Dial::new(family, to));
+        let Some(greeting) = &dialed.greeting else {
+            panic!("{to} uncaptured: {dialed:?}");
+        };
+        assert!(
+            [scene::APP, scene::SERVICE].contains(&&*greeting.who),
+            "{dialed:?}"
+        );
+        let probes = [
+            Some(&greeting.original),
+            Some(&greeting.original6),
+            dialed.original.as_ref(),
+            dialed.original6.as_ref(),
+        ];
+        assert!(
+            probes
+                .into_iter()
+                .flatten()
+                .all(|probe| probe.address.is_none()),
+            "{dialed:?}"
+        );
+    }
+    scene.attach(backend, &Options::ISTIO);
 }
 
 /// What `SO_ORIGINAL_DST` has to say at both levels with that buffer.
@@ -75,7 +107,8 @@ fn original_destination_answers_like_netfilter(
     #[case] from: Option<Identity>,
     #[case] to: To,
 ) {
-    let mut scene = scene(backend, dual_stack);
+    let mut scene = scene(dual_stack);
+    attach(&mut scene, backend, family, &[(from.clone(), to)]);
     let real = scene.address(family, to);
     let dial = Dial::new(family, real).probe(&LENGTHS);
     let dialed = dial_from(&mut scene, from.as_ref()).dial(&dial);
@@ -100,6 +133,15 @@ fn original_destination_answers_like_netfilter(
     assert_eq!(dialed.probes.len(), LENGTHS.len());
 }
 
+/// Both directions, but for mapped sockets: from outside they are no other than IPv4.
+fn controls(family: Family) -> &'static [Connection] {
+    static BOTH: [Connection; 2] = [OUT, IN];
+    match family {
+        Mapped => &BOTH[..1],
+        V4 | V6 => &BOTH,
+    }
+}
+
 fn dial_from<'a>(scene: &'a mut Scene, from: Option<&Identity>) -> &'a mut Actor {
     match from {
         Some(identity) => scene.actor(identity),
@@ -118,7 +160,8 @@ fn client_may_ask_for_the_original_destination_too(
     #[case] from: Identity,
     #[case] to: To,
 ) {
-    let mut scene = scene(backend, false);
+    let mut scene = scene(false);
+    attach(&mut scene, backend, family, &[(Some(from.clone()), to)]);
     let real = scene.address(family, to);
     let dialed = scene.actor(&from).dial(&Dial::new(family, real));
     let asked = if family.is_ipv4() {
@@ -135,10 +178,13 @@ fn addresses_stay_the_same_while_the_connection_lives(
     #[values(V4, V6, Mapped)] family: Family,
     #[values(false, true)] nonblocking: bool,
 ) {
-    let mut scene = scene(backend, false);
+    let mut scene = scene(false);
+    attach(&mut scene, backend, family, &[OUT]);
     let to = scene.address(family, To::Service(80));
     let mut dial = Dial::new(family, to).keep("kept");
-    dial.nonblocking = nonblocking;
+    if nonblocking {
+        dial = dial.way(Way::Nonblocking);
+    }
     let first = scene.app.dial(&dial);
     assert_eq!(first.outcome(), "15001");
     assert_eq!(scene.app.ask("kept", "hello").as_deref(), Ok("hello"));
@@ -168,7 +214,8 @@ fn bound_source_is_kept(
     #[case] to: To,
     #[case] who: &str,
 ) {
-    let mut scene = scene(backend, false);
+    let mut scene = scene(false);
+    attach(&mut scene, backend, family, &[(Some(from.clone()), to)]);
     let own = scene.pod.own(family);
     let any: IpAddr = if family.is_ipv4() {
         Ipv4Addr::UNSPECIFIED.into()
@@ -197,7 +244,8 @@ fn one_source_port_reaches_several_destinations(
     #[values(Redirect, Iptables)] backend: Backend,
     #[values(V4, V6, Mapped)] family: Family,
 ) {
-    let mut scene = scene(backend, false);
+    let mut scene = scene(false);
+    attach(&mut scene, backend, family, &[OUT]);
     let source = SocketAddr::new(scene.pod.own(family), 23456);
     for (name, to) in [
         ("a", To::Service(80)),
@@ -229,7 +277,8 @@ fn one_source_port_from_outside_reaches_several_ports(
     #[values(Redirect, Iptables)] backend: Backend,
     #[values(V4, V6)] family: Family,
 ) {
-    let mut scene = scene(backend, false);
+    let mut scene = scene(false);
+    attach(&mut scene, backend, family, &[IN]);
     let outside: IpAddr = if family == V4 {
         scene.pod.peer4.into()
     } else {
@@ -323,7 +372,7 @@ fn proxy_is_found_wherever_it_listens(
     if before_attach {
         proxy.open(&mut scene);
     }
-    scene.attach(backend, &Options::ISTIO);
+    attach(&mut scene, backend, family, controls(family));
     if !before_attach {
         proxy.open(&mut scene);
     }
@@ -387,7 +436,7 @@ fn one_closed_reuseport_socket_of_another_proxy_leaves_the_rest_serving(
 ) {
     // As Envoy's hot restart: the new process opens its sockets before the old one closes its own.
     let mut scene = Scene::without_proxy(Pod::new(), &Options::ISTIO);
-    scene.attach(backend, &Options::ISTIO);
+    attach(&mut scene, backend, family, controls(family));
     let old: Vec<SocketAddr> = [15001, 15006].into_iter().flat_map(wildcards).collect();
     for at in &old {
         scene
@@ -417,9 +466,11 @@ fn no_proxy_refuses_the_client(
     #[values(false, true)] nonblocking: bool,
 ) {
     let mut scene = Scene::without_proxy(Pod::new(), &Options::ISTIO);
-    scene.attach(backend, &Options::ISTIO);
+    attach(&mut scene, backend, family, &[OUT]);
     let mut dial = Dial::new(family, scene.address(family, To::Service(80)));
-    dial.nonblocking = nonblocking;
+    if nonblocking {
+        dial = dial.way(Way::Nonblocking);
+    }
     assert_eq!(scene.app.dial(&dial).outcome(), "ECONNREFUSED");
     assert_eq!(scene.proxy.dial(&dial).outcome(), "service");
 }
@@ -429,9 +480,15 @@ fn destination_nobody_serves_is_captured(
     #[values(Redirect, Iptables)] backend: Backend,
     #[values(V4, V6, Mapped)] family: Family,
 ) {
-    let mut scene = scene(backend, false);
-    for to in [To::Service(12345), To::Elsewhere(1), To::Service(65535)] {
-        let real = scene.address(family, to);
+    let mut scene = scene(false);
+    let destinations = [To::Service(12345), To::Elsewhere(1), To::Service(65535)]
+        .map(|to| scene.address(family, to));
+    for real in destinations {
+        let dialed = scene.app.dial(&Dial::new(family, real));
+        assert_eq!(dialed.outcome(), "ECONNREFUSED");
+    }
+    scene.attach(backend, &Options::ISTIO);
+    for real in destinations {
         let dialed: Dialed = scene.app.dial(&Dial::new(family, real));
         assert_eq!(dialed.outcome(), "15001");
         assert_eq!(dialed.peer.map(canonical), Some(real));

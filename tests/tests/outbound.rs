@@ -12,7 +12,7 @@ use redirect_tests::{
     backend::Backend,
     options::Options,
     protocol::{Family, Identity},
-    scene::{Attempt, Lands, Scene, To, out},
+    scene::{Lands, Scene, To, out},
 };
 use rstest::rstest;
 
@@ -38,11 +38,6 @@ const fn passthrough(family: Family) -> IpAddr {
     } else {
         IpAddr::V6(Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6))
     }
-}
-
-/// One row: options, and what becomes of each connection.
-fn table(backend: Backend, family: Family, options: Options, attempts: &[Attempt]) {
-    Scene::run(backend, family, &options, attempts);
 }
 
 #[rstest]
@@ -78,7 +73,7 @@ fn default_options_capture_what_istio_captures(
         out(Identity::new(1337, 1000), To::Service(80), Direct),
         out(Identity::ROOT, To::Service(80), Outbound),
     ];
-    table(backend, family, Options::ISTIO, &attempts);
+    Scene::run(backend, family, Options::ISTIO, &attempts);
 }
 
 #[rstest]
@@ -93,7 +88,7 @@ fn no_include_option_captures_only_the_proxys_calls_to_its_own_pod(
         out(PROXY, To::Own(15008), Direct),
         out(PROXY, To::Service(80), Direct),
     ];
-    table(backend, family, Options::BARE, &attempts);
+    Scene::run(backend, family, Options::BARE, &attempts);
 }
 
 #[rstest]
@@ -111,7 +106,7 @@ fn ipv6_off_passes_ipv6_and_captures_mapped_sockets(
         out(PROXY, To::Own(8080), own),
         out(APP, To::Own(8080), Direct),
     ];
-    table(
+    Scene::run(
         backend,
         family,
         Options {
@@ -133,7 +128,7 @@ fn proxys_other_loopback_addresses_are_inbound(
         out(PROXY, loopback(0, 1), Direct),
         out(APP, loopback(0, 5), Direct),
     ];
-    table(backend, family, Options::ISTIO, &attempts);
+    Scene::run(backend, family, Options::ISTIO, &attempts);
 }
 
 #[rstest]
@@ -148,7 +143,7 @@ fn wide_loopback_cidr_exempts_all_loopback_addresses(
         out(APP, loopback(0, 5), Direct),
         out(APP, To::Service(80), Outbound),
     ];
-    table(
+    Scene::run(
         backend,
         family,
         Options {
@@ -173,7 +168,7 @@ fn loopback_cidr_in_include_list_captures_pod_local_traffic(
         out(PROXY, loopback(1, 3), Inbound),
         out(PROXY, To::Own(8080), Inbound),
     ];
-    table(
+    Scene::run(
         backend,
         family,
         Options {
@@ -206,7 +201,7 @@ fn loopback_cidr_in_include_list_wakes_the_group_rules_for_loopback(
         out(PROXY, To::Own(8080), Inbound),
         out(APP, To::Service(80), Outbound),
     ];
-    table(backend, family, options, &attempts);
+    Scene::run(backend, family, options, &attempts);
 }
 
 #[rstest]
@@ -229,7 +224,7 @@ fn excluded_outbound_ports_pass_before_everything(
         out(PROXY, To::Own(8005), Direct),
         out(PROXY, To::Own(8080), Inbound),
     ];
-    table(backend, family, options, &attempts);
+    Scene::run(backend, family, options, &attempts);
 }
 
 #[rstest]
@@ -251,7 +246,30 @@ fn excluded_cidrs_pass_even_with_included_ports_and_lists(
         out(APP, To::Elsewhere(443), Outbound),
         out(PROXY, To::Own(8080), Inbound),
     ];
-    table(backend, family, options, &attempts);
+    Scene::run(backend, family, options, &attempts);
+}
+
+#[rstest]
+#[case::included("::/0", "", Direct, Outbound)]
+#[case::included_ipv4("0.0.0.0/0", "", Outbound, Direct)]
+#[case::excluded("*", "::/0", Outbound, Direct)]
+#[case::excluded_ipv4("*", "0.0.0.0/0", Direct, Outbound)]
+fn a_cidr_is_about_its_own_family_only(
+    #[values(Redirect, Iptables)] backend: Backend,
+    #[values(V4, V6, Mapped)] family: Family,
+    #[case] include_cidrs: &'static str,
+    #[case] exclude_cidrs: &'static str,
+    #[case] ipv4: Lands,
+    #[case] ipv6: Lands,
+) {
+    let options = Options {
+        include_cidrs,
+        exclude_cidrs,
+        ..Options::ISTIO
+    };
+    let lands = if family.is_ipv4() { ipv4 } else { ipv6 };
+    let attempts = [out(APP, To::Service(80), lands)];
+    Scene::run(backend, family, options, &attempts);
 }
 
 #[rstest]
@@ -268,7 +286,7 @@ fn excluded_cidr_of_the_pod_itself_still_hands_the_proxys_call_inbound(
         out(APP, To::Own(8080), Direct),
         out(APP, To::Service(80), Outbound),
     ];
-    table(backend, family, options, &attempts);
+    Scene::run(backend, family, options, &attempts);
 }
 
 #[rstest]
@@ -293,7 +311,7 @@ fn included_ports_are_captured_without_included_cidrs(
         out(APP, To::Localhost(80), Direct),
         out(PROXY, To::Service(80), Direct),
     ];
-    table(backend, family, options, &attempts);
+    Scene::run(backend, family, options, &attempts);
 }
 
 #[rstest]
@@ -312,7 +330,7 @@ fn included_cidrs_and_ports_add_up(
         out(APP, To::Elsewhere(80), Direct),
         out(APP, To::Elsewhere(443), Outbound),
     ];
-    table(backend, family, options, &attempts);
+    Scene::run(backend, family, options, &attempts);
 }
 
 #[rstest]
@@ -335,7 +353,7 @@ fn first_of_several_proxy_uids_decides_for_loopback(
         out(Identity::new(5, 100), To::Service(80), Outbound),
         out(Identity::new(1337, 100), To::Service(80), Outbound),
     ];
-    table(backend, family, options, &attempts);
+    Scene::run(backend, family, options, &attempts);
 }
 
 #[rstest]
@@ -348,7 +366,7 @@ fn proxy_gids_default_to_the_uids(
         out(Identity::new(1000, 1337), To::Service(80), Outbound),
         out(Identity::new(2102, 1000), To::Service(80), Direct),
     ];
-    table(
+    Scene::run(
         backend,
         family,
         Options {
@@ -377,7 +395,7 @@ fn several_proxy_gids_are_exempt(
             Outbound,
         ),
     ];
-    table(
+    Scene::run(
         backend,
         family,
         Options {
@@ -407,7 +425,7 @@ fn owner_groups_included_are_the_only_ones_captured(
         out(APP.supplementary(2000), To::Service(80), Direct),
         out(PROXY, To::Own(8080), Inbound),
     ];
-    table(backend, family, options, &attempts);
+    Scene::run(backend, family, options, &attempts);
 }
 
 #[rstest]
@@ -425,7 +443,7 @@ fn owner_groups_excluded_pass(
         out(APP.supplementary(2000), To::Service(80), Outbound),
         out(APP, To::Service(80), Outbound),
     ];
-    table(backend, family, options, &attempts);
+    Scene::run(backend, family, options, &attempts);
 }
 
 #[rstest]
@@ -443,7 +461,7 @@ fn owner_groups_empty_pass_everybody(
         out(Identity::ROOT, To::Service(443), Direct),
         out(PROXY, To::Own(8080), Inbound),
     ];
-    table(backend, family, options, &attempts);
+    Scene::run(backend, family, options, &attempts);
 }
 
 #[rstest]
@@ -464,7 +482,7 @@ fn custom_ports_receive_what_is_captured(
         out(PROXY, To::Own(9000), Direct),
         out(PROXY, To::Own(15008), Inbound),
     ];
-    table(backend, family, options, &attempts);
+    Scene::run(backend, family, options, &attempts);
 }
 
 #[rstest]

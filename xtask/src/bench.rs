@@ -2,9 +2,10 @@
 //!
 //! Every kind has its own pod and peer, alike but for what captures. Short rounds go through all kinds in turn, each
 //! round beginning with another one, and only ratios within one round are compared: what disturbs the machine for
-//! longer than a round disturbs all kinds.
+//! longer than a round disturbs all kinds. What attaching takes is measured first, by itself.
 
 mod agent;
+mod attach;
 mod machine;
 mod pod;
 mod report;
@@ -136,13 +137,17 @@ pub fn run(options: &Options) -> Result<()> {
             .with_context(|| format!("no program at {}", path.display()))?,
         None => {
             ui::heading("build");
-            cargo::build(false)?;
-            cargo::built_binary(false)?
+            cargo::build(true)?;
+            cargo::built_binary(true)?
         }
     };
     // Children in the foreground get the signal too: reading from them fails, and the guards clean up.
     ctrlc::set_handler(|| INTERRUPTED.store(true, Ordering::Relaxed))
         .context("cannot catch Ctrl-C")?;
+
+    ui::heading("attaching");
+    let attach = attach::measure(&cgroup2, &redirect, &options.kinds)?;
+    attach::print(&attach);
 
     ui::heading("pods");
     let mut pods = vec![Pod::create(Kind::Direct, &cgroup2, &redirect)?];
@@ -170,7 +175,7 @@ pub fn run(options: &Options) -> Result<()> {
     let rows = report::rows(&samples);
     report::print(&rows, options.rounds);
     let path = cargo::workspace()?.target.join("bench.json");
-    let json = report::json(&rows, &samples, &machine, &load);
+    let json = report::json(&rows, &samples, &attach, &machine, &load);
     fs::write(&path, serde_json::to_vec_pretty(&json)?)
         .with_context(|| format!("cannot write {}", path.display()))?;
     anstream::println!("written to {}", path.display());

@@ -1,7 +1,8 @@
-//! What a developer types: `cargo xtask setup | build | test | demo`.
+//! What a developer types: `cargo xtask setup | build | test | conformance | demo | bench`.
 
 mod bench;
 mod cargo;
+mod conformance;
 mod demo;
 mod preflight;
 mod setup;
@@ -35,6 +36,8 @@ enum Task {
     },
     /// Check formatting and lints, run unit, property and kernel-level tests (as root)
     Test(test::Options),
+    /// Make random connections under random options, beside real iptables, and compare (as root)
+    Conformance(conformance::Options),
     /// Capture a pod with a real Envoy and show where its connections go (as root)
     Demo(demo::Options),
     /// Measure what capture costs, beside Istio's iptables rules (as root)
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
         Task::Setup => setup::run(),
         Task::Build { release } => cargo::build(release),
         Task::Test(options) => test::run(&options),
+        Task::Conformance(options) => conformance::run(&options),
         Task::Demo(options) => demo::run(&options),
         Task::Bench(options) => bench::run(&options),
         Task::BenchAgent(agent) => agent.run(),

@@ -1,14 +1,12 @@
 //! `redirect status` for people.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::io::Write as _;
 
 use anyhow::Result;
 use comfy_table::{Table, presets};
 use owo_colors::OwoColorize;
 
-use crate::options::Policy;
 use crate::status::{Pod, Status};
 
 /// Prints to standard output, coloured on a terminal.
@@ -47,7 +45,7 @@ fn rows(pod: &Pod) -> Vec<(&'static str, String)> {
         Some(false) => "changed since: run `redirect attach` again"
             .yellow()
             .to_string(),
-        None => "unknown: the namespace cannot be opened by that path".to_owned(),
+        None => "unknown: the namespace cannot be found".to_owned(),
     };
     let mut rows = vec![
         ("capture", capture),
@@ -64,7 +62,7 @@ fn rows(pod: &Pod) -> Vec<(&'static str, String)> {
     match &pod.virtual_interfaces {
         None => rows.push((
             "machines",
-            "unknown: the namespace cannot be opened by that path".to_owned(),
+            "unknown: the namespace cannot be found".to_owned(),
         )),
         Some(patterns) => rows.extend(
             patterns
@@ -80,7 +78,7 @@ fn rows(pod: &Pod) -> Vec<(&'static str, String)> {
         };
         rows.push(("proxy", value));
     }
-    rows.push(("policy", policy(&pod.policy)));
+    rows.push(("policy", pod.policy.to_string()));
     rows.push((
         "attached by",
         format!("{} (programs {})", pod.version, pod.build),
@@ -105,29 +103,4 @@ fn machines((pattern, interfaces): (&String, &BTreeMap<String, bool>)) -> String
     };
     let all: Vec<_> = interfaces.iter().map(one).collect();
     format!("{pattern}: {}", all.join(", "))
-}
-
-/// As istio-iptables' flags; those that are empty are left out.
-fn policy(policy: &Policy) -> String {
-    let mut text = format!("-p {} -z {}", policy.outbound_port, policy.inbound_port);
-    let lists = [
-        ("-u", join(&policy.proxy_uids)),
-        ("-g", join(&policy.proxy_gids)),
-        ("-i", policy.include_outbound_cidrs.to_string()),
-        ("-x", join(&policy.exclude_outbound_cidrs)),
-        ("-q", join(&policy.include_outbound_ports)),
-        ("-o", join(&policy.exclude_outbound_ports)),
-        ("-b", policy.inbound_ports.to_string()),
-        ("-d", join(&policy.exclude_inbound_ports)),
-        ("-k", join(&policy.virtual_interfaces)),
-    ];
-    for (flag, list) in lists.iter().filter(|(_, list)| !list.is_empty()) {
-        let _ = write!(text, " {flag} {list}");
-    }
-    text
-}
-
-fn join(items: &[impl ToString]) -> String {
-    let items: Vec<String> = items.iter().map(ToString::to_string).collect();
-    items.join(",")
 }

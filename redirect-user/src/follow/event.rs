@@ -89,7 +89,6 @@ impl Decision {
             |rule| rule.label().to_owned(),
         );
         let owner = |id| (id != NO_OWNER).then_some(id);
-        let port = |port| (port != 0).then_some(port);
         Self {
             time: SystemTime::now() - Duration::from_nanos(now_ns.saturating_sub(raw.time_ns)),
             cgroups,
@@ -100,17 +99,21 @@ impl Decision {
                 "outbound"
             },
             source: raw.source.into(),
-            source_port: port(raw.source_port),
+            source_port: (raw.source_port != 0).then_some(raw.source_port),
             destination: SocketAddr::new(raw.destination.into(), raw.port),
             uid: owner(raw.uid),
             gid: owner(raw.gid),
             action: match rule.map(Rule::action) {
                 _ if rule == Some(Rule::NoRoute) => Outcome::Refused,
-                Some(Action::CaptureOutbound | Action::CaptureInbound) => Outcome::Captured,
                 Some(Action::Pass) | None => Outcome::Passed,
+                Some(_) => Outcome::Captured,
             },
             rule: label,
-            proxy_port: port(raw.proxy_port),
+            proxy_port: match rule.map(Rule::action) {
+                Some(Action::CaptureOutbound) => Some(raw.outbound_port),
+                Some(Action::CaptureInbound | Action::CaptureInPlace) => Some(raw.inbound_port),
+                Some(Action::Pass) | None => None,
+            },
         }
     }
 }
@@ -170,7 +173,7 @@ mod tests {
 
     use super::*;
 
-    fn told(rule: Rule, proxy_port: u16, uid: u32) -> String {
+    fn told(rule: Rule, uid: u32) -> String {
         let raw = Raw {
             time_ns: 1,
             source: IpAddr::from(Ipv4Addr::new(10, 0, 0, 2)).into(),
@@ -179,7 +182,8 @@ mod tests {
             rule: rule as u32,
             uid,
             gid: uid,
-            proxy_port,
+            outbound_port: 15001,
+            inbound_port: 15006,
             ..Raw::default()
         };
         let line = Decision::new(&raw, 1, vec!["/pod".into()]).to_string();
@@ -190,15 +194,15 @@ mod tests {
     #[test]
     fn decision_reads_as_a_line() {
         assert_eq!(
-            told(Rule::IncludedCidr, 15001, 1000),
+            told(Rule::IncludedCidr, 1000),
             "/pod 10.0.0.2 -> 203.0.113.10:80 by 1000:1000 captured to 15001: outbound-captured"
         );
         assert_eq!(
-            told(Rule::NoRoute, 0, NO_OWNER),
+            told(Rule::NoRoute, NO_OWNER),
             "/pod 10.0.0.2 -> 203.0.113.10:80 refused: outbound-no-route"
         );
         assert_eq!(
-            told(Rule::InboundPortExcluded, 0, NO_OWNER),
+            told(Rule::InboundPortExcluded, NO_OWNER),
             "/pod 10.0.0.2 -> 203.0.113.10:80 passed: inbound-port-excluded"
         );
     }

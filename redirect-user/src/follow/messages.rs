@@ -64,15 +64,17 @@ impl Log for Collector {
     fn flush(&self) {}
 }
 
-/// The programs put `netns COOKIE: ` in front of every message.
+/// The programs put `netns COOKIE: ` in front of every message, and write IPv4 destinations as
+/// IPv4-mapped, so that the verifier has one kind of message to walk.
 fn split(message: &str) -> (Option<u64>, String) {
+    let message = message.replacen(" to ::ffff:", " to ", 1);
     let parts = message
         .strip_prefix("netns ")
         .and_then(|rest| rest.split_once(": "))
         .and_then(|(cookie, text)| Some((cookie.parse().ok()?, text)));
     match parts {
         Some((cookie, text)) => (Some(cookie), text.to_owned()),
-        None => (None, message.to_owned()),
+        None => (None, message),
     }
 }
 
@@ -83,6 +85,10 @@ mod tests {
     #[test]
     fn cookie_is_taken_from_the_front() {
         assert_eq!(split("netns 42: a: b"), (Some(42), "a: b".to_owned()));
+        assert_eq!(
+            split("netns 42: c to ::ffff:10.0.0.1 b").1,
+            "c to 10.0.0.1 b"
+        );
         for other in ["a: b", "netns x: b", "netns 42"] {
             assert_eq!(split(other), (None, other.to_owned()));
         }

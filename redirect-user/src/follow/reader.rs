@@ -19,6 +19,7 @@ use super::event::{Decision, Event, Message};
 use super::messages::{Messages, Raw};
 use super::{Wanted, busy};
 use crate::pins::{self, Pins};
+use crate::programs::HOOKS;
 use crate::record;
 use crate::sys::bpf;
 use crate::tables::Tables;
@@ -251,12 +252,14 @@ fn log_reads(tables: &Tables) -> Result<bool> {
 /// Messages are found by a program that writes them. None if no program is pinned.
 fn messages(pins: &Pins) -> Result<Option<Messages>> {
     let mut failed = None;
-    for path in pins.all_programs()? {
-        let program = bpf::open_pinned(&path)?;
-        match Messages::of_program(bpf::program_id(program.as_fd())?) {
-            Ok(messages) => return Ok(Some(messages)),
-            // Not every program has something to tell.
-            Err(error) => failed = Some(error),
+    for directory in pins.all_programs()? {
+        for hook in HOOKS {
+            let program = bpf::open_pinned(&directory.join(hook.program))?;
+            match Messages::of_program(bpf::program_id(program.as_fd())?) {
+                Ok(messages) => return Ok(Some(messages)),
+                // Not every program has something to tell.
+                Err(error) => failed = Some(error),
+            }
         }
     }
     failed.map_or(Ok(None), Err)

@@ -1,15 +1,19 @@
 //! A pod's cgroup: checked to be a cgroup2 directory, and asked which processes it holds.
 
-use std::collections::BTreeSet;
-use std::ffi::OsString;
+mod error;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeSet, HashSet};
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+pub use self::error::Error;
+use super::mounts::mountpoint;
 use super::netns::NetworkNamespace;
 
 /// Superblock magic of cgroup v2 (`include/uapi/linux/magic.h`).
@@ -23,101 +27,6 @@ const MAX_ENTRIES: usize = 65_536;
 
 /// Result of this module.
 pub type Result<T> = std::result::Result<T, Error>;
-
-/// Why a cgroup is refused or could not be read.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// No cgroup2 file system is mounted.
-    #[error(
-        "no cgroup2 file system is mounted: mount one with `mount -t cgroup2 none /sys/fs/cgroup`"
-    )]
-    NotMounted,
-    /// `/proc/self/mountinfo` is unreadable.
-    #[error("cannot read /proc/self/mountinfo: {0}")]
-    Mounts(io::Error),
-    /// The path does not exist.
-    #[error("cgroup {path:?} does not exist: give a directory below {mountpoint:?}")]
-    Missing {
-        /// The path asked for.
-        path: PathBuf,
-        /// Where cgroup2 is mounted.
-        mountpoint: PathBuf,
-    },
-    /// The path exists but cannot be opened.
-    #[error("cannot open cgroup {path:?}: {source}")]
-    Open {
-        /// The path asked for.
-        path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// The path is a file.
-    #[error("{path:?} is not a directory: give a cgroup's directory below {mountpoint:?}")]
-    NotADirectory {
-        /// The path asked for.
-        path: PathBuf,
-        /// Where cgroup2 is mounted.
-        mountpoint: PathBuf,
-    },
-    /// The path is in a cgroup v1 hierarchy.
-    #[error("{path:?} is a cgroup v1 path: eBPF needs cgroup2, which is mounted at {mountpoint:?}")]
-    Version1 {
-        /// The path asked for.
-        path: PathBuf,
-        /// Where cgroup2 is mounted.
-        mountpoint: PathBuf,
-    },
-    /// The path is on another file system.
-    #[error(
-        "{path:?} is not a cgroup: give a directory below {mountpoint:?}, where cgroup2 is mounted"
-    )]
-    NotACgroup {
-        /// The path asked for.
-        path: PathBuf,
-        /// Where cgroup2 is mounted.
-        mountpoint: PathBuf,
-    },
-    /// The path is the root cgroup.
-    #[error(
-        "{path:?} is the root cgroup, which holds the whole machine: give the pod's own cgroup below it"
-    )]
-    Root {
-        /// The path asked for.
-        path: PathBuf,
-    },
-    /// No such process.
-    #[error("process {pid} does not exist: its cgroup cannot be found")]
-    NoProcess {
-        /// The process id asked for.
-        pid: i32,
-    },
-    /// The process's cgroup cannot be reached from here.
-    #[error("cgroup {cgroup:?} of process {pid} is outside what is mounted at {mountpoint:?}")]
-    Outside {
-        /// The process id asked for.
-        pid: i32,
-        /// The cgroup as `/proc/PID/cgroup` shows it.
-        cgroup: String,
-        /// Where cgroup2 is mounted.
-        mountpoint: PathBuf,
-    },
-    /// A file of the cgroup cannot be read.
-    #[error("cannot read {path:?}: {source}")]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// The tree is too large for a pod.
-    #[error(
-        "cgroup {path:?} holds more than {MAX_ENTRIES} processes or directories: give the cgroup of one pod"
-    )]
-    TooLarge {
-        /// The cgroup.
-        path: PathBuf,
-    },
-}
 
 /// An open cgroup2 directory, not the root.
 #[derive(Debug)]
@@ -238,12 +147,10 @@ impl Cgroup {
 
     /// The processes of this cgroup and of all below it, ascending. Those outside our pid namespace are left out.
     pub fn processes(&self) -> Result<Vec<i32>> {
-        let (mut pids, mut pending, mut directories) =
-            (BTreeSet::new(), vec![self.path.clone()], 0);
-        while let Some(directory) = pending.pop() {
-            directories += 1;
-            let procs = directory.join("cgroup.procs");
-            match fs::read_to_string(&procs) {
+        let mut pids = BTreeSet::new();
+        for directory in self.tree()? {
+            let path = directory.join("cgroup.procs");
+            match fs::read_to_string(&path) {
                 Ok(text) => pids.extend(
                     text.lines()
                         .filter_map(|line| line.parse::<i32>().ok())
@@ -252,13 +159,33 @@ impl Cgroup {
                 // A threaded cgroup has no list of its own: its domain above shows the processes.
                 Err(source)
                     if source.raw_os_error() == Some(libc::EOPNOTSUPP) || is_gone(&source) => {}
-                Err(source) => {
-                    return Err(Error::Read {
-                        path: procs,
-                        source,
-                    });
-                }
+                Err(source) => return Err(Error::Read { path, source }),
             }
+            if pids.len() > MAX_ENTRIES {
+                return Err(self.too_large());
+            }
+        }
+        Ok(pids.into_iter().collect())
+    }
+
+    /// Ids of the cgroups that this one is in, and of those in it, as far as they are visible here. Paths would not do: each
+    /// container may see the same cgroup by another one.
+    pub fn relatives(&self) -> Result<HashSet<u64>> {
+        let above = self.path.ancestors().skip(1).map(Path::to_owned);
+        let device = self.file.metadata().map(|metadata| metadata.dev()).ok();
+        Ok(above
+            .chain(self.tree()?)
+            .filter_map(|path| fs::metadata(path).ok())
+            .filter(|metadata| Some(metadata.dev()) == device)
+            .map(|metadata| metadata.ino())
+            .filter(|id| *id != self.id)
+            .collect())
+    }
+
+    /// The directories of this cgroup and of all below it.
+    fn tree(&self) -> Result<Vec<PathBuf>> {
+        let (mut seen, mut pending) = (Vec::new(), vec![self.path.clone()]);
+        while let Some(directory) = pending.pop() {
             match fs::read_dir(&directory) {
                 Ok(entries) => pending.extend(
                     entries
@@ -274,13 +201,18 @@ impl Cgroup {
                     });
                 }
             }
-            if pids.len() > MAX_ENTRIES || directories + pending.len() > MAX_ENTRIES {
-                return Err(Error::TooLarge {
-                    path: self.path.clone(),
-                });
+            seen.push(directory);
+            if seen.len() + pending.len() > MAX_ENTRIES {
+                return Err(self.too_large());
             }
         }
-        Ok(pids.into_iter().collect())
+        Ok(seen)
+    }
+
+    fn too_large(&self) -> Error {
+        Error::TooLarge {
+            path: self.path.clone(),
+        }
     }
 
     /// The processes of the tree that are in another network namespace than `ns`.
@@ -305,206 +237,7 @@ impl fmt::Display for Cgroup {
     }
 }
 
-/// Where cgroup2 is mounted: `/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` on a hybrid machine.
-pub fn mountpoint() -> Result<PathBuf> {
-    let mounts = fs::read("/proc/self/mountinfo").map_err(Error::Mounts)?;
-    find_mountpoint(&String::from_utf8_lossy(&mounts)).ok_or(Error::NotMounted)
-}
-
-/// The cgroup2 mount that shows the whole hierarchy, else the first one (proc_pid_mountinfo(5)).
-fn find_mountpoint(mountinfo: &str) -> Option<PathBuf> {
-    let mounts: Vec<(&str, &str)> = mountinfo
-        .lines()
-        .filter_map(|line| {
-            let (mount, file_system) = line.split_once(" - ")?;
-            let mut fields = mount.split(' ').skip(3);
-            (file_system.split(' ').next()? == "cgroup2")
-                .then_some((fields.next()?, fields.next()?))
-        })
-        .collect();
-    let (_, point) = mounts
-        .iter()
-        .find(|(root, _)| *root == "/")
-        .or(mounts.first())?;
-    Some(unescape(point))
-}
-
-/// Undoes the kernel's `\040` for blank, tab, newline and backslash.
-fn unescape(text: &str) -> PathBuf {
-    let (mut bytes, mut rest) = (Vec::new(), text.as_bytes());
-    while let Some((&byte, tail)) = rest.split_first() {
-        let escaped = (byte == b'\\')
-            .then(|| tail.get(..3))
-            .flatten()
-            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
-        bytes.push(escaped.unwrap_or(byte));
-        rest = if escaped.is_some() { &tail[3..] } else { tail };
-    }
-    PathBuf::from(OsString::from_vec(bytes))
-}
-
 /// The cgroup was removed while it was read.
 fn is_gone(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV))
-}
-
-#[cfg(test)]
-mod tests {
-    use std::process::{Child, Command};
-    use std::sync::atomic::{AtomicU32, Ordering};
-
-    use super::*;
-    use crate::observe::testing::TestNamespace;
-
-    /// A cgroup with a child cgroup, removed on drop after its processes are killed.
-    struct TestCgroup {
-        path: PathBuf,
-        children: Vec<Child>,
-    }
-
-    impl TestCgroup {
-        fn new() -> Self {
-            static NEXT: AtomicU32 = AtomicU32::new(0);
-            assert!(
-                rustix::process::geteuid().is_root(),
-                "this test makes cgroups: run it as root"
-            );
-            let name = format!(
-                "observe-{}-{}",
-                std::process::id(),
-                NEXT.fetch_add(1, Ordering::Relaxed)
-            );
-            let path = mountpoint().unwrap().join(name);
-            fs::create_dir_all(path.join("inner")).unwrap();
-            Self {
-                path,
-                children: Vec::new(),
-            }
-        }
-
-        fn start(&mut self, mut command: Command) -> i32 {
-            let child = command.spawn().unwrap();
-            let pid = i32::try_from(child.id()).unwrap();
-            self.children.push(child);
-            fs::write(self.path.join("inner/cgroup.procs"), pid.to_string()).unwrap();
-            pid
-        }
-    }
-
-    impl Drop for TestCgroup {
-        fn drop(&mut self) {
-            for child in &mut self.children {
-                let _ = child.kill();
-                let _ = child.wait();
-            }
-            let _ = fs::remove_dir(self.path.join("inner"));
-            let _ = fs::remove_dir(&self.path);
-        }
-    }
-
-    #[test]
-    fn open_knows_id_and_population() {
-        let mut test = TestCgroup::new();
-        let cgroup = Cgroup::open(&test.path.join("inner/..")).unwrap();
-        assert_eq!(cgroup.path(), test.path);
-        assert_eq!(cgroup.id(), fs::metadata(&test.path).unwrap().ino());
-        assert!(!cgroup.is_populated().unwrap());
-        assert!(cgroup.processes().unwrap().is_empty());
-        let mut sleep = Command::new("sleep");
-        sleep.arg("60");
-        let pid = test.start(sleep);
-        assert!(cgroup.is_populated().unwrap());
-        assert_eq!(cgroup.processes().unwrap(), [pid]);
-        assert_eq!(
-            Cgroup::of_process(pid).unwrap().path(),
-            test.path.join("inner")
-        );
-    }
-
-    #[test]
-    fn outsiders_are_processes_of_other_namespaces() {
-        let (mut test, pod) = (TestCgroup::new(), TestNamespace::new());
-        let mut inside = Command::new("ip");
-        inside.args(["netns", "exec", &pod.name, "sleep", "60"]);
-        let inside = test.start(inside);
-        let mut outside = Command::new("sleep");
-        outside.arg("60");
-        let outside = test.start(outside);
-        let ns = pod.open();
-        let start = std::time::Instant::now();
-        while ns.contains(inside) != Some(true) {
-            assert!(
-                start.elapsed().as_secs() < 10,
-                "ip netns exec did not enter the namespace"
-            );
-            std::thread::sleep(std::time::Duration::from_millis(5));
-        }
-        assert_eq!(
-            Cgroup::open(&test.path).unwrap().outsiders(&ns).unwrap(),
-            [outside]
-        );
-    }
-
-    #[test]
-    fn open_refuses_what_is_no_pod_cgroup() {
-        let mountpoint = mountpoint().unwrap();
-        let refused = |path: &Path| Cgroup::open(path).unwrap_err();
-        assert!(matches!(
-            refused(&mountpoint.join("no-such")),
-            Error::Missing { .. }
-        ));
-        assert!(matches!(
-            refused(Path::new("/tmp")),
-            Error::NotACgroup { .. }
-        ));
-        assert!(matches!(
-            refused(Path::new("/etc/passwd")),
-            Error::NotADirectory { .. }
-        ));
-        let root = refused(&mountpoint);
-        assert!(matches!(root, Error::Root { .. }), "{root}");
-    }
-
-    #[test]
-    fn open_version_1_path_names_the_cgroup2_mount() {
-        let path = Path::new("/sys/fs/cgroup/memory");
-        if !path.is_dir() {
-            println!(
-                "skipped: {} is not there, this machine has no cgroup v1",
-                path.display()
-            );
-            return;
-        }
-        let error = Cgroup::open(path).unwrap_err();
-        assert!(matches!(error, Error::Version1 { .. }), "{error}");
-        assert!(
-            error
-                .to_string()
-                .contains(mountpoint().unwrap().to_str().unwrap()),
-            "{error}"
-        );
-    }
-
-    #[test]
-    fn of_process_that_is_gone_says_so() {
-        assert!(matches!(
-            Cgroup::of_process(i32::MAX),
-            Err(Error::NoProcess { .. })
-        ));
-    }
-
-    #[test]
-    fn mountpoint_prefers_the_whole_hierarchy_and_unescapes() {
-        let mountinfo = "30 20 0:26 /pod /mnt/part rw - cgroup2 none rw\n\
-                         31 20 0:26 / /mnt/with\\040blank rw,nosuid shared:9 - cgroup2 cgroup2 rw\n\
-                         32 20 0:27 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n";
-        assert_eq!(
-            find_mountpoint(mountinfo),
-            Some(PathBuf::from("/mnt/with blank"))
-        );
-        assert_eq!(
-            find_mountpoint("32 20 0:27 / /x rw - cgroup cgroup rw\n"),
-            None
-        );
-    }
 }

@@ -13,7 +13,7 @@ use super::proc;
 use crate::sys::nsfs;
 
 /// Inode of the initial user namespace, the same on every machine (`PROC_USER_INIT_INO`, `include/linux/proc_ns.h`).
-const INITIAL_USER_NAMESPACE: u64 = 0xEFFF_FFFD;
+pub const INITIAL_USER_NAMESPACE: u64 = 0xEFFF_FFFD;
 
 /// Result of this module.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -217,12 +217,6 @@ impl IdMap {
         })
     }
 
-    /// Whether every id is itself.
-    #[must_use]
-    pub fn is_identity(&self) -> bool {
-        self.uids == [Extent::ALL] && self.gids == [Extent::ALL]
-    }
-
     /// The kernel ids of the pod's users `first..=last`.
     pub fn uids(&self, first: u32, last: u32) -> Result<(u32, u32)> {
         self.translate(Kind::Uid, first, last)
@@ -364,7 +358,8 @@ mod tests {
             .unwrap()
             .id_map()
             .unwrap();
-        assert!(map.is_identity());
+        assert_eq!(map.uids, [Extent::ALL]);
+        assert_eq!(map.gids, [Extent::ALL]);
         assert_eq!(map.uids(1337, 1337).unwrap(), (1337, 1337));
         assert_eq!(map.gids(0, u32::MAX - 1).unwrap(), (0, u32::MAX - 1));
     }

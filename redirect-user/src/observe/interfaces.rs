@@ -1,4 +1,6 @@
-//! The interfaces of a pod, and what hangs on them (tc).
+//! The interfaces of a network namespace: names, first addresses, and what filters their packets.
+
+pub mod filters;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -6,21 +8,36 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_packet_route::link::{LinkAttribute, LinkLayerType, LinkMessage};
-use netlink_packet_route::tc::{
-    TcAttribute, TcFilterBpfOption, TcHandle, TcHeader, TcMessage, TcOption,
-};
 use netlink_sys::protocols::NETLINK_ROUTE;
 
 use super::netlink::Netlink;
+use super::netns::{self, NetworkNamespace};
 
-const CLSACT: &str = "clsact";
+/// Result of this module.
+pub type Result<T> = std::result::Result<T, Error>;
 
-/// An interface, with the addresses that iptables REDIRECT would choose from.
+/// Why interfaces could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The namespace could not be entered.
+    #[error(transparent)]
+    Namespace(#[from] netns::Error),
+    /// The kernel did not answer.
+    #[error("cannot read the interfaces of network namespace {name}: {source}")]
+    Netlink {
+        /// Display name of the namespace.
+        name: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// A network interface, with the addresses that iptables REDIRECT would choose from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Interface {
-    /// Its index.
+    /// Its index in its namespace.
     pub index: u32,
-    /// Its name.
+    /// Its name now.
     pub name: String,
     /// What its packets begin with.
     pub layer: Layer,
@@ -43,43 +60,17 @@ pub enum Layer {
     Other,
 }
 
-/// One side of an interface.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Direction {
-    /// What comes in.
-    Ingress,
-    /// What goes out.
-    Egress,
+/// Every interface of the namespace, `lo` too, by index.
+pub fn interfaces(ns: &NetworkNamespace) -> Result<Vec<Interface>> {
+    ns.run_inside(read_interfaces)?
+        .map_err(|source| Error::Netlink {
+            name: ns.to_string(),
+            source,
+        })
 }
 
-impl Direction {
-    /// Both.
-    pub const BOTH: [Self; 2] = [Self::Ingress, Self::Egress];
-
-    fn parent(self) -> TcHandle {
-        TcHandle {
-            major: TcHandle::CLSACT.major,
-            minor: match self {
-                Self::Ingress => TcHandle::MIN_INGRESS,
-                Self::Egress => TcHandle::MIN_EGRESS,
-            },
-        }
-    }
-}
-
-/// A tc filter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Filter {
-    /// Its priority.
-    pub priority: u16,
-    /// Its number among those of that priority.
-    pub handle: u32,
-    /// The kernel's number of its program, if it runs one.
-    pub program_id: Option<u32>,
-}
-
-/// Lists the interfaces of the calling thread's network namespace, by index.
-pub fn interfaces() -> io::Result<Vec<Interface>> {
+/// As [`interfaces`], of the calling thread's namespace.
+fn read_interfaces() -> io::Result<Vec<Interface>> {
     let netlink = Netlink::open(NETLINK_ROUTE)?;
     let mut interfaces: Vec<_> = netlink
         .dump(&RouteNetlinkMessage::GetLink(LinkMessage::default()))?
@@ -149,86 +140,34 @@ fn usable_address(message: &AddressMessage) -> Option<IpAddr> {
     local.or(peer).filter(|_| !waits)
 }
 
-/// True if the interface has a clsact qdisc.
-pub fn has_clsact(index: u32) -> io::Result<bool> {
-    let netlink = Netlink::open(NETLINK_ROUTE)?;
-    let request = RouteNetlinkMessage::GetQueueDiscipline(message(index, TcHandle::UNSPEC));
-    let answers = netlink.dump(&request)?;
-    Ok(answers.iter().any(|answer| match answer {
-        // Kernels before 6.x list the qdiscs of every interface whatever was asked.
-        RouteNetlinkMessage::NewQueueDiscipline(qdisc) => {
-            qdisc.header.index == index as i32
-                && qdisc
-                    .attributes
-                    .contains(&TcAttribute::Kind(CLSACT.to_owned()))
-        }
-        _ => false,
-    }))
-}
-
-/// Removes the interface's clsact qdisc, and every filter on it.
-pub fn remove_clsact(index: u32) -> io::Result<()> {
-    let mut qdisc = message(index, TcHandle::CLSACT);
-    qdisc.header.handle = TcHandle {
-        major: TcHandle::CLSACT.major,
-        minor: 0,
-    };
-    qdisc.attributes = vec![TcAttribute::Kind(CLSACT.to_owned())];
-    Netlink::open(NETLINK_ROUTE)?.change(&RouteNetlinkMessage::DelQueueDiscipline(qdisc))
-}
-
-/// Lists the filters on one side of an interface that has a clsact qdisc.
-pub fn filters(index: u32, direction: Direction) -> io::Result<Vec<Filter>> {
-    let request = RouteNetlinkMessage::GetTrafficFilter(message(index, direction.parent()));
-    let answers = Netlink::open(NETLINK_ROUTE)?.dump(&request)?;
-    Ok(answers
-        .into_iter()
-        .filter_map(|answer| match answer {
-            RouteNetlinkMessage::NewTrafficFilter(filter) => Some(filter_of(&filter)),
-            _ => None,
-        })
-        // Each priority has an entry of its own in front of its filters.
-        .filter(|filter| filter.handle != 0)
-        .collect())
-}
-
-fn filter_of(message: &TcMessage) -> Filter {
-    let options = message
-        .attributes
-        .iter()
-        .flat_map(|attribute| match attribute {
-            TcAttribute::Options(options) => options.as_slice(),
-            _ => &[],
-        });
-    Filter {
-        priority: (message.header.info >> 16) as u16,
-        handle: message.header.handle.into(),
-        program_id: options.into_iter().find_map(|option| match option {
-            TcOption::Bpf(TcFilterBpfOption::ProgId(id)) => Some(*id),
-            _ => None,
-        }),
-    }
-}
-
-fn message(index: u32, parent: TcHandle) -> TcMessage {
-    let header = TcHeader {
-        index: index as i32,
-        parent,
-        ..TcHeader::default()
-    };
-    TcMessage::from_parts(header, Vec::new())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::observe::testing::TestNamespace;
 
-    fn inside<T: Send>(pod: &TestNamespace, work: impl FnOnce() -> io::Result<T> + Send) -> T {
-        pod.open()
-            .run_inside(work)
-            .expect("a namespace")
-            .expect("an answer")
+    #[test]
+    fn interfaces_are_told_by_their_name_of_now() {
+        let pod = TestNamespace::new();
+        let names = |pod: &TestNamespace| -> Vec<String> {
+            let found = interfaces(&pod.open()).unwrap();
+            found.into_iter().map(|found| found.name).collect()
+        };
+        assert_eq!(names(&pod), ["lo"]);
+        pod.ip("link add net1 type veth peer name net2");
+        let before = interfaces(&pod.open()).unwrap();
+        assert_eq!(before.len(), 3, "{before:?}");
+        pod.ip("link set net1 name net9");
+        let after = interfaces(&pod.open()).unwrap();
+        let renamed: Vec<_> = after.iter().filter(|now| !before.contains(now)).collect();
+        let [renamed] = renamed[..] else {
+            panic!("{before:?} {after:?}")
+        };
+        assert_eq!(renamed.name, "net9");
+        assert!(
+            before
+                .iter()
+                .any(|was| was.index == renamed.index && was.name == "net1")
+        );
     }
 
     #[test]
@@ -245,8 +184,8 @@ mod tests {
         ] {
             pod.ip(&format!("addr add {address} dev net1 nodad"));
         }
-        let interfaces = inside(&pod, interfaces);
-        let net1 = interfaces.iter().find(|i| i.name == "net1").expect("net1");
+        let found = interfaces(&pod.open()).unwrap();
+        let net1 = found.iter().find(|i| i.name == "net1").expect("net1");
         assert_eq!(net1.layer, Layer::Ethernet);
         assert_eq!(net1.ipv4, Some(Ipv4Addr::new(10, 1, 0, 1)));
         // The kernel puts a new IPv6 address in front of the others of its scope.
@@ -255,27 +194,7 @@ mod tests {
             net1.ipv6_link_local,
             Some("fe80::9".parse().expect("an address"))
         );
-        let lo = interfaces.iter().find(|i| i.name == "lo").expect("lo");
+        let lo = found.iter().find(|i| i.name == "lo").expect("lo");
         assert_eq!(lo.layer, Layer::Other);
-    }
-
-    #[test]
-    fn clsact_is_seen_and_removed_with_its_filters() {
-        let pod = TestNamespace::new();
-        pod.ip("link add net1 type veth peer name net2");
-        let index = inside(&pod, || {
-            let found = interfaces()?.into_iter().find(|i| i.name == "net1");
-            Ok(found.expect("net1").index)
-        });
-        assert!(!inside(&pod, || has_clsact(index)));
-        inside(&pod, || {
-            aya::programs::tc::qdisc_add_clsact("net1").map_err(io::Error::other)
-        });
-        assert!(inside(&pod, || has_clsact(index)));
-        for direction in Direction::BOTH {
-            assert_eq!(inside(&pod, || filters(index, direction)), []);
-        }
-        inside(&pod, || remove_clsact(index));
-        assert!(!inside(&pod, || has_clsact(index)));
     }
 }

@@ -12,11 +12,11 @@ use netlink_sys::{Socket, SocketAddr};
 const DUMP_ATTEMPTS: u32 = 5;
 
 /// A netlink socket of the namespace of the thread that opened it.
-pub(super) struct Netlink(Socket);
+pub(crate) struct Netlink(Socket);
 
 impl Netlink {
     /// Opens a socket of the family (`NETLINK_ROUTE`, …) in the calling thread's network namespace.
-    pub(super) fn open(family: isize) -> io::Result<Self> {
+    pub(crate) fn open(family: isize) -> io::Result<Self> {
         let mut socket = Socket::new(family)?;
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
@@ -24,7 +24,7 @@ impl Netlink {
     }
 
     /// Every message of a dump, of one consistent state of the table when the kernel allows it.
-    pub(super) fn dump<M>(&self, request: &M) -> io::Result<Vec<M>>
+    pub(crate) fn dump<M>(&self, request: &M) -> io::Result<Vec<M>>
     where
         M: NetlinkSerializable + NetlinkDeserializable + Clone,
     {
@@ -40,7 +40,7 @@ impl Netlink {
     }
 
     /// The first message that answers a single request.
-    pub(super) fn ask<M>(&self, request: &M) -> io::Result<M>
+    pub(crate) fn ask<M>(&self, request: &M) -> io::Result<M>
     where
         M: NetlinkSerializable + NetlinkDeserializable + Clone,
     {
@@ -50,12 +50,12 @@ impl Netlink {
             .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
     }
 
-    /// Asks for a change, and waits until it is made.
-    pub(super) fn change<M>(&self, request: &M) -> io::Result<()>
+    /// Asks for a change and waits until it is made. `flags` must not have the bits of a dump, `NLM_F_ROOT` and `NLM_F_MATCH`.
+    pub(crate) fn change<M>(&self, request: &M, flags: u16) -> io::Result<()>
     where
         M: NetlinkSerializable + NetlinkDeserializable + Clone,
     {
-        self.exchange(request, NLM_F_ACK).map(drop)
+        self.exchange(request, NLM_F_ACK | flags).map(drop)
     }
 
     fn exchange<M>(&self, request: &M, flags: u16) -> io::Result<(Vec<M>, bool)>
@@ -94,7 +94,7 @@ impl Netlink {
                 }
                 rest = rest.get(length..).unwrap_or_default();
             }
-            if flags & NLM_F_DUMP == 0 {
+            if flags & NLM_F_DUMP != NLM_F_DUMP {
                 return Ok((answers, interrupted));
             }
         }

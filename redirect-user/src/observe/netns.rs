@@ -160,13 +160,22 @@ impl NetworkNamespace {
             .find(is_it)
     }
 
+    /// Opens the namespace of this process. Named by its inode: the path means another one to every other process.
+    pub fn own() -> Result<Self> {
+        let own = Self::open(Path::new("/proc/self/ns/net"))?;
+        Ok(Self {
+            name: format!("net:[{}]", own.inode),
+            ..own
+        })
+    }
+
     /// The nsfs inode: equal for two handles exactly when they are the same namespace.
     #[must_use]
     pub fn inode(&self) -> u64 {
         self.inode
     }
 
-    /// The path it was opened by.
+    /// The path it was opened by, or what stands for it.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
@@ -178,6 +187,11 @@ impl NetworkNamespace {
         if super::proc::namespace_inode(1, "net") == Some(self.inode) {
             return Ok(true);
         }
+        self.is_initial()
+    }
+
+    /// Whether this is the machine's initial namespace. For a process in a container, whose process 1 is the container's own.
+    pub fn is_initial(&self) -> Result<bool> {
         self.run_inside(|| Path::new(INITIAL_ONLY_SYSCTL).exists())
     }
 
@@ -208,6 +222,7 @@ impl NetworkNamespace {
     /// Runs `work` on a fresh thread inside this namespace and gives back what it returned.
     ///
     /// The thread ends with the work, so the caller's own namespace never changes. A panic of `work` is passed on.
+    /// Needs no privilege where the caller is in this namespace already.
     pub fn run_inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
         let enter_error = |source| Error::Enter {
             name: self.name.clone(),
@@ -217,7 +232,12 @@ impl NetworkNamespace {
             std::thread::Builder::new()
                 .name("netns".to_owned())
                 .spawn_scoped(scope, || {
-                    move_into_link_name_space(self.file.as_fd(), Some(LinkNameSpaceType::Network))?;
+                    if own_inode() != Some(self.inode) {
+                        move_into_link_name_space(
+                            self.file.as_fd(),
+                            Some(LinkNameSpaceType::Network),
+                        )?;
+                    }
                     Ok(work())
                 })
                 .map_err(enter_error)?
@@ -238,6 +258,12 @@ impl fmt::Display for NetworkNamespace {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(&self.name)
     }
+}
+
+/// The calling thread's namespace.
+fn own_inode() -> Option<u64> {
+    let metadata = std::fs::metadata("/proc/thread-self/ns/net").ok()?;
+    Some(metadata.ino())
 }
 
 /// The kind as `/proc/PID/ns` names it.

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 
 /// Every process id visible in `/proc`, in no particular order. Empty when `/proc` is not mounted.
-pub(super) fn pids() -> Vec<i32> {
+pub(crate) fn pids() -> Vec<i32> {
     let Ok(entries) = fs::read_dir("/proc") else {
         return Vec::new();
     };
@@ -15,7 +15,7 @@ pub(super) fn pids() -> Vec<i32> {
 }
 
 /// Inode of a process's namespace (`net`, `user`, …), or `None` when the process is gone, a zombie or not ours to see.
-pub(super) fn namespace_inode(pid: i32, kind: &str) -> Option<u64> {
+pub(crate) fn namespace_inode(pid: i32, kind: &str) -> Option<u64> {
     fs::metadata(format!("/proc/{pid}/ns/{kind}"))
         .ok()
         .map(|metadata| metadata.ino())

@@ -7,12 +7,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use super::netns::NetworkNamespace;
 
 /// A named network namespace (`ip netns`) that is deleted on drop.
-pub(super) struct TestNamespace {
-    pub(super) name: String,
+pub(crate) struct TestNamespace {
+    pub(crate) name: String,
 }
 
 impl TestNamespace {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         assert!(
             rustix::process::geteuid().is_root(),
@@ -29,13 +29,13 @@ impl TestNamespace {
         namespace
     }
 
-    pub(super) fn open(&self) -> NetworkNamespace {
+    pub(crate) fn open(&self) -> NetworkNamespace {
         NetworkNamespace::open(&PathBuf::from("/run/netns").join(&self.name))
             .expect("the namespace was just made")
     }
 
     /// Runs `ip -n NAME …`; arguments are separated by single spaces.
-    pub(super) fn ip(&self, arguments: &str) {
+    pub(crate) fn ip(&self, arguments: &str) {
         let mut all = vec!["-n", &self.name];
         all.extend(arguments.split(' '));
         run("ip", &all);

@@ -62,7 +62,7 @@ pub struct CaptureFlags {
     )]
     pub proxy_gid: Option<String>,
 
-    /// How inbound connections reach the proxy: REDIRECT, or TPROXY (not supported yet)
+    /// How inbound connections reach the proxy: REDIRECT, or TPROXY, which keeps their local address
     /// [default: REDIRECT] [env: ISTIO_INBOUND_INTERCEPTION_MODE]
     #[arg(
         short = 'm',

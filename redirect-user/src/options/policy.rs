@@ -1,5 +1,6 @@
 //! The validated result: what to capture.
 
+use std::fmt;
 use std::net::Ipv4Addr;
 
 use ipnet::{IpNet, Ipv4Net};
@@ -129,6 +130,63 @@ impl Policy {
             .take(8)
             .fold(0, |digest, byte| digest << 8 | u64::from(*byte))
     }
+}
+
+/// As istio-iptables' flags. Empty lists and defaults are left out, except for the two ports.
+impl fmt::Display for Policy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let default = Self::default();
+        let unless =
+            |is_default: bool, value: String| if is_default { String::new() } else { value };
+        write!(f, "-p {} -z {}", self.outbound_port, self.inbound_port)?;
+        let flags = [
+            (
+                "-e",
+                unless(
+                    self.tunnel_port == default.tunnel_port,
+                    self.tunnel_port.to_string(),
+                ),
+            ),
+            ("-u", join(&self.proxy_uids)),
+            ("-g", join(&self.proxy_gids)),
+            ("-i", self.include_outbound_cidrs.to_string()),
+            ("-x", join(&self.exclude_outbound_cidrs)),
+            ("-q", join(&self.include_outbound_ports)),
+            ("-o", join(&self.exclude_outbound_ports)),
+            ("-b", self.inbound_ports.to_string()),
+            ("-d", join(&self.exclude_inbound_ports)),
+            ("-c", join(&self.exclude_interfaces)),
+            ("-k", join(&self.virtual_interfaces)),
+            (
+                "--outbound-ipv4-loopback-cidr",
+                unless(self.loopback == default.loopback, self.loopback.to_string()),
+            ),
+            (
+                "--outbound-owner-groups-exclude",
+                join(&self.owner_groups_exclude),
+            ),
+        ];
+        for (flag, value) in flags.iter().filter(|(_, value)| !value.is_empty()) {
+            write!(f, " {flag} {value}")?;
+        }
+        // Nobody's group is something else than everybody's.
+        if !self.owner_groups.is_all() {
+            write!(f, " --outbound-owner-groups '{}'", self.owner_groups)?;
+        }
+        if let Mode::Tproxy { mark, table } = self.mode {
+            write!(f, " -m TPROXY -t {mark} -r {table}")?;
+        }
+        match &self.dns {
+            Dns::Off => Ok(()),
+            Dns::Servers(servers) => write!(f, " --redirect-dns ({})", join(servers)),
+            Dns::All => f.write_str(" --redirect-dns --capture-all-dns"),
+        }
+    }
+}
+
+fn join(items: &[impl ToString]) -> String {
+    let items: Vec<String> = items.iter().map(ToString::to_string).collect();
+    items.join(",")
 }
 
 fn hash_cidrs(hash: &mut Sha256, tag: u8, nets: &[IpNet]) {

@@ -282,9 +282,13 @@ impl CaptureFlags {
             TPROXY_TABLE,
             interception::table,
         )?;
-        let tproxy = self
-            .mode_setting(env)
-            .map_or(Ok(false), |setting| setting.read(MODE, is_tproxy))?;
+        let tproxy = Setting::find(
+            &self.istio_inbound_interception_mode,
+            "istio-inbound-interception-mode",
+            &["ISTIO_INBOUND_INTERCEPTION_MODE"],
+            env,
+        )
+        .map_or(Ok(false), |setting| setting.read(MODE, is_tproxy))?;
         Ok(if tproxy {
             Mode::Tproxy { mark, table }
         } else {
@@ -327,7 +331,12 @@ impl CaptureFlags {
                 setting.read(INTERFACES, interface_list)
             })
         };
-        policy.exclude_interfaces = list(self.exclude_interfaces_setting(env))?;
+        policy.exclude_interfaces = list(Setting::find(
+            &self.istio_exclude_interfaces,
+            "istio-exclude-interfaces",
+            &["ISTIO_EXCLUDE_INTERFACES"],
+            env,
+        ))?;
         let virtual_interfaces = self.virtual_interfaces_setting(env);
         policy.virtual_interfaces = list(virtual_interfaces.clone())?;
         match (virtual_interfaces, policy.mode) {
@@ -338,29 +347,11 @@ impl CaptureFlags {
         }
     }
 
-    fn mode_setting(&self, env: Env<'_>) -> Option<Setting> {
-        Setting::find(
-            &self.istio_inbound_interception_mode,
-            "istio-inbound-interception-mode",
-            &["ISTIO_INBOUND_INTERCEPTION_MODE"],
-            env,
-        )
-    }
-
     fn redirect_dns_setting(&self, env: Env<'_>) -> Option<Setting> {
         Setting::find(
             &self.redirect_dns,
             "redirect-dns",
             &["REDIRECT_DNS", "ISTIO_META_DNS_CAPTURE"],
-            env,
-        )
-    }
-
-    fn exclude_interfaces_setting(&self, env: Env<'_>) -> Option<Setting> {
-        Setting::find(
-            &self.istio_exclude_interfaces,
-            "istio-exclude-interfaces",
-            &["ISTIO_EXCLUDE_INTERFACES"],
             env,
         )
     }
@@ -376,18 +367,9 @@ impl CaptureFlags {
 
     /// What the data plane cannot honour: never ignored.
     fn refuse_unsupported(&self, env: Env<'_>, policy: &Policy) -> Result<(), OptionError> {
-        let refused = [
-            (policy.mode != Mode::Redirect, self.mode_setting(env)),
-            (policy.dns != Dns::Off, self.redirect_dns_setting(env)),
-            (
-                !policy.exclude_interfaces.is_empty(),
-                self.exclude_interfaces_setting(env),
-            ),
-        ];
-        refused
-            .into_iter()
-            .filter(|(asked, _)| *asked)
-            .find_map(|(_, setting)| Some(Err(setting?.not_supported())))
-            .unwrap_or(Ok(()))
+        match self.redirect_dns_setting(env) {
+            Some(setting) if policy.dns != Dns::Off => Err(setting.not_supported()),
+            _ => Ok(()),
+        }
     }
 }

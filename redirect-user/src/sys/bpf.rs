@@ -5,7 +5,7 @@
 
 #![expect(unsafe_code, reason = "bpf(2) takes a union of pointers and numbers")]
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::io;
 use std::marker::PhantomData;
 use std::mem::{size_of, zeroed};
@@ -14,7 +14,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use aya_obj::generated::{
-    bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_map_info, bpf_prog_info,
+    bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_map_info, bpf_map_type, bpf_prog_info,
+    bpf_prog_type,
 };
 use bytemuck::{Pod, Zeroable};
 
@@ -78,6 +79,65 @@ pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     unsafe { bpf(bpf_cmd::BPF_OBJ_PIN, &mut attr) }.map(drop)
 }
 
+/// A program array whose entry 0 is `program`.
+pub fn program_array(program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let mut attr = empty();
+    attr.__bindgen_anon_1.map_type = bpf_map_type::BPF_MAP_TYPE_PROG_ARRAY as u32;
+    attr.__bindgen_anon_1.key_size = size_of::<u32>() as u32;
+    attr.__bindgen_anon_1.value_size = size_of::<u32>() as u32;
+    attr.__bindgen_anon_1.max_entries = 1;
+    // SAFETY: no pointers.
+    let map = unsafe { bpf_fd(bpf_cmd::BPF_MAP_CREATE, &mut attr) }?;
+    let (key, value) = (0_u32, program.as_raw_fd() as u32);
+    let mut attr = empty();
+    attr.__bindgen_anon_2.map_fd = map.as_raw_fd() as u32;
+    attr.__bindgen_anon_2.key = &raw const key as u64;
+    attr.__bindgen_anon_2.__bindgen_anon_1.value = &raw const value as u64;
+    // SAFETY: key and value are 4 bytes each, as the map was made.
+    unsafe { bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr) }?;
+    Ok(map)
+}
+
+/// `struct bpf_insn`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Instruction {
+    /// Class, operation and kind of operand.
+    pub code: u8,
+    /// Destination in the lower half, source in the upper.
+    pub registers: u8,
+    /// Of a memory access, in bytes; of a jump, in instructions.
+    pub offset: i16,
+    /// The constant operand.
+    pub immediate: i32,
+}
+
+/// Loads a `sk_lookup` program.
+pub fn load_sk_lookup(instructions: &[Instruction]) -> io::Result<OwnedFd> {
+    let mut attr = empty();
+    attr.__bindgen_anon_3.prog_type = bpf_prog_type::BPF_PROG_TYPE_SK_LOOKUP as u32;
+    attr.__bindgen_anon_3.expected_attach_type = bpf_attach_type::BPF_SK_LOOKUP as u32;
+    load(attr, instructions)
+}
+
+/// Loads a tc filter.
+pub fn load_tc(instructions: &[Instruction]) -> io::Result<OwnedFd> {
+    let mut attr = empty();
+    attr.__bindgen_anon_3.prog_type = bpf_prog_type::BPF_PROG_TYPE_SCHED_CLS as u32;
+    load(attr, instructions)
+}
+
+fn load(mut attr: bpf_attr, instructions: &[Instruction]) -> io::Result<OwnedFd> {
+    const LICENSE: &CStr = c"Dual MIT/GPL";
+    const NAME: [libc::c_char; 16] = bytemuck::must_cast(*b"redirect_entry\0\0");
+    attr.__bindgen_anon_3.insns = instructions.as_ptr() as u64;
+    attr.__bindgen_anon_3.insn_cnt = instructions.len() as u32;
+    attr.__bindgen_anon_3.license = LICENSE.as_ptr() as u64;
+    attr.__bindgen_anon_3.prog_name = NAME;
+    // SAFETY: the instructions and the licence live through the call; the kernel verifies the former.
+    unsafe { bpf_fd(bpf_cmd::BPF_PROG_LOAD, &mut attr) }
+}
+
 /// Attaches a program to a cgroup or a network namespace.
 pub fn link_create(
     program: BorrowedFd<'_>,
@@ -99,6 +159,15 @@ pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<
     attr.link_update.__bindgen_anon_1.new_prog_fd = program.as_raw_fd() as u32;
     // SAFETY: no pointers.
     unsafe { bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr) }.map(drop)
+}
+
+/// Ends an attachment at once. Without, it would last until the kernel gets around to freeing the
+/// last pin or descriptor.
+pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = empty();
+    attr.link_detach.link_fd = link.as_raw_fd() as u32;
+    // SAFETY: no pointers.
+    unsafe { bpf(bpf_cmd::BPF_LINK_DETACH, &mut attr) }.map(drop)
 }
 
 /// # Safety

@@ -8,15 +8,21 @@
 
 use std::{
     collections::BTreeMap,
+    env,
     fs::{self, File},
-    io::{BufRead as _, Write as _, stdin, stdout},
-    net::{IpAddr, SocketAddr, TcpStream},
+    io::{BufRead as _, Error, Read as _, Write as _, stdin, stdout},
+    net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::net::UnixDatagram,
+    },
+    process::{Command, Stdio},
     sync::{
-        Arc,
+        Arc, Barrier,
         atomic::{AtomicBool, Ordering},
     },
     thread::{self, JoinHandle},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use nix::{
@@ -26,17 +32,31 @@ use nix::{
     unistd::{Gid, Uid, getgroups, setgroups, setresgid, setresuid},
 };
 use redirect_tests::{
-    dial::{ask, connect, create},
-    protocol::{Answer, Dial, Dialed, Identity, Request, Start, Traffic},
+    datagram,
+    dial::{self, ask, connect, create, half_close, look},
+    parcel,
+    protocol::{Answer, Dial, Dialed, Family, Identity, Request, Start, Traffic, Transport},
+    raw::disconnect,
+    scene::wildcards,
     server::Server,
-    sockopt::{errno_name, original_dst, original_dst6},
+    sockopt::errno_name,
 };
+use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_keep_capabilities};
 use socket2::Socket;
 
 /// Enough for the largest crowd; below the usual `fs.nr_open`.
 const DESCRIPTORS: u64 = 400_000;
 
+/// First argument of a child process that dials on its stdin.
+const ON_STDIN: &str = "on-stdin";
+/// First argument of a child process that dials on a socket of its own.
+const ON_ITS_OWN: &str = "on-its-own";
+
 fn main() {
+    let arguments: Vec<String> = env::args().collect();
+    if let [_, how, dial] = &arguments[..] {
+        return child(how, &serde_json::from_str(dial).unwrap());
+    }
     let mut lines = stdin().lock().lines();
     let start: Start = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
     become_part_of(&start);
@@ -46,6 +66,16 @@ fn main() {
         let request = serde_json::from_str(&line.unwrap()).unwrap();
         say(&actor.perform(request));
     }
+}
+
+fn child(how: &str, dial: &Dial) {
+    let dialed = if how == ON_STDIN {
+        let socket: OwnedFd = stdin().as_fd().try_clone_to_owned().unwrap();
+        connect(&socket.into(), dial)
+    } else {
+        dial::dial(dial).0
+    };
+    say(&Answer::Dialed(Box::new(dialed)));
 }
 
 fn say(answer: &Answer) {
@@ -62,7 +92,19 @@ fn become_part_of(start: &Start) {
     setns(File::open(&start.netns).unwrap(), CloneFlags::CLONE_NEWNET).unwrap();
     let _fewer_descriptors_do_for_most =
         setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, DESCRIPTORS);
+    if start.net_admin {
+        set_keep_capabilities(true).unwrap();
+    }
     assume(&start.identity).unwrap();
+    if start.net_admin {
+        let net_admin = CapabilitySet::NET_ADMIN;
+        let sets = CapabilitySets {
+            effective: net_admin,
+            permitted: net_admin,
+            inheritable: CapabilitySet::empty(),
+        };
+        set_capabilities(None, sets).unwrap();
+    }
 }
 
 fn assume(identity: &Identity) -> Result<(), Errno> {
@@ -80,7 +122,7 @@ fn assume(identity: &Identity) -> Result<(), Errno> {
 #[derive(Default)]
 struct Actor {
     sockets: BTreeMap<String, Socket>,
-    streams: BTreeMap<String, TcpStream>,
+    post: Option<UnixDatagram>,
     servers: Vec<Server>,
     traffic: Option<(Arc<AtomicBool>, JoinHandle<Traffic>)>,
     crowd: Vec<Socket>,
@@ -89,11 +131,17 @@ struct Actor {
 impl Actor {
     fn perform(&mut self, request: Request) -> Answer {
         match request {
-            Request::Dial(dial) => match create(dial.family) {
-                Ok(socket) => self.connect(socket, &dial),
-                Err(error) => Answer::Failed(errno_name(&error)),
-            },
-            Request::Create { name, family } => match create(family) {
+            Request::Dial(dial) if dial.transport != Transport::Tcp => {
+                Answer::Dialed(Box::new(datagram::exchange(&dial)))
+            }
+            Request::Dial(dial) => {
+                let (dialed, socket) = dial::dial(&dial);
+                if let (Some(name), Some(socket)) = (dial.keep, socket) {
+                    self.sockets.insert(name, socket);
+                }
+                Answer::Dialed(Box::new(dialed))
+            }
+            Request::Create { name, family } => match create(family, false) {
                 Ok(socket) => {
                     self.sockets.insert(name, socket);
                     Answer::Done
@@ -105,17 +153,35 @@ impl Actor {
                 Err(errno) => Answer::Failed(format!("{errno:?}")),
             },
             Request::Connect { name, dial } => {
-                let socket = self.sockets.remove(&name).unwrap();
-                self.connect(socket, &dial)
+                Answer::Dialed(Box::new(connect(&self.sockets[&name], &dial)))
             }
-            Request::Ask { name, line } => match ask(&self.streams[&name], &line) {
-                Ok(line) => Answer::Said(line),
-                Err(error) => Answer::Failed(errno_name(&error)),
-            },
-            Request::Look { name } => Answer::Dialed(Box::new(look(&self.streams[&name]))),
+            Request::Ask { name, line } => said(ask(&self.sockets[&name], &line)),
+            Request::HalfClose { name, line } => said(half_close(&self.sockets[&name], &line)),
+            Request::Look { name } => Answer::Dialed(Box::new(look(&self.sockets[&name]))),
             Request::Hang { name } => {
-                self.streams.remove(&name);
+                self.sockets.remove(&name);
                 Answer::Done
+            }
+            Request::Disconnect { name } => done(disconnect(&self.sockets[&name])),
+            Request::Serve { name, who } => {
+                let socket = self.sockets.remove(&name).unwrap();
+                done(Server::on(socket, &who).map(|server| self.servers.push(server)))
+            }
+            Request::Spawn { name, dial } => self.spawn(name.as_deref(), &dial),
+            Request::Sweep { to, addresses } => sweep(to, addresses),
+            Request::Datagram(to) => {
+                let socket = UdpSocket::bind(wildcards(0)[usize::from(to.is_ipv6())]).unwrap();
+                match socket.connect(to) {
+                    Ok(()) => Answer::Dialed(Box::new(look(&socket.into()))),
+                    Err(error) => Answer::Failed(errno_name(&error)),
+                }
+            }
+            Request::Together(dials) => together(&dials),
+            Request::Expect(place) => done(parcel::open(&place).map(|post| self.post = Some(post))),
+            Request::Give { name, to } => done(parcel::give(&self.sockets[&name], &to)),
+            Request::Take { name } => {
+                let taken = parcel::take(self.post.as_ref().unwrap());
+                done(taken.map(|socket| drop(self.sockets.insert(name, socket))))
             }
             Request::Listen(listen) => match Server::open(&listen) {
                 Ok(server) => {
@@ -148,12 +214,17 @@ impl Actor {
         }
     }
 
-    fn connect(&mut self, socket: Socket, dial: &Dial) -> Answer {
-        let (dialed, stream) = connect(socket, dial);
-        if let (Some(name), Some(stream)) = (&dial.keep, stream) {
-            self.streams.insert(name.clone(), stream);
-        }
-        Answer::Dialed(Box::new(dialed))
+    fn spawn(&self, name: Option<&str>, dial: &Dial) -> Answer {
+        let mut child = Command::new("/proc/self/exe");
+        match name {
+            Some(name) => {
+                let socket: OwnedFd = self.sockets[name].try_clone().unwrap().into();
+                child.arg(ON_STDIN).stdin(Stdio::from(socket))
+            }
+            None => child.arg(ON_ITS_OWN).stdin(Stdio::null()),
+        };
+        let output = child.arg(serde_json::to_string(dial).unwrap()).output();
+        serde_json::from_slice(&output.unwrap().stdout).unwrap()
     }
 
     fn crowd(&mut self, to: SocketAddr, addresses: u32, count: u32) -> Answer {
@@ -162,8 +233,8 @@ impl Actor {
         };
         let error = (0..count).find_map(|index| {
             let ip = first.to_bits() + index % addresses;
-            let address = SocketAddr::new(std::net::Ipv4Addr::from_bits(ip).into(), to.port());
-            let attempt = create(redirect_tests::protocol::Family::V4).and_then(|socket| {
+            let address = SocketAddr::new(Ipv4Addr::from_bits(ip).into(), to.port());
+            let attempt = create(Family::V4, false).and_then(|socket| {
                 socket.connect(&address.into())?;
                 self.crowd.push(socket);
                 Ok(())
@@ -177,52 +248,88 @@ impl Actor {
     }
 }
 
-fn look(stream: &TcpStream) -> Dialed {
-    Dialed {
-        error: None,
-        greeting: None,
-        local: stream.local_addr().ok(),
-        peer: stream.peer_addr().ok(),
-        original: Some(original_dst(stream, 16)),
-        original6: Some(original_dst6(stream, 28)),
-        probes: Vec::new(),
+fn done(result: Result<(), Error>) -> Answer {
+    match result {
+        Ok(()) => Answer::Done,
+        Err(error) => Answer::Failed(errno_name(&error)),
     }
+}
+
+fn said(result: Result<String, Error>) -> Answer {
+    match result {
+        Ok(line) => Answer::Said(line),
+        Err(error) => Answer::Failed(errno_name(&error)),
+    }
+}
+
+fn sweep(first: SocketAddr, addresses: u32) -> Answer {
+    let IpAddr::V4(ip) = first.ip() else {
+        return Answer::Failed("EAFNOSUPPORT".to_owned());
+    };
+    let all = (0..addresses).map(|index| {
+        let ip = Ipv4Addr::from_bits(ip.to_bits() + index);
+        SocketAddr::new(ip.into(), first.port())
+    });
+    let wrong = all.filter_map(|to| {
+        let (dialed, _) = dial::dial(&Dial::new(Family::V4, to));
+        let both = [
+            &dialed.original,
+            &dialed.greeting.as_ref().map(|g| g.original.clone()),
+        ];
+        let told = both.map(|probe| probe.as_ref().and_then(|probe| probe.address));
+        (told != [Some(to); 2] || dialed.peer != Some(to)).then_some(dialed)
+    });
+    Answer::Several(wrong.collect())
+}
+
+fn together(dials: &[Dial]) -> Answer {
+    let start = Barrier::new(dials.len());
+    let dialed: Vec<Dialed> = thread::scope(|scope| {
+        let threads: Vec<_> = dials
+            .iter()
+            .map(|dial| {
+                scope.spawn(|| {
+                    start.wait();
+                    dial::dial(dial).0
+                })
+            })
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .collect()
+    });
+    Answer::Several(dialed)
 }
 
 fn churn(dial: &Dial, count: u32) -> Answer {
     let mut traffic = Traffic::default();
-    let mut times = Vec::new();
     for _ in 0..count {
-        let socket = create(dial.family).unwrap();
+        let socket = create(dial.family, dial.multipath).unwrap();
         // Reset on close: no TIME_WAIT, so that the source ports do not run out.
         socket.set_linger(Some(Duration::ZERO)).unwrap();
-        let begun = Instant::now();
-        let (dialed, stream) = connect(socket, dial);
-        times.push(u64::try_from(begun.elapsed().as_nanos()).unwrap());
-        drop(stream);
-        traffic.count(dialed.outcome());
+        let dialed = connect(&socket, dial);
+        if dialed.error.is_some() {
+            traffic.count(dialed.outcome());
+            continue;
+        }
+        match (&socket).read(&mut [0]) {
+            Ok(0) => traffic.count("closed"),
+            Ok(_) => traffic.count("data"),
+            Err(error) => traffic.count(&errno_name(&error)),
+        }
     }
-    let tenth = times.len().div_ceil(10);
-    Answer::Churned {
-        first: median(&mut times[..tenth].to_vec()),
-        last: median(&mut times[(count as usize - tenth)..].to_vec()),
-        traffic,
-    }
-}
-
-fn median(times: &mut [u64]) -> u64 {
-    times.sort_unstable();
-    times.get(times.len() / 2).copied().unwrap_or_default()
+    Answer::Traffic(traffic)
 }
 
 fn flow(dial: &Dial, stop: &AtomicBool) -> Traffic {
     let mut traffic = Traffic::default();
     while !stop.load(Ordering::Relaxed) {
-        let outcome = match create(dial.family) {
+        let outcome = match create(dial.family, dial.multipath) {
             Ok(socket) => {
                 // Reset on close: no TIME_WAIT, so that the source ports do not run out.
                 socket.set_linger(Some(Duration::ZERO)).unwrap();
-                connect(socket, dial).0.outcome().to_owned()
+                connect(&socket, dial).outcome().to_owned()
             }
             Err(error) => errno_name(&error),
         };

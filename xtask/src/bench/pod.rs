@@ -8,36 +8,23 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
+use redirect_tests::iptables::rules;
+use redirect_tests::options::Options;
 
 use super::agent::Work;
 use super::{APP_PORT, INBOUND_PORT, Kind, Measure, OUTBOUND_PORT, PEER_IP, POD_IP, PROXY_ID};
 use crate::preflight;
 use crate::ui;
 
-/// Istio's rules for `-i '*' -b '*' -u 1337 -g 1337`, in the order in which istio-iptables writes them.
-const ISTIO_RULES: &str = "\
-*nat
-:ISTIO_INBOUND - [0:0]
-:ISTIO_REDIRECT - [0:0]
-:ISTIO_IN_REDIRECT - [0:0]
-:ISTIO_OUTPUT - [0:0]
--A ISTIO_INBOUND -p tcp --dport 15008 -j RETURN
--A ISTIO_REDIRECT -p tcp -j REDIRECT --to-ports 15001
--A ISTIO_IN_REDIRECT -p tcp -j REDIRECT --to-ports 15006
--A PREROUTING -p tcp -j ISTIO_INBOUND
--A ISTIO_INBOUND -p tcp -j ISTIO_IN_REDIRECT
--A OUTPUT -j ISTIO_OUTPUT
--A ISTIO_OUTPUT -o lo -s 127.0.0.6/32 -j RETURN
--A ISTIO_OUTPUT -o lo ! -d 127.0.0.1/32 -p tcp ! --dport 15008 -m owner --uid-owner 1337 -j ISTIO_IN_REDIRECT
--A ISTIO_OUTPUT -o lo -m owner ! --uid-owner 1337 -j RETURN
--A ISTIO_OUTPUT -m owner --uid-owner 1337 -j RETURN
--A ISTIO_OUTPUT -o lo ! -d 127.0.0.1/32 -p tcp ! --dport 15008 -m owner --gid-owner 1337 -j ISTIO_IN_REDIRECT
--A ISTIO_OUTPUT -o lo -m owner ! --gid-owner 1337 -j RETURN
--A ISTIO_OUTPUT -m owner --gid-owner 1337 -j RETURN
--A ISTIO_OUTPUT -d 127.0.0.1/32 -j RETURN
--A ISTIO_OUTPUT -j ISTIO_REDIRECT
-COMMIT
-";
+/// What both kinds of capture are given.
+const CAPTURE: Options = Options {
+    include_cidrs: "*",
+    include_inbound: "*",
+    uids: "1337",
+    // The pod has no IPv6 address.
+    ipv6: false,
+    ..Options::BARE
+};
 
 /// Dropped from first to last: processes, then what captures them, then where they were.
 pub struct Pod {
@@ -117,7 +104,7 @@ impl Pod {
 }
 
 /// Two ends of a veth pair, both called eth0, as in a pod.
-fn join(inside: &Namespace, outside: &Namespace) -> Result<()> {
+pub(super) fn join(inside: &Namespace, outside: &Namespace) -> Result<()> {
     let (inside, outside) = (&inside.0, &outside.0);
     ip(&format!(
         "link add eth0 netns {inside} type veth peer name eth0 netns {outside}"
@@ -138,7 +125,7 @@ pub fn has_restore(kind: Kind) -> bool {
     restore(kind).is_some()
 }
 
-fn apply_rules(kind: Kind, namespace: &Namespace) -> Result<()> {
+pub(super) fn apply_rules(kind: Kind, namespace: &Namespace) -> Result<()> {
     let program = restore(kind).context("no iptables-restore")?;
     // Not `ip netns exec`: that mounts another /sys.
     let mut command = Command::new("nsenter");
@@ -148,7 +135,7 @@ fn apply_rules(kind: Kind, namespace: &Namespace) -> Result<()> {
         .arg("--noflush");
     let mut child = command.stdin(Stdio::piped()).spawn()?;
     let mut stdin = child.stdin.take().context("no stdin")?;
-    let written = stdin.write_all(ISTIO_RULES.as_bytes());
+    let written = stdin.write_all(rules(&CAPTURE, false).as_bytes());
     drop(stdin);
     let status = child.wait()?;
     written?;
@@ -173,10 +160,10 @@ fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-struct Namespace(String);
+pub(super) struct Namespace(String);
 
 impl Namespace {
-    fn create(name: String) -> Result<Self> {
+    pub(super) fn create(name: String) -> Result<Self> {
         ip(&format!("netns add {name}"))?;
         Ok(Self(name))
     }
@@ -194,10 +181,10 @@ impl Drop for Namespace {
     }
 }
 
-struct Cgroup(PathBuf);
+pub(super) struct Cgroup(PathBuf);
 
 impl Cgroup {
-    fn create(path: PathBuf) -> Result<Self> {
+    pub(super) fn create(path: PathBuf) -> Result<Self> {
         fs::create_dir(&path).with_context(|| format!("cannot make cgroup {}", path.display()))?;
         Ok(Self(path))
     }
@@ -216,13 +203,13 @@ impl Drop for Cgroup {
     }
 }
 
-struct Attached {
+pub(super) struct Attached {
     redirect: PathBuf,
     cgroup: PathBuf,
 }
 
 impl Attached {
-    fn attach(redirect: &Path, cgroup: &Cgroup, namespace: &Namespace) -> Result<Self> {
+    pub(super) fn attach(redirect: &Path, cgroup: &Cgroup, namespace: &Namespace) -> Result<Self> {
         // Before the attempt: one that fails half way is undone too.
         let attached = Self {
             redirect: redirect.to_owned(),
@@ -231,7 +218,7 @@ impl Attached {
         let mut command = Command::new(redirect);
         command.args(["attach", "--cgroup"]).arg(&cgroup.0);
         command.arg("--netns").arg(namespace.path());
-        command.args(["-i", "*", "-b", "*", "-u", "1337"]);
+        command.args(CAPTURE.arguments());
         run(&mut command)?;
         Ok(attached)
     }

@@ -4,6 +4,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::attach::Times;
 use super::{Kind, Measure, Samples};
 
 /// What a measure's ratio must be for `redirect`.
@@ -82,13 +83,13 @@ fn row(sample: &Samples, all: &[Samples]) -> Option<Row> {
     })
 }
 
-fn sorted(mut values: Vec<f64>) -> Vec<f64> {
+pub(super) fn sorted(mut values: Vec<f64>) -> Vec<f64> {
     values.sort_by(f64::total_cmp);
     values
 }
 
 /// The value that the given part of the sorted values lies below, interpolated.
-fn quantile(sorted: &[f64], part: f64) -> f64 {
+pub(super) fn quantile(sorted: &[f64], part: f64) -> f64 {
     let place = part * sorted.len().saturating_sub(1) as f64;
     let at = |index: f64| sorted.get(index as usize).copied().unwrap_or(f64::NAN);
     let (below, above) = (at(place.floor()), at(place.ceil()));
@@ -137,12 +138,18 @@ pub fn print(rows: &[Row], rounds: u32) {
     );
 }
 
-pub fn json(rows: &[Row], samples: &[Samples], machine: &str, load: &str) -> Value {
+pub fn json(
+    rows: &[Row],
+    samples: &[Samples],
+    attach: &[Times],
+    machine: &str,
+    load: &str,
+) -> Value {
     let raw: Vec<_> = samples
         .iter()
         .map(|s| json!({"measure": s.measure.name(), "kind": s.kind.name(), "nanoseconds": s.nanoseconds}))
         .collect();
-    json!({"machine": machine, "load": load, "rows": rows, "rounds": raw})
+    json!({"machine": machine, "load": load, "rows": rows, "attach": attach, "rounds": raw})
 }
 
 #[cfg(test)]

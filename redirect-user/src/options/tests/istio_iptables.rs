@@ -208,6 +208,30 @@ fn bad_values_are_refused_with_their_message() {
     }
 }
 
+#[test]
+fn every_flag_and_variable_has_a_refused_value() {
+    let (all, all_variables) = refused::flags_and_variables(&DropIn::command());
+    let (capture, capture_variables) = refused::flags_and_variables(&Cli::command());
+    // Any path and any log level will do: nothing is done with them.
+    let anything = [
+        "--network-namespace",
+        "--log_output_level",
+        "NETWORK_NAMESPACE",
+    ];
+    let names = all.iter().chain(&all_variables);
+    let own: Vec<_> = names
+        .filter(|name| !capture.contains(name) && !capture_variables.contains(name))
+        .filter(|name| !anything.contains(&name.as_str()))
+        .collect();
+    for name in &own {
+        let refused = REFUSED
+            .iter()
+            .any(|row| [row.0, row.1].contains(&name.as_str()));
+        assert!(refused, "{name}");
+    }
+    assert!(own.len() >= 25, "{own:?}");
+}
+
 proptest! {
     #[test]
     fn any_timeout_is_read_or_refused(text in prop_oneof!["[0-9.hmsunµ +-]{0,12}", any::<String>()]) {

@@ -1,0 +1,90 @@
+//! Where cgroup2 is mounted.
+
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+
+use super::cgroup::{Error, Result};
+
+/// A mount of cgroup2.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mount {
+    /// The cgroup it shows at its top, as seen from our cgroup namespace: `/..` leads out of that.
+    pub root: PathBuf,
+    /// Where.
+    pub point: PathBuf,
+}
+
+impl Mount {
+    /// Whether it shows the whole machine: only the root cgroup lacks `cgroup.events`.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        !self.point.join("cgroup.events").exists()
+    }
+}
+
+/// Every mount of cgroup2.
+pub fn cgroup2() -> Result<Vec<Mount>> {
+    let mounts = fs::read("/proc/self/mountinfo").map_err(Error::Mounts)?;
+    Ok(mounts_in(&String::from_utf8_lossy(&mounts)))
+}
+
+/// Where cgroup2 is mounted: `/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` on a hybrid machine.
+pub fn mountpoint() -> Result<PathBuf> {
+    choose_mountpoint(cgroup2()?).ok_or(Error::NotMounted)
+}
+
+/// The mount that shows the whole hierarchy, else the first one.
+fn choose_mountpoint(mut mounts: Vec<Mount>) -> Option<PathBuf> {
+    let whole = mounts.iter().position(|mount| mount.root == Path::new("/"));
+    (!mounts.is_empty()).then(|| mounts.swap_remove(whole.unwrap_or(0)).point)
+}
+
+/// proc_pid_mountinfo(5): fields four and five, and the type behind the separator.
+fn mounts_in(mountinfo: &str) -> Vec<Mount> {
+    mountinfo
+        .lines()
+        .filter_map(|line| {
+            let (mount, file_system) = line.split_once(" - ")?;
+            let mut fields = mount.split(' ').skip(3);
+            let (root, point) = (fields.next()?, fields.next()?);
+            (file_system.split(' ').next()? == "cgroup2").then(|| Mount {
+                root: unescape(root),
+                point: unescape(point),
+            })
+        })
+        .collect()
+}
+
+/// Undoes the kernel's `\040` for blank, tab, newline and backslash.
+fn unescape(text: &str) -> PathBuf {
+    let (mut bytes, mut rest) = (Vec::new(), text.as_bytes());
+    while let Some((&byte, tail)) = rest.split_first() {
+        let escaped = (byte == b'\\')
+            .then(|| tail.get(..3))
+            .flatten()
+            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        bytes.push(escaped.unwrap_or(byte));
+        rest = if escaped.is_some() { &tail[3..] } else { tail };
+    }
+    PathBuf::from(OsString::from_vec(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mountpoint_prefers_the_whole_hierarchy_and_unescapes() {
+        let mountinfo = "30 20 0:26 /pod /mnt/part rw - cgroup2 none rw\n\
+                         31 20 0:26 / /mnt/with\\040blank rw,nosuid shared:9 - cgroup2 cgroup2 rw\n\
+                         32 20 0:27 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n";
+        let point = |mountinfo: &str| choose_mountpoint(mounts_in(mountinfo));
+        assert_eq!(point(mountinfo), Some(PathBuf::from("/mnt/with blank")));
+        assert_eq!(point("32 20 0:27 / /x rw - cgroup cgroup rw\n"), None);
+        let host = "40 20 0:26 /../../.. /host rw - cgroup2 cgroup2 rw\n";
+        assert_eq!(point(host), Some(PathBuf::from("/host")));
+        assert_eq!(mounts_in(host)[0].root, Path::new("/../../.."));
+    }
+}

@@ -1,0 +1,83 @@
+//! The addresses of a namespace.
+
+use std::io;
+use std::net::IpAddr;
+
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
+
+use crate::observe::netlink::Netlink;
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Address {
+    pub(super) address: IpAddr,
+    pub(super) interface: u32,
+    /// Duplicate address detection is under way; the kernel does not choose such an address as a source yet.
+    pub(super) tentative: bool,
+}
+
+pub(super) fn read_addresses(netlink: &Netlink) -> io::Result<Vec<Address>> {
+    let answers = netlink.dump(&RouteNetlinkMessage::GetAddress(AddressMessage::default()))?;
+    Ok(answers
+        .into_iter()
+        .filter_map(|answer| match answer {
+            RouteNetlinkMessage::NewAddress(message) => address_of(&message),
+            _ => None,
+        })
+        .collect())
+}
+
+fn address_of(message: &AddressMessage) -> Option<Address> {
+    let (mut local, mut peer) = (None, None);
+    // The header has the low eight flags, the attribute all of them.
+    let mut flags = AddressFlags::from_bits_retain(u32::from(message.header.flags.bits()));
+    for attribute in &message.attributes {
+        match attribute {
+            AddressAttribute::Local(address) => local = Some(*address),
+            AddressAttribute::Address(address) => peer = Some(*address),
+            AddressAttribute::Flags(all) => flags |= *all,
+            _ => {}
+        }
+    }
+    Some(Address {
+        // On a point-to-point interface IFA_ADDRESS is the other end.
+        address: local.or(peer)?,
+        interface: message.header.index,
+        tentative: flags.contains(AddressFlags::Tentative)
+            && !flags.intersects(AddressFlags::Dadfailed | AddressFlags::Optimistic),
+    })
+}
+
+/// Neither loopback, link-local, multicast nor unspecified (Istio's `getLocalIP`).
+pub(super) fn is_global(address: IpAddr) -> bool {
+    !address.is_loopback()
+        && !address.is_multicast()
+        && !address.is_unspecified()
+        && match address {
+            IpAddr::V4(v4) => !v4.is_link_local(),
+            IpAddr::V6(v6) => !v6.is_unicast_link_local(),
+        }
+}
+
+/// The tentative address that the kernel would choose once it may: same scope, longest match, own interface first.
+pub(super) fn tentative_source(
+    destination: IpAddr,
+    interface: u32,
+    addresses: &[Address],
+) -> Option<IpAddr> {
+    let IpAddr::V6(destination) = destination else {
+        return None;
+    };
+    addresses
+        .iter()
+        .filter(|address| address.tentative)
+        .filter_map(|address| match address.address {
+            IpAddr::V6(v6) if v6.is_unicast_link_local() == destination.is_unicast_link_local() => {
+                let matching = (u128::from(v6) ^ u128::from(destination)).leading_zeros();
+                Some(((address.interface == interface, matching), IpAddr::V6(v6)))
+            }
+            _ => None,
+        })
+        .max_by_key(|(rank, _)| *rank)
+        .map(|(_, address)| address)
+}

@@ -1,0 +1,348 @@
+//! A BPF file system of a test's own, and what the loader keeps in it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use aya::{
+    Pod,
+    maps::{
+        HashMap, LpmTrie, Map, MapData, MapError, MapInfo, PerCpuHashMap, SockHash, loaded_maps,
+        lpm_trie::Key,
+    },
+    programs::{
+        links::{FdLink, PinnedLink},
+        loaded_links, loaded_programs,
+    },
+};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
+use redirect_common::{
+    connection::FlowKey,
+    listener::ListenerKey,
+    lists::ListKey,
+    pod::PodConfig,
+    record::Record,
+    route::{RouteInfo, RouteKey},
+    verdict::COUNTERS,
+};
+
+/// Where the loader expects it.
+const MOUNT_POINT: &str = "/sys/fs/bpf";
+/// The loader's own directory.
+const ROOT: &str = "/sys/fs/bpf/redirect/v1";
+/// The kernel frees what is no longer referred to after a grace period.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Runs `work` where [`MOUNT_POINT`] is empty and nobody else's: on a thread with a mount namespace of its own, which the
+/// processes it starts share.
+pub fn private<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    let name = thread::current().name().unwrap_or("?").to_owned();
+    thread::scope(|scope| {
+        thread::Builder::new()
+            .name(name)
+            .spawn_scoped(scope, || {
+                unshare(CloneFlags::CLONE_NEWNS).unwrap();
+                let nothing = None::<&str>;
+                // Only below /sys: network namespaces are to be found by everybody.
+                mount(
+                    nothing,
+                    "/sys",
+                    nothing,
+                    MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+                    nothing,
+                )
+                .unwrap();
+                mount(
+                    Some("bpf"),
+                    MOUNT_POINT,
+                    Some("bpf"),
+                    MsFlags::empty(),
+                    nothing,
+                )
+                .unwrap();
+                work()
+            })
+            .unwrap()
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// Every pin and directory of the loader, relative to its own directory.
+pub fn pins() -> BTreeSet<PathBuf> {
+    let (mut found, mut pending) = (BTreeSet::new(), vec![PathBuf::from(ROOT)]);
+    while let Some(directory) = pending.pop() {
+        for entry in fs::read_dir(directory).into_iter().flatten() {
+            let entry = entry.unwrap();
+            if entry.file_type().unwrap().is_dir() {
+                pending.push(entry.path());
+            }
+            found.insert(entry.path().strip_prefix(ROOT).unwrap().to_owned());
+        }
+    }
+    found
+}
+
+/// Ids of kernel objects.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Objects {
+    links: BTreeSet<u32>,
+    programs: BTreeSet<u32>,
+    maps: BTreeSet<u32>,
+}
+
+impl Objects {
+    /// All that the loader's pins keep alive: links, their programs and the maps of those.
+    pub fn pinned() -> Self {
+        let mut objects = Self::default();
+        for pin in pins() {
+            let path = Path::new(ROOT).join(&pin);
+            let name = pin.to_string_lossy().into_owned();
+            if path.is_dir() {
+                continue;
+            } else if name.starts_with("maps/") {
+                objects.maps.insert(MapInfo::from_pin(&path).unwrap().id());
+            } else if name.starts_with("programs-") {
+                let info = aya::programs::ProgramInfo::from_pin(&path).unwrap();
+                objects.programs.insert(info.id());
+            } else {
+                let link = PinnedLink::from_pin(&path).unwrap();
+                let info = FdLink::from(link).info().unwrap();
+                objects.links.insert(info.id());
+                objects.programs.insert(info.program_id());
+            }
+        }
+        for program in loaded_programs().flatten() {
+            if objects.programs.contains(&program.id()) {
+                objects.maps.extend(program.map_ids().unwrap().unwrap());
+            }
+        }
+        objects
+    }
+
+    /// Ids of links.
+    pub fn links(&self) -> &BTreeSet<u32> {
+        &self.links
+    }
+
+    /// Ids of programs, pinned or run by a link.
+    pub fn programs(&self) -> &BTreeSet<u32> {
+        &self.programs
+    }
+
+    /// Those of `self` that are not in `other`.
+    pub fn without(&self, other: &Self) -> Self {
+        let less = |a: &BTreeSet<u32>, b: &BTreeSet<u32>| a.difference(b).copied().collect();
+        Self {
+            links: less(&self.links, &other.links),
+            programs: less(&self.programs, &other.programs),
+            maps: less(&self.maps, &other.maps),
+        }
+    }
+
+    /// True if there are none.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Waits until the kernel has freed all of them. Those that stay are returned.
+    pub fn wait_until_freed(&self) -> Self {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let alive = self.alive();
+            if alive.is_empty() || Instant::now() > deadline {
+                return alive;
+            }
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    fn alive(&self) -> Self {
+        let keep = |ours: &BTreeSet<u32>, loaded: BTreeSet<u32>| {
+            ours.intersection(&loaded).copied().collect()
+        };
+        // An object that goes while the others are listed is an error in the list.
+        Self {
+            links: keep(
+                &self.links,
+                loaded_links().flatten().map(|i| i.id()).collect(),
+            ),
+            programs: keep(
+                &self.programs,
+                loaded_programs().flatten().map(|i| i.id()).collect(),
+            ),
+            maps: keep(
+                &self.maps,
+                loaded_maps().flatten().map(|i| i.id()).collect(),
+            ),
+        }
+    }
+}
+
+/// Contents of a map: keys, with values where programs act on them.
+type Contents = BTreeMap<Vec<u8>, Vec<u8>>;
+
+/// All that the loader has put in place: its pins, and the contents of its maps by name.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct State {
+    pins: BTreeSet<PathBuf>,
+    maps: BTreeMap<&'static str, Contents>,
+}
+
+impl State {
+    /// As it is now. Maps that are not there are left out.
+    pub fn read() -> Self {
+        let mut maps = BTreeMap::new();
+        let mut add = |name, contents: Option<Contents>| {
+            if let Some(contents) = contents {
+                maps.insert(name, contents);
+            }
+        };
+        add("PODS", hash::<8, { size_of::<PodConfig>() }>("PODS"));
+        add("RECORDS", hash::<8, { size_of::<Record>() }>("RECORDS"));
+        add(
+            "ROUTES",
+            trie::<{ size_of::<RouteKey>() }, { size_of::<RouteInfo>() }>("ROUTES"),
+        );
+        add("LISTS", trie::<{ size_of::<ListKey>() }, 1>("LISTS"));
+        add("COUNTS", counts());
+        add(
+            "LISTENERS",
+            listeners().map(|keys| {
+                let bytes = |key: &ListenerKey| (bytemuck::bytes_of(key).to_vec(), Vec::new());
+                keys.iter().map(bytes).collect()
+            }),
+        );
+        Self { pins: pins(), maps }
+    }
+
+    /// The differences to what is wanted, in words; none if equal.
+    pub fn differences(&self, wanted: &Self) -> Vec<String> {
+        let mut found = Vec::new();
+        for pin in self.pins.difference(&wanted.pins) {
+            found.push(format!("left over: pin {}", pin.display()));
+        }
+        for pin in wanted.pins.difference(&self.pins) {
+            found.push(format!("missing: pin {}", pin.display()));
+        }
+        let names: BTreeSet<_> = self.maps.keys().chain(wanted.maps.keys()).collect();
+        let none = Contents::new();
+        for name in names {
+            let ours = self.maps.get(name).unwrap_or(&none);
+            let theirs = wanted.maps.get(name).unwrap_or(&none);
+            for (key, value) in ours {
+                match theirs.get(key) {
+                    None => found.push(format!("left over: {name} {key:02x?}")),
+                    Some(other) if other != value => {
+                        found.push(format!("another value: {name} {key:02x?}"));
+                    }
+                    Some(_) => (),
+                }
+            }
+            for key in theirs.keys().filter(|key| !ours.contains_key(*key)) {
+                found.push(format!("missing: {name} {key:02x?}"));
+            }
+        }
+        found
+    }
+}
+
+/// The keys of `LISTENERS`; None if the map is not there.
+pub fn listeners() -> Option<Vec<ListenerKey>> {
+    let map = open("LISTENERS", Map::SockHash)?;
+    let map: SockHash<MapData, [u8; size_of::<ListenerKey>()]> = map.try_into().unwrap();
+    Some(
+        keys(map.keys())
+            .map(|key| bytemuck::pod_read_unaligned(&key))
+            .collect(),
+    )
+}
+
+/// The keys of `FLOWS`; None if the map is not there.
+pub fn flows() -> Option<Vec<FlowKey>> {
+    let map = open("FLOWS", Map::LruHashMap)?;
+    let map: HashMap<MapData, [u8; size_of::<FlowKey>()], [u8; 24]> = map.try_into().unwrap();
+    Some(
+        keys(map.keys())
+            .map(|key| bytemuck::pod_read_unaligned(&key))
+            .collect(),
+    )
+}
+
+fn counts() -> Option<Contents> {
+    let map = open("COUNTS", Map::PerCpuHashMap)?;
+    let map: PerCpuHashMap<MapData, [u8; 8], [u8; 8 * COUNTERS]> = map.try_into().unwrap();
+    // How often a rule has decided is not the loader's doing.
+    Some(
+        keys(map.keys())
+            .map(|key| (key.to_vec(), Vec::new()))
+            .collect(),
+    )
+}
+
+fn hash<const K: usize, const V: usize>(name: &str) -> Option<Contents> {
+    let map: HashMap<MapData, [u8; K], [u8; V]> = open(name, Map::HashMap)?.try_into().unwrap();
+    let value = |key: &[u8; K]| map.get(key, 0).unwrap().to_vec();
+    Some(
+        keys(map.keys())
+            .map(|key| (key.to_vec(), value(&key)))
+            .collect(),
+    )
+}
+
+fn trie<const K: usize, const V: usize>(name: &str) -> Option<Contents> {
+    let map: LpmTrie<MapData, [u8; K], [u8; V]> = open(name, Map::LpmTrie)?.try_into().unwrap();
+    let entry = |key: Key<[u8; K]>| {
+        let mut bytes = key.prefix_len().to_ne_bytes().to_vec();
+        bytes.extend(key.data());
+        (bytes, map.get(&key, 0).unwrap().to_vec())
+    };
+    Some(keys(map.keys()).map(entry).collect())
+}
+
+fn open(name: &str, kind: impl FnOnce(MapData) -> Map) -> Option<Map> {
+    let path = Path::new(ROOT).join("maps").join(name);
+    path.exists()
+        .then(|| kind(MapData::from_pin(path).unwrap()))
+}
+
+fn keys<K: Pod>(keys: impl Iterator<Item = Result<K, MapError>>) -> impl Iterator<Item = K> {
+    keys.map(Result::unwrap)
+}
+
+/// Removes the loader's own directories, which it leaves in place empty.
+pub fn remove_root() {
+    for directory in Path::new(ROOT).ancestors().take(2) {
+        fs::remove_dir(directory).unwrap();
+    }
+}
+
+/// Waits until the kernel has cut off a pod's links, because their cgroup or namespace has gone.
+pub fn wait_until_cut_off() {
+    let deadline = Instant::now() + PATIENCE;
+    let links = || pins().into_iter().filter(|pin| pin.starts_with("pods"));
+    while !links().any(|pin| is_cut_off(&Path::new(ROOT).join(pin))) {
+        assert!(Instant::now() < deadline, "the kernel keeps dead links");
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn is_cut_off(pin: &Path) -> bool {
+    let Ok(link) = PinnedLink::from_pin(pin) else {
+        return false;
+    };
+    let link = FdLink::from(link);
+    let id = format!("link_id:\t{}\n", link.info().unwrap().id());
+    let described = fs::read_dir("/proc/thread-self/fdinfo").unwrap().flatten();
+    described
+        .filter_map(|entry| fs::read_to_string(entry.path()).ok())
+        .filter(|text| text.contains(&id))
+        .any(|text| text.contains("cgroup_id:\t0\n") || text.contains("netns_ino:\t0\n"))
+}

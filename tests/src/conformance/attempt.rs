@@ -1,0 +1,329 @@
+//! A random connection, and what it is in words.
+
+use std::net::SocketAddr;
+
+use proptest::{prelude::*, sample::select};
+
+use super::{
+    place::{Place, address},
+    setting::Setting,
+};
+use crate::{
+    options::{DNS_PROXY_PORT, TPROXY_MARK},
+    pod::Pod,
+    protocol::{Dial, Family, Identity, Transport, Way},
+};
+
+/// Longer than any handshake takes; a SYN that is dropped on the way costs this much, in milliseconds.
+const HANDSHAKE_MS: u64 = 500;
+/// Longer than any answer takes, in milliseconds.
+const ANSWER_MS: u64 = 2000;
+/// The same for a datagram, which may well be dropped.
+const DATAGRAM_MS: u64 = 1000;
+
+/// Ports that are tried whatever the options name. Nobody listens on the last two.
+const PORTS: [u16; 17] = [
+    80,
+    53,
+    443,
+    5000,
+    8005,
+    8080,
+    9090,
+    15001,
+    15006,
+    15008,
+    DNS_PROXY_PORT,
+    15020,
+    15090,
+    61_000,
+    65_534,
+    81,
+    65_535,
+];
+const MARKS: &[u32] = &[TPROXY_MARK, 1338, 42];
+/// Buffers for `SO_ORIGINAL_DST`: exact for either family, larger, too small, and beyond a page.
+const LENGTHS: &[usize] = &[16, 28, 64, 15, 2, 20, 128, 4096, 5000];
+
+/// Where most connections go.
+const USUAL: &[Place] = &[
+    Place::Service,
+    Place::Service,
+    Place::Own,
+    Place::Localhost,
+    Place::Elsewhere,
+];
+/// Where few go.
+const UNUSUAL: &[Place] = &[
+    Place::Second,
+    Place::Other,
+    Place::Passthrough,
+    Place::Loopback5,
+    Place::Loopback123,
+    Place::Any,
+    Place::Peer,
+    Place::OtherPeer,
+];
+/// Where none arrives, except at the proxy.
+const NOWHERE: &[Place] = &[
+    Place::Unreachable,
+    Place::Prohibited,
+    Place::Broadcast,
+    Place::Multicast,
+];
+/// What the peer can reach of the pod.
+const POD: &[Place] = &[Place::Own, Place::Own, Place::Second, Place::Other];
+/// What a process of the pod may bind to; the last is not the pod's.
+const SOURCES: &[Place] = &[
+    Place::Any,
+    Place::Own,
+    Place::Second,
+    Place::Other,
+    Place::Passthrough,
+    Place::Localhost,
+    Place::Service,
+];
+/// What a process of the peer may bind to.
+const PEER_SOURCES: &[Place] = &[Place::Any, Place::Service];
+
+/// One connection.
+#[derive(Clone, Debug)]
+pub struct Attempt {
+    /// Who dials; `None` is the peer.
+    pub from: Option<Identity>,
+    /// The protocol.
+    pub transport: Transport,
+    /// The kind of socket.
+    pub family: Family,
+    /// The destination.
+    pub to: Place,
+    /// Its port.
+    pub port: u16,
+    /// What to bind to; port 0 leaves that half to the kernel.
+    pub source: Option<(Place, u16)>,
+    /// `SO_MARK`, or 0.
+    pub mark: u32,
+    /// A buffer size for one more query of the server's `SO_ORIGINAL_DST`.
+    pub length: Option<usize>,
+    /// Made before attach, and looked at again after it.
+    pub before: bool,
+}
+
+/// Connections for a setting: ports are drawn from those it names and others.
+pub fn attempts(setting: &Setting) -> impl Strategy<Value = Attempt> + use<> {
+    let named = setting.ports_named();
+    let port = if named.is_empty() {
+        select(PORTS.to_vec()).boxed()
+    } else {
+        let named: Vec<u16> = named.into_iter().collect();
+        prop_oneof![2 => select(PORTS.to_vec()), 1 => select(named)].boxed()
+    };
+    let before = if setting.fresh { 0.05 } else { 0.0 };
+    let family = || {
+        prop_oneof![
+            2 => Just(Family::V4),
+            2 => Just(Family::V6),
+            1 => Just(Family::Mapped),
+        ]
+    };
+    let to = prop_oneof![
+        12 => select(USUAL),
+        6 => select(UNUSUAL),
+        1 => select(NOWHERE),
+    ];
+    let ends = prop_oneof![
+        5 => (identities().prop_map(Some), family(), to, sources(SOURCES)),
+        2 => (Just(None), family(), select(POD), sources(PEER_SOURCES)),
+    ];
+    let transport = prop_oneof![
+        10 => Just(Transport::Tcp),
+        1 => Just(Transport::ConnectedUdp),
+        1 => Just(Transport::Udp),
+    ];
+    let extras = (
+        prop_oneof![9 => Just(0), 1 => select(MARKS)],
+        prop_oneof![4 => Just(None), 1 => select(LENGTHS).prop_map(Some)],
+        prop::bool::weighted(before),
+    );
+    (ends, transport, port, extras).prop_map(
+        |((from, family, to, source), transport, port, (mark, length, before))| {
+            let tcp = transport == Transport::Tcp;
+            Attempt {
+                from,
+                // Nobody answers a datagram sent to everybody.
+                transport: if NOWHERE.contains(&to) {
+                    Transport::Tcp
+                } else {
+                    transport
+                },
+                family,
+                to,
+                port,
+                source,
+                mark,
+                // Datagrams have no connection to ask about or to look at again.
+                length: length.filter(|_| tcp),
+                before: before && tcp,
+            }
+        },
+    )
+}
+
+fn identities() -> impl Strategy<Value = Identity> {
+    let apart = vec![
+        Identity::APP,
+        Identity::APP,
+        Identity::APP,
+        Identity::APP,
+        Identity::PROXY,
+        Identity::ROOT,
+        Identity::new(1000, 1337),
+        Identity::new(1337, 1000),
+        Identity::new(0, 1337),
+        Identity::new(3, 3),
+        Identity::new(4, 4),
+        Identity::new(3, 1000),
+        Identity::new(1000, 4),
+        Identity::new(2001, 2001),
+        Identity::new(1337, 1337).effective_user(1000),
+        Identity::new(1000, 1000).effective_user(1337),
+        Identity::new(1000, 1337).effective_group(1000),
+        Identity::new(1000, 1000).effective_group(1337),
+        Identity::new(1000, 1000).supplementary(1337),
+    ];
+    select(apart)
+}
+
+fn sources(places: &'static [Place]) -> impl Strategy<Value = Option<(Place, u16)>> {
+    // Below the ephemeral ports, so that a bound port is never taken by chance; one that comes again; and steered ones.
+    let ports = prop_oneof![
+        10 => Just(0),
+        4 => 16_000u16..32_000,
+        1 => Just(16_000),
+        2 => 61_000u16..=65_535,
+    ];
+    prop_oneof![
+        3 => Just(None),
+        1 => (select(places), ports).prop_map(Some),
+    ]
+}
+
+impl Attempt {
+    /// A TCP connection of an unbound socket.
+    pub const fn plain(from: Option<Identity>, family: Family, to: Place, port: u16) -> Self {
+        Self {
+            from,
+            transport: Transport::Tcp,
+            family,
+            to,
+            port,
+            source: None,
+            mark: 0,
+            length: None,
+            before: false,
+        }
+    }
+
+    /// The destination in this pod.
+    pub fn destination(&self, pod: &Pod) -> SocketAddr {
+        SocketAddr::new(address(pod, self.to, self.family.is_ipv4()), self.port)
+    }
+
+    /// The address to bind to in this pod.
+    pub fn binding(&self, pod: &Pod) -> Option<SocketAddr> {
+        let (place, port) = self.source?;
+        Some(SocketAddr::new(
+            address(pod, place, self.family.is_ipv4()),
+            port,
+        ))
+    }
+
+    /// Whether the kernel chooses the source port.
+    pub fn has_ephemeral_port(&self) -> bool {
+        self.source.is_none_or(|(_, port)| port == 0)
+    }
+
+    /// As an order to an actor.
+    pub fn dial(&self, pod: &Pod) -> Dial {
+        Dial {
+            transport: self.transport,
+            bind: self.binding(pod),
+            mark: self.mark,
+            reset: self.transport == Transport::Tcp,
+            way: Way::Nonblocking,
+            connect_ms: HANDSHAKE_MS,
+            timeout_ms: if self.transport == Transport::Tcp {
+                ANSWER_MS
+            } else {
+                DATAGRAM_MS
+            },
+            probe_lengths: self.length.into_iter().collect(),
+            ..Dial::new(self.family, self.destination(pod))
+        }
+    }
+
+    /// In words, of this pod.
+    pub fn words(&self, pod: &Pod) -> String {
+        let mut words = Vec::new();
+        if self.before {
+            words.push("before attach:".to_owned());
+        }
+        words.push(match &self.from {
+            Some(identity) => format!("{} in the pod", who(identity)),
+            None => "the peer".to_owned(),
+        });
+        words.push(
+            match self.transport {
+                Transport::Tcp => "connects by TCP",
+                Transport::ConnectedUdp => "asks by UDP, connected,",
+                Transport::Udp => "asks by UDP",
+            }
+            .to_owned(),
+        );
+        let socket = match self.family {
+            Family::V4 => "an IPv4 socket",
+            Family::V6 => "an IPv6 socket",
+            Family::Mapped => "an IPv6 socket with an IPv4-mapped address",
+        };
+        words.push(format!(
+            "on {socket} to {} ({})",
+            self.destination(pod),
+            self.to.words()
+        ));
+        match (self.source, self.binding(pod)) {
+            (Some((place, _)), Some(address)) => {
+                words.push(format!("from {address} ({})", place.words()))
+            }
+            _ => words.push("from an unbound socket".to_owned()),
+        }
+        if self.mark != 0 {
+            words.push(format!("with mark {}", self.mark));
+        }
+        if let Some(length) = self.length {
+            words.push(format!("and the server asks with {length} bytes"));
+        }
+        words.join(" ")
+    }
+}
+
+fn who(identity: &Identity) -> String {
+    let Identity {
+        ruid,
+        euid,
+        rgid,
+        egid,
+        groups,
+    } = identity;
+    let id = |real: &u32, effective: &u32| {
+        if real == effective {
+            real.to_string()
+        } else {
+            format!("{real} (effective {effective})")
+        }
+    };
+    let mut words = format!("uid {} gid {}", id(ruid, euid), id(rgid, egid));
+    for group in groups {
+        words.push_str(&format!(" and supplementary group {group}"));
+    }
+    words
+}

@@ -1,0 +1,170 @@
+//! Where redirect differs from iptables and is known to. docs/behaviour.md has the same list, and a test compares the two.
+
+use super::{
+    attempt::Attempt,
+    observe::{
+        CLIENT_LOCAL, CLIENT_ORIGINAL, CLIENT_ORIGINAL6, CLIENT_PEER, LATER, LATER_ECHO, Line,
+        OUTCOME, SERVER_LOCAL, SERVER_PEER, SERVER_SIZED, SERVER_SIZED6,
+    },
+    place::Place,
+    setting::{Proxy, Setting},
+    world::LATER_LINE,
+};
+use crate::protocol::{Family, Transport};
+
+/// An attempt and all that was seen of it.
+#[derive(Clone, Copy)]
+pub struct Case<'a> {
+    /// The pods' options and proxy.
+    pub setting: &'a Setting,
+    /// The connection.
+    pub attempt: &'a Attempt,
+    /// Both pods, line by line.
+    pub lines: &'a [Line],
+}
+
+impl<'a> Case<'a> {
+    fn line(&self, what: &str) -> Option<&'a Line> {
+        self.lines.iter().find(|line| line.what == what)
+    }
+
+    /// What was seen in the redirect pod.
+    fn redirect(&self, what: &str) -> &'a str {
+        self.line(what).map_or("", |line| &line.redirect)
+    }
+}
+
+/// Why a difference is there.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Kind {
+    /// redirect does better on purpose.
+    Deliberate,
+    /// redirect should do as iptables does, and does not.
+    Gap,
+}
+
+/// One difference.
+pub struct Known {
+    /// Why it is there.
+    pub kind: Kind,
+    /// What it is about, in the words of the documentation.
+    pub name: &'static str,
+    /// What redirect does, and what iptables does, in the words of the documentation.
+    pub explanation: &'static str,
+    /// Whether it accounts for a line in which the pods disagree.
+    applies: fn(Case<'_>, &Line) -> bool,
+}
+
+/// All of them, in the order of the documentation.
+pub const KNOWN: &[Known] = &[
+    Known {
+        kind: Kind::Deliberate,
+        name: "Established connections",
+        explanation: "are never reset by attach, by a change of options, or by detach. With iptables conntrack begins or ceases to look at them, and resets them.",
+        applies: |case, line| {
+            let kept = case.redirect(LATER_ECHO) == LATER_LINE;
+            let reset = case
+                .line(LATER_ECHO)
+                .is_some_and(|line| line.iptables == "ECONNRESET");
+            case.attempt.before && LATER.contains(&line.what) && kept && reset
+        },
+    },
+    Known {
+        kind: Kind::Deliberate,
+        name: "`SO_ORIGINAL_DST` where IPv6 is not captured",
+        explanation: "answers for IPv6 too. With iptables it fails with `ENOENT`, since conntrack does not look at IPv6 then.",
+        applies: |case, line| {
+            let own_end = [CLIENT_ORIGINAL, CLIENT_ORIGINAL6].contains(&line.what);
+            let real = case.redirect(if own_end { CLIENT_PEER } else { SERVER_LOCAL });
+            case.attempt.family == Family::V6
+                && !case.setting.options.ipv6
+                && line.iptables == "ENOENT"
+                && line.redirect.starts_with(&format!("{real}, "))
+        },
+    },
+    Known {
+        kind: Kind::Deliberate,
+        name: "`SO_ORIGINAL_DST` with more than 4096 bytes",
+        explanation: "comes back with the length of the address: eBPF programs are shown one page. With iptables the length stays the caller's.",
+        applies: |case, line| {
+            let address = |text: &str| text.split_once(", ").map(|(address, _)| address.to_owned());
+            [SERVER_SIZED, SERVER_SIZED6].contains(&line.what)
+                && case.attempt.length.is_some_and(|length| length > 4096)
+                && address(&line.iptables) == address(&line.redirect)
+        },
+    },
+    Known {
+        kind: Kind::Deliberate,
+        name: "The client's source port",
+        explanation: "is what the proxy sees, always. With iptables the second of two connections with one source port gets another one where both end at one listener.",
+        applies: |case, line| {
+            let real = case.redirect(CLIENT_LOCAL);
+            line.what == SERVER_PEER
+                && case.attempt.transport == Transport::Tcp
+                && endpoint(&line.redirect) == endpoint(real)
+                && endpoint(&line.iptables).0 == endpoint(real).0
+        },
+    },
+    Known {
+        kind: Kind::Gap,
+        name: "Unreachable and prohibited destinations",
+        explanation: "that would be captured fail with `ENETUNREACH`. With iptables they fail as the route says: `EHOSTUNREACH` or `EACCES`.",
+        applies: |case, line| {
+            line.what == OUTCOME
+                && [Place::Unreachable, Place::Prohibited].contains(&case.attempt.to)
+                && ["EHOSTUNREACH", "EACCES"].contains(&line.iptables.as_str())
+                && line.redirect == "ENETUNREACH"
+        },
+    },
+    Known {
+        kind: Kind::Gap,
+        name: "IPv4 sockets bound to a loopback address",
+        explanation: "are captured on their way out. With iptables connect() fails with `EINVAL`: a loopback address is no source for a destination outside.",
+        applies: |case, _| {
+            let from_loopback = case
+                .attempt
+                .source
+                .is_some_and(|(place, _)| [Place::Localhost, Place::Passthrough].contains(&place));
+            from_loopback
+                && case.attempt.family.is_ipv4()
+                && case
+                    .line(OUTCOME)
+                    .is_some_and(|line| line.iptables == "EINVAL")
+        },
+    },
+    Known {
+        kind: Kind::Gap,
+        name: "Connections from outside to one of several addresses of an interface",
+        explanation: "reach a proxy on that address or the wildcard, and its `getsockname` shows that address. With iptables both are about the first address of the interface.",
+        applies: |case, line| {
+            // The kernel keeps IPv4 addresses in the order they were added in, and IPv6 ones in the reverse.
+            let first = if case.attempt.family.is_ipv4() {
+                Place::Own
+            } else {
+                Place::Second
+            };
+            let another =
+                [Place::Own, Place::Second].contains(&case.attempt.to) && case.attempt.to != first;
+            let bound = case.setting.proxy == Proxy::PodAddress
+                && case.line(OUTCOME).is_some_and(|line| {
+                    line.iptables == "ECONNREFUSED" || line.redirect == "ECONNREFUSED"
+                });
+            let shown = line.what == SERVER_LOCAL
+                && endpoint(&line.redirect).0 == endpoint(case.redirect(CLIENT_PEER)).0
+                && endpoint(&line.redirect).1 == endpoint(&line.iptables).1;
+            case.attempt.from.is_none() && another && (bound || shown)
+        },
+    },
+];
+
+/// Address and port of what a line shows, without the IPv4-in-IPv6 mapping; a port that the kernel drew has no number.
+fn endpoint(text: &str) -> (&str, &str) {
+    let (address, port) = text.rsplit_once(':').unwrap_or((text, ""));
+    let address = address.trim_matches(['[', ']']);
+    (address.strip_prefix("::ffff:").unwrap_or(address), port)
+}
+
+/// The difference that accounts for a line, if one does.
+pub fn known(case: Case<'_>, line: &Line) -> Option<&'static Known> {
+    KNOWN.iter().find(|known| (known.applies)(case, line))
+}

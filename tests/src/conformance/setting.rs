@@ -1,0 +1,293 @@
+//! What is random about a pod: the options, and where and when its proxy listens.
+
+use std::{
+    collections::BTreeSet,
+    net::SocketAddr,
+    sync::{Mutex, PoisonError},
+};
+
+use proptest::{collection::vec, prelude::*, sample::select};
+
+use super::place::{Place, address};
+use crate::{options::Options, pod::Pod, protocol::Listen, scene::wildcards};
+
+/// One pod's options and proxy.
+#[derive(Clone, Copy, Debug)]
+pub struct Setting {
+    /// The options.
+    pub options: Options,
+    /// Where the proxy listens.
+    pub proxy: Proxy,
+    /// Whether the proxy begins to listen only after attach.
+    pub late: bool,
+    /// Whether the pod was detached before, rather than having its options changed.
+    pub fresh: bool,
+}
+
+/// Where the proxy listens.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Proxy {
+    /// On 0.0.0.0 and on `::`, with a socket each.
+    Wildcards,
+    /// On `::` for both families.
+    DualStack,
+    /// On four sockets that share 0.0.0.0, and four on `::`.
+    ReusePort,
+    /// On 127.0.0.1 and `::1`.
+    Loopback,
+    /// On the pod's own addresses.
+    PodAddress,
+    /// On 0.0.0.0 only.
+    Ipv4Only,
+    /// Nowhere.
+    Nowhere,
+}
+
+impl Proxy {
+    /// In words.
+    pub const fn words(self) -> &'static str {
+        match self {
+            Self::Wildcards => "0.0.0.0 and ::",
+            Self::DualStack => ":: for both families",
+            Self::ReusePort => "four sockets on 0.0.0.0 and four on ::",
+            Self::Loopback => "127.0.0.1 and ::1",
+            Self::PodAddress => "the pod's own addresses",
+            Self::Ipv4Only => "0.0.0.0 only",
+            Self::Nowhere => "nothing",
+        }
+    }
+
+    /// Its listeners on one port, named after that.
+    pub fn listeners(self, pod: &Pod, port: u16) -> Vec<Listen> {
+        let at = |places: [Place; 1]| {
+            places
+                .into_iter()
+                .flat_map(|place| [true, false].map(|ipv4| address(pod, place, ipv4)))
+                .map(|ip| SocketAddr::new(ip, port))
+                .collect::<Vec<_>>()
+        };
+        let [any4, any6] = wildcards(port);
+        let name = port.to_string();
+        let listen = |at: SocketAddr| Listen::new(&name, at);
+        match self {
+            Self::Wildcards => [any4, any6].map(listen).to_vec(),
+            Self::DualStack => vec![listen(any6).dual_stack()],
+            Self::ReusePort => [any4, any6].map(|at| listen(at).reuseport(4)).to_vec(),
+            Self::Loopback => at([Place::Localhost]).into_iter().map(listen).collect(),
+            Self::PodAddress => at([Place::Own]).into_iter().map(listen).collect(),
+            Self::Ipv4Only => vec![listen(any4)],
+            Self::Nowhere => Vec::new(),
+        }
+    }
+}
+
+const PROXY_PORTS: &[&str] = &["", "15101", "61001"];
+const INBOUND_PORTS: &[&str] = &["", "15106", "15001"];
+const TUNNEL_PORTS: &[&str] = &["", "15108", "80"];
+const PORTS: &[&str] = &[
+    "80",
+    "53",
+    "443",
+    "8000:8010",
+    "8080",
+    "5000",
+    "8005",
+    "7999",
+    "0:1023",
+    "9000:",
+    ":79",
+    "15001",
+    "15006",
+    "15008",
+    "15020",
+    "15021",
+    "15053",
+    "15090",
+    "15108",
+    "61000:65534",
+    "61000",
+    "65535",
+];
+const IDS: &[&str] = &[
+    "1337",
+    "1337",
+    "1337",
+    "1000",
+    "0",
+    "3",
+    "4",
+    "2001",
+    "3-4",
+    "1000-1337",
+];
+const CIDRS: &[&str] = &[
+    "203.0.113.0/24",
+    "2001:db8:113::/48",
+    "203.0.113.10/32",
+    "198.51.100.0/24",
+    "2001:db8:51::/64",
+    "10.0.0.0/8",
+    "fd00::/8",
+    "10.18.52.2/32",
+    "10.18.52.3/31",
+    "fd00:13:35::2/128",
+    "172.31.9.0/24",
+    "192.0.2.0/24",
+    "198.18.0.0/15",
+    "203.0.113.77/25",
+    "0.0.0.0/0",
+    "::/0",
+    "0.0.0.0/1",
+    "2000::/3",
+    "127.0.0.0/8",
+    "127.1.2.3/32",
+    "127.0.0.1/32",
+    "::1/128",
+];
+const LOOPBACK_CIDRS: &[&str] = &[
+    "",
+    "127.0.0.0/8",
+    "127.0.0.1/8",
+    "127.0.0.4/30",
+    "127.1.2.3/32",
+];
+
+/// Settings that both backends support.
+///
+/// A new option takes a strategy here; the rules it stands for are in [`crate::iptables::rules()`].
+pub fn settings() -> impl Strategy<Value = Setting> {
+    let ports = (
+        mostly("", select(PROXY_PORTS)),
+        mostly("", select(INBOUND_PORTS)),
+        mostly("", select(TUNNEL_PORTS)),
+    );
+    let ids = (list(1..=3, IDS), sometimes(list(1..=3, IDS)));
+    let inbound = (
+        prop_oneof![2 => Just("*".to_owned()), 1 => list(0..=4, PORTS)],
+        sometimes(list(1..=3, PORTS)),
+    );
+    let outbound = (
+        prop_oneof![3 => Just("*".to_owned()), 2 => list(0..=5, CIDRS)],
+        sometimes(list(1..=2, CIDRS)),
+        sometimes(list(1..=3, PORTS)),
+        sometimes(list(1..=2, PORTS)),
+    );
+    let groups = (
+        prop_oneof![
+            8 => Just(None),
+            1 => Just(Some("*".to_owned())),
+            2 => list(0..=3, IDS).prop_map(Some),
+        ],
+        prop_oneof![3 => Just(String::new()), 1 => list(1..=3, IDS)],
+        mostly("", select(LOOPBACK_CIDRS)),
+        prop_oneof![3 => Just(true), 1 => Just(false)],
+    );
+    let around = (
+        prop_oneof![
+            6 => Just(Proxy::Wildcards),
+            2 => Just(Proxy::DualStack),
+            1 => Just(Proxy::ReusePort),
+            2 => Just(Proxy::Loopback),
+            1 => Just(Proxy::PodAddress),
+            1 => Just(Proxy::Ipv4Only),
+            1 => Just(Proxy::Nowhere),
+        ],
+        prop::bool::weighted(0.3),
+        any::<bool>(),
+    );
+    (ports, ids, inbound, outbound, groups, around).prop_map(
+        |(ports, ids, inbound, outbound, groups, around)| Setting {
+            options: Options {
+                proxy_port: ports.0,
+                inbound_port: ports.1,
+                tunnel_port: ports.2,
+                uids: kept(ids.0),
+                gids: kept(ids.1),
+                include_inbound: kept(inbound.0),
+                exclude_inbound: kept(inbound.1),
+                include_cidrs: kept(outbound.0),
+                exclude_cidrs: kept(outbound.1),
+                exclude_outbound: kept(outbound.2),
+                include_outbound: kept(outbound.3),
+                owner_groups: groups.0.map(kept),
+                owner_groups_exclude: kept(groups.1),
+                loopback_cidr: groups.2,
+                ipv6: groups.3,
+                ..Options::BARE
+            },
+            proxy: around.0,
+            late: around.1,
+            fresh: around.2,
+        },
+    )
+}
+
+/// Three times out of four the usual value, to which shrinking returns.
+fn mostly<T: Clone + std::fmt::Debug + 'static>(
+    usual: T,
+    strategy: impl Strategy<Value = T> + 'static,
+) -> impl Strategy<Value = T> {
+    prop_oneof![3 => Just(usual), 1 => strategy]
+}
+
+/// Two times out of five a list, else none.
+fn sometimes(list: impl Strategy<Value = String> + 'static) -> impl Strategy<Value = String> {
+    prop_oneof![3 => Just(String::new()), 2 => list]
+}
+
+fn list(
+    length: std::ops::RangeInclusive<usize>,
+    items: &'static [&'static str],
+) -> impl Strategy<Value = String> {
+    vec(select(items), length).prop_map(|items| items.join(","))
+}
+
+/// [`Options`] hold static text; there are few different ones, so each is kept for good, once.
+fn kept(text: String) -> &'static str {
+    static KEPT: Mutex<BTreeSet<&str>> = Mutex::new(BTreeSet::new());
+    let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+    match kept.get(text.as_str()) {
+        Some(text) => text,
+        None => {
+            let text = &*text.leak();
+            kept.insert(text);
+            text
+        }
+    }
+}
+
+impl Setting {
+    /// The ports on which the proxy listens, each once.
+    pub fn proxy_ports(&self) -> BTreeSet<u16> {
+        [
+            self.options.outbound_listener(),
+            self.options.inbound_listener(),
+        ]
+        .into()
+    }
+
+    /// Every port that the options name, and those on both sides of a range's ends.
+    pub fn ports_named(&self) -> BTreeSet<u16> {
+        let options = &self.options;
+        let lists = [
+            options.include_inbound,
+            options.exclude_inbound,
+            options.include_outbound,
+            options.exclude_outbound,
+            options.tunnel_port,
+            options.proxy_port,
+            options.inbound_port,
+        ];
+        let mut named = BTreeSet::new();
+        for entry in lists.iter().flat_map(|list| list.split(',')) {
+            for port in entry.split(':').filter_map(|port| port.parse::<u16>().ok()) {
+                named.insert(port);
+                if entry.contains(':') {
+                    named.extend([port.saturating_sub(1), port.saturating_add(1)]);
+                }
+            }
+        }
+        named.remove(&0);
+        named
+    }
+}

@@ -1,0 +1,110 @@
+//! The quick part of the differential test, and what shows that it notices.
+
+use std::{fs, ops::ControlFlow};
+
+use redirect_tests::{
+    conformance::{
+        Plan,
+        known::{KNOWN, Kind},
+        observe::OUTCOME,
+        report::{Difference, Repeats, Report},
+        run,
+    },
+    options::Options,
+    skip,
+};
+
+/// `cargo xtask conformance` makes twenty times as many.
+const ATTEMPTS: u64 = 1000;
+/// The same attempts each time.
+const SEED: u64 = 1;
+
+/// With what this machine has of iptables; `None` without any.
+fn plan(seed: u64, attempts: u64) -> Option<Plan> {
+    let mut plan = Plan::new(seed, attempts);
+    plan.variants.retain(|variant| variant.works());
+    (!plan.variants.is_empty()).then_some(plan)
+}
+
+#[test]
+fn random_connections_end_as_with_iptables() {
+    let Some(plan) = plan(SEED, ATTEMPTS) else {
+        skip!("neither iptables-nft nor iptables-legacy works");
+    };
+    let report = run(&plan, &mut |_| ControlFlow::Continue(()));
+    println!("{report}");
+    assert!(report.agrees(), "{report}");
+    // Agreement about nothing but failures would be worth nothing.
+    for (who, least) in [("15001", 30), ("15006", 30), ("app", 100), ("service", 50)] {
+        let met = report.outcomes.get(&format!("TCP {who}"));
+        assert!(
+            met.is_some_and(|met| *met >= least),
+            "{who} answered {met:?} times:\n{report}"
+        );
+    }
+}
+
+/// Negative control: redirect is given one option more, and the smallest case that shows it is found.
+#[test]
+fn an_option_that_only_redirect_has_is_found_and_made_small() {
+    let Some(plan) = plan(SEED, ATTEMPTS) else {
+        skip!("neither iptables-nft nor iptables-legacy works");
+    };
+    let plan = Plan {
+        distortion: |options| Options {
+            exclude_outbound: "80",
+            ..options
+        },
+        ..plan
+    };
+    let report = run(&plan, &mut |report: &Report| {
+        if report.agrees() {
+            ControlFlow::Continue(())
+        } else {
+            ControlFlow::Break(())
+        }
+    });
+    let to_80 = |difference: &&Difference| difference.attempt.port == 80;
+    let Some(found) = report.differences.iter().find(to_80) else {
+        panic!("not noticed: {report}");
+    };
+    assert_eq!(found.repeats, Repeats::Alone, "{report}");
+    assert_eq!(found.unknown.first(), Some(&OUTCOME), "{report}");
+    let options = &found.setting.options;
+    for given in [
+        options.proxy_port,
+        options.exclude_inbound,
+        options.exclude_cidrs,
+        options.include_outbound,
+        options.exclude_outbound,
+        options.owner_groups_exclude,
+        options.loopback_cidr,
+    ] {
+        assert_eq!(given, "", "an option is left that plays no part: {report}");
+    }
+    assert!(
+        found.attempt.source.is_none() && found.attempt.mark == 0,
+        "{report}"
+    );
+}
+
+/// The documentation has the list of the code, in its order and its words.
+#[test]
+fn documented_differences_are_those_of_the_code() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/behaviour.md");
+    let text = fs::read_to_string(path).unwrap();
+    let (_, section) = text
+        .split_once("\n## Where redirect differs from iptables\n")
+        .unwrap();
+    let section = section.split("\n## ").next().unwrap();
+    let documented: Vec<&str> = section
+        .lines()
+        .filter(|line| line.starts_with("* "))
+        .collect();
+    let kinds = [Kind::Deliberate, Kind::Gap].into_iter();
+    let coded: Vec<String> = kinds
+        .flat_map(|kind| KNOWN.iter().filter(move |known| known.kind == kind))
+        .map(|known| format!("* **{}** {}", known.name, known.explanation))
+        .collect();
+    assert_eq!(documented, coded);
+}

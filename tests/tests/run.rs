@@ -1,0 +1,227 @@
+//! `redirect run`: a command's outbound TCP is captured, and nothing else and no longer.
+#![allow(
+    missing_docs,
+    reason = "a test binary has no readers of its documentation"
+)]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test panics where it fails, also in its helpers"
+)]
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    io::{BufRead as _, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use redirect_tests::{
+    actor::{Actor, executable},
+    bpffs,
+    cgroup::mount_point,
+    loader::{self, finish, redirect_inside},
+    namespace::errors,
+    pod::Pod,
+    protocol::{Dial, Family, Identity, Start},
+    scene::{Lands, Scene, To, inward},
+};
+use rstest::rstest;
+
+use Family::{Mapped, V4, V6};
+
+/// `redirect run` in the scene's namespace, before `--`.
+fn run(scene: &Scene) -> Command {
+    let mut command = redirect_inside(&scene.pod.netns);
+    command.args(["run", "-u", "1337", "-g", "1337", "--ipv6", "on"]);
+    command
+}
+
+fn run_shell(scene: &Scene, script: &str) -> Command {
+    let mut command = run(scene);
+    command.args(["--", "sh", "-c", script]);
+    command
+}
+
+fn run_actor(scene: &Scene) -> Actor {
+    let mut command = run(scene);
+    command.arg("--").arg(executable("actor"));
+    let start = Start {
+        cgroup: None,
+        netns: scene.pod.netns.path(),
+        net_admin: false,
+        identity: Identity::APP,
+    };
+    Actor::start_by(&mut command, start)
+}
+
+/// The cgroup made by a `redirect run` with that process id.
+fn cgroup_of(pid: u32) -> PathBuf {
+    mount_point().join(format!("redirect-run-{pid}"))
+}
+
+/// In which nothing of a run may be left.
+fn assert_nothing_left(pid: u32) {
+    assert_eq!(bpffs::pins(), BTreeSet::new());
+    assert!(!cgroup_of(pid).exists());
+}
+
+#[rstest]
+fn outbound_tcp_of_the_command_lands_at_the_proxy() {
+    bpffs::private(|| {
+        let mut scene = Scene::new();
+        let mut command = run_actor(&scene);
+        let pid = command.pid();
+        assert!(cgroup_of(pid).is_dir());
+        for family in [V4, V6, Mapped] {
+            for to in [To::Service(80), To::Elsewhere(443)] {
+                let to = scene.address(family, to);
+                // The same program beside it, at the same time, without `run`.
+                assert_eq!(scene.app.dial(&Dial::new(family, to)).outcome(), "service");
+                let dialed = command.dial(&Dial::new(family, to));
+                assert_eq!(dialed.outcome(), "15001");
+                assert_eq!(
+                    dialed.peer.map(|peer| peer.ip().to_canonical()),
+                    Some(to.ip())
+                );
+                let greeting = dialed.greeting.unwrap();
+                let original = if to.is_ipv4() {
+                    greeting.original
+                } else {
+                    greeting.original6
+                };
+                assert_eq!(original.address, Some(to));
+            }
+        }
+        // The command is no pod: what comes in is not its own.
+        scene.attempt(V4, &inward(8080, Lands::Direct)).unwrap();
+        assert!(command.end().success());
+        assert_nothing_left(pid);
+    });
+}
+
+#[rstest]
+#[case::success("exit 0", 0)]
+#[case::failure("exit 7", 7)]
+#[case::killed("kill -KILL $$", 128 + 9)]
+fn exit_status_of_the_command_is_passed_on(#[case] script: &str, #[case] code: i32) {
+    bpffs::private(|| {
+        let scene = Scene::new();
+        let output = finish(&mut run_shell(&scene, script));
+        assert_eq!(output.status.code(), Some(code), "{}", errors(&output));
+        assert_eq!(errors(&output), "");
+        assert_eq!(bpffs::pins(), BTreeSet::new());
+    });
+}
+
+#[rstest]
+#[case::not_found("no-such-command", 127, "No such file")]
+#[case::no_program("/etc/passwd", 126, "Permission denied")]
+fn command_that_cannot_be_run_is_named(#[case] name: &str, #[case] code: i32, #[case] why: &str) {
+    bpffs::private(|| {
+        let scene = Scene::new();
+        let output = finish(run(&scene).args(["--", name]));
+        assert_eq!(output.status.code(), Some(code));
+        let text = errors(&output);
+        assert!(text.contains(name) && text.contains(why), "{text}");
+        assert_eq!(text.lines().count(), 1, "{text}");
+        assert_eq!(bpffs::pins(), BTreeSet::new());
+    });
+}
+
+/// Runs a script that says when it is ready.
+fn ready(scene: &Scene, script: &str) -> Child {
+    let mut child = run_shell(scene, script)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.as_mut().unwrap())
+        .read_line(&mut line)
+        .unwrap();
+    assert_eq!(line, "ready\n");
+    child
+}
+
+fn signal(child: &Child, signal: Signal) {
+    kill(Pid::from_raw(i32::try_from(child.id()).unwrap()), signal).unwrap();
+}
+
+/// Waits for the end; the script of these tests ends by itself within 20 s.
+fn ended(mut child: Child) -> Option<i32> {
+    child.wait().unwrap().code()
+}
+
+#[rstest]
+#[case::caught(
+    "trap 'exit 9' TERM; echo ready; for i in $(seq 400); do sleep 0.05; done",
+    9
+)]
+#[case::not_caught("echo ready; exec sleep 20", 128 + 15)]
+fn termination_is_passed_on_to_the_command(#[case] script: &str, #[case] code: i32) {
+    bpffs::private(|| {
+        let scene = Scene::new();
+        let child = ready(&scene, script);
+        let pid = child.id();
+        signal(&child, Signal::SIGTERM);
+        assert_eq!(ended(child), Some(code));
+        assert_nothing_left(pid);
+    });
+}
+
+#[rstest]
+fn interrupt_is_left_to_the_command() {
+    bpffs::private(|| {
+        let scene = Scene::new();
+        // The terminal would have sent it to both.
+        let child = ready(&scene, "echo ready; sleep 0.3; exit 5");
+        let pid = child.id();
+        signal(&child, Signal::SIGINT);
+        assert_eq!(ended(child), Some(5));
+        assert_nothing_left(pid);
+    });
+}
+
+#[rstest]
+fn killed_run_is_collected_once_its_command_has_ended() {
+    bpffs::private(|| {
+        let (scene, other) = (Scene::new(), Pod::new());
+        let mut command = run_actor(&scene);
+        let (pid, to) = (command.pid(), scene.address(V4, To::Service(80)));
+        assert_eq!(command.dial(&Dial::new(V4, to)).outcome(), "15001");
+        let run = Pid::from_raw(i32::try_from(pid).unwrap());
+        kill(run, Signal::SIGKILL).unwrap();
+        wait_until(|| is_dead(pid));
+        // Any other call of the loader leaves a command alone that still runs.
+        loader::attach(&other, &redirect_tests::options::Options::ISTIO);
+        assert_eq!(command.dial(&Dial::new(V4, to)).outcome(), "15001");
+        drop(command);
+        wait_until(|| {
+            fs::read_to_string(cgroup_of(pid).join("cgroup.procs"))
+                .is_ok_and(|list| list.is_empty())
+        });
+        let detached = loader::detach(other.cgroup.path());
+        assert!(detached.status.success(), "{}", errors(&detached));
+        assert_nothing_left(pid);
+    });
+}
+
+/// True for a process that has ended, also if it was not waited for yet.
+fn is_dead(pid: u32) -> bool {
+    let stat = fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat"));
+    stat.is_ok_and(|stat| stat.contains(") Z "))
+}
+
+fn wait_until(done: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !done() {
+        assert!(Instant::now() < deadline);
+        thread::sleep(Duration::from_millis(2));
+    }
+}

@@ -1,0 +1,111 @@
+//! `cargo xtask conformance`: the long run of the differential test against iptables.
+
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Result, bail};
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use redirect_tests::conformance::{self, Plan, report::Report};
+
+use crate::ui::{self, Mark};
+use crate::{cargo, preflight, setup};
+
+/// Between lines of progress where there is no terminal.
+const PAUSE: Duration = Duration::from_secs(20);
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+#[derive(Args)]
+pub struct Options {
+    /// Connections to make, each in both pods
+    #[arg(long, default_value_t = 20_000, value_parser = clap::value_parser!(u64).range(1..))]
+    attempts: u64,
+    /// Where everything random comes from [default: another one each time]
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Leave out the option sets before this one: `--first-set N --attempts 50` makes set N again
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    first_set: u64,
+}
+
+pub fn run(options: &Options) -> Result<()> {
+    preflight::check("conformance")?;
+    setup::run()?;
+    cargo::build(false)?;
+    ctrlc::set_handler(|| INTERRUPTED.store(true, Ordering::Relaxed))?;
+
+    ui::heading("conformance");
+    let seed = options.seed.unwrap_or_else(new_seed);
+    let mut plan = Plan::new(seed, options.attempts);
+    plan.first_set = options.first_set;
+    plan.variants.retain(|variant| {
+        let works = variant.works();
+        if !works {
+            ui::warn(&format!("iptables-{} does not work here", variant.name()));
+        }
+        works
+    });
+    if plan.variants.is_empty() {
+        bail!("no iptables to compare with: install it, and boot a kernel with netfilter");
+    }
+    ui::step(Mark::Ok, "seed", &seed.to_string());
+
+    let mut progress = Progress::new(options.attempts);
+    let report = conformance::run(&plan, &mut |report| progress.show(report));
+    progress.bar.finish_and_clear();
+    anstream::println!("\n{report}");
+    if !report.agrees() {
+        bail!("redirect and iptables disagree (seed {seed})");
+    }
+    if INTERRUPTED.load(Ordering::Relaxed) {
+        bail!("interrupted");
+    }
+    Ok(())
+}
+
+fn new_seed() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |now| now.as_secs())
+}
+
+struct Progress {
+    bar: ProgressBar,
+    started: Instant,
+    printed: Instant,
+}
+
+impl Progress {
+    fn new(attempts: u64) -> Self {
+        let style =
+            ProgressStyle::with_template("{bar:30} {human_pos} of {human_len}, {msg}, {eta} left");
+        let bar = ProgressBar::new(attempts)
+            .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        Self {
+            bar,
+            started: Instant::now(),
+            printed: Instant::now(),
+        }
+    }
+
+    fn show(&mut self, report: &Report) -> ControlFlow<()> {
+        let rate = report.attempts as f64 / self.started.elapsed().as_secs_f64();
+        let message = format!(
+            "{} option sets, {rate:.0}/s, {} differences",
+            report.sets,
+            report.differences.len()
+        );
+        if self.bar.is_hidden() && self.printed.elapsed() > PAUSE {
+            anstream::println!("  {} attempts, {message}", report.attempts);
+            self.printed = Instant::now();
+        }
+        self.bar.set_position(report.attempts);
+        self.bar.set_message(message);
+        if INTERRUPTED.load(Ordering::Relaxed) {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    }
+}
