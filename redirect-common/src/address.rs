@@ -38,7 +38,8 @@ impl Address {
     /// True for IPv4, in a plain or in an IPv4-mapped socket.
     #[inline(always)]
     pub const fn is_v4(&self) -> bool {
-        self.words_be[0] == 0 && self.words_be[1] == 0 && self.words_be[2] == MAPPED_PREFIX_BE
+        // One comparison: the verifier walks everything that follows once for each.
+        self.words_be[0] | self.words_be[1] | self.words_be[2] ^ MAPPED_PREFIX_BE == 0
     }
 
     /// The IPv4 address in network order; meaningful only if [`is_v4`](Self::is_v4).
@@ -88,10 +89,8 @@ impl Address {
 
     #[inline(always)]
     const fn is_v6_with_last_word(&self, last: u32) -> bool {
-        self.words_be[0] == 0
-            && self.words_be[1] == 0
-            && self.words_be[2] == 0
-            && self.words_be[3] == last.to_be()
+        let [a, b, c, d] = self.words_be;
+        a | b | c | d ^ last.to_be() == 0
     }
 
     /// The loopback address that iptables REDIRECT sends a locally made connection to, per family

@@ -180,3 +180,6 @@ pub const ROLE_LISTENER: u32 = 6;
 pub const ROLE_ACCEPTED_MACHINE: u32 = 7;
 /// A connecting socket that is not captured, although its ports could belong to one that is.
 pub const ROLE_CLIENT_DIRECT: u32 = 5;
+/// A UDP socket whose DNS queries are captured: `original` is the server that it is connected to, or
+/// that it asked last.
+pub const ROLE_DNS_CLIENT: u32 = 16;

@@ -4,10 +4,12 @@
 //! earlier one having returned, so there is no "is it the proxy?" predicate to be had.
 
 use crate::address::Address;
+use crate::dns::DNS_PORT;
 use crate::lists::{List, Lists};
 use crate::pod::{
-    FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6, FLAG_LOOPBACK_INCLUDED, FLAG_OUTBOUND_ALL,
-    FLAG_TPROXY, IdRange, MAX_OWNER_GROUPS, MAX_PROXY_IDS, PodConfig,
+    FLAG_DNS, FLAG_DNS_ALL, FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6,
+    FLAG_LOOPBACK_INCLUDED, FLAG_OUTBOUND_ALL, FLAG_TPROXY, IdRange, MAX_OWNER_GROUPS,
+    MAX_PROXY_IDS, PodConfig,
 };
 use crate::verdict::{Action, Rule};
 
@@ -23,9 +25,31 @@ pub struct Owner {
     pub gid: u32,
 }
 
-/// A TCP connection about to be made in the pod.
+/// A protocol that has ports, of those that the rules tell apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP: only DNS queries are captured.
+    Udp,
+}
+
+impl Protocol {
+    /// IP's number of it.
+    #[inline(always)]
+    pub const fn number(self) -> u16 {
+        match self {
+            Self::Tcp => 6,
+            Self::Udp => 17,
+        }
+    }
+}
+
+/// A connection about to be made in the pod, or a datagram about to leave.
 #[derive(Clone, Copy, Debug)]
 pub struct Outbound {
+    /// How it is made.
+    pub protocol: Protocol,
     /// The source address the connection will have.
     pub source: Address,
     /// Where it is meant to go.
@@ -53,7 +77,7 @@ pub struct Inbound {
     pub interface: u32,
 }
 
-/// Decides about a connection made in the pod: the nat table, then, for what that lets alone on its
+/// Decides about a connection made in the pod, or a datagram: the nat table, then, for what that lets alone on its
 /// way to the pod itself, TPROXY's part of the mangle table.
 #[inline(always)]
 pub fn outbound(pod: &PodConfig, lists: &impl Lists, to: &Outbound) -> Rule {
@@ -79,36 +103,40 @@ fn redirected(pod: &PodConfig, lists: &impl Lists, to: &Outbound) -> Rule {
     if to.local && to.source.is_proxy_passthrough() {
         return Rule::ProxyPassthrough;
     }
-    let loopback = pod.in_loopback_cidr(&to.destination);
-    let to_self = to.local && !loopback && to.port != pod.tunnel_port;
-    let pass_local = to.local && !pod.has(FLAG_LOOPBACK_INCLUDED);
+    // Conditions are looked at where they count and not before: the verifier walks the loops over ids
+    // once for every combination of what is known by then.
+    let pass_local = to.local && !pod.has(FLAG_LOOPBACK_INCLUDED) && passes_local(pod, to);
     let owner = to.owner;
-    if let Some(rule) = by_proxy_id(
-        &pod.proxy_uids,
-        pod.proxy_uid_count,
-        owner.map(|o| o.uid),
-        to_self,
-        pass_local,
-    ) {
-        return rule;
+    let (uids, count) = (&pod.proxy_uids, pod.proxy_uid_count);
+    match by_proxy_id(uids, count, owner.map(|o| o.uid), pass_local) {
+        // The rules for groups make no such exception.
+        Some(Match::Proxy) if is_query(pod, to) => return Rule::Proxy,
+        Some(Match::Proxy) => return by_proxy(pod, to),
+        Some(Match::Other) => return Rule::PodLocal,
+        None => {}
     }
-    if let Some(rule) = by_proxy_id(
-        &pod.proxy_gids,
-        pod.proxy_gid_count,
-        owner.map(|o| o.gid),
-        to_self,
-        pass_local,
-    ) {
-        return rule;
+    let (gids, count) = (&pod.proxy_gids, pod.proxy_gid_count);
+    match by_proxy_id(gids, count, owner.map(|o| o.gid), pass_local) {
+        Some(Match::Proxy) => return by_proxy(pod, to),
+        Some(Match::Other) => return Rule::PodLocal,
+        None => {}
     }
     if owner_group_left_out(pod, owner) {
         return Rule::OwnerGroup;
     }
-    if loopback {
+    if is_query(pod, to)
+        && (pod.has(FLAG_DNS_ALL) || has_address(pod, lists, List::DnsServers, &to.destination))
+    {
+        return Rule::Dns;
+    }
+    if pod.in_loopback_cidr(&to.destination) {
         return Rule::Loopback;
     }
     if has_address(pod, lists, List::ExcludeOutboundCidrs, &to.destination) {
         return Rule::ExcludedCidr;
+    }
+    if to.protocol != Protocol::Tcp {
+        return Rule::NotIncluded;
     }
     if has_port(pod, lists, List::IncludeOutboundPorts, to.port) {
         return Rule::IncludedPort;
@@ -126,6 +154,7 @@ fn redirected(pod: &PodConfig, lists: &impl Lists, to: &Outbound) -> Rule {
 #[inline(always)]
 fn is_tproxied(pod: &PodConfig, lists: &impl Lists, to: &Outbound) -> bool {
     if !pod.has(FLAG_TPROXY)
+        || to.protocol != Protocol::Tcp
         || !to.local
         || to.mark == pod.tproxy_mark
         || pod.tproxy_mark == SELF_MARK
@@ -213,15 +242,49 @@ fn has_id(ids: &[IdRange; MAX_PROXY_IDS], count: u32, id: u32) -> bool {
     false
 }
 
-/// The three rules that istio-iptables writes for each proxy id, in turn.
+/// A DNS query, where these are captured.
+#[inline(always)]
+fn is_query(pod: &PodConfig, to: &Outbound) -> bool {
+    to.port == DNS_PORT && pod.has(FLAG_DNS)
+}
+
+/// Pod-local traffic of others than the proxy passes. With DNS capture, UDP and port 53 are left to
+/// the rules that follow.
+#[inline(always)]
+fn passes_local(pod: &PodConfig, to: &Outbound) -> bool {
+    !pod.has(FLAG_DNS) || to.protocol == Protocol::Tcp && to.port != DNS_PORT
+}
+
+/// The proxy dials: its own pod, or out.
+#[inline(always)]
+fn by_proxy(pod: &PodConfig, to: &Outbound) -> Rule {
+    let to_self = to.local
+        && to.protocol == Protocol::Tcp
+        && to.port != pod.tunnel_port
+        && !pod.in_loopback_cidr(&to.destination);
+    if to_self {
+        Rule::ProxyToSelf
+    } else {
+        Rule::Proxy
+    }
+}
+
+/// Which of the rules for a proxy id matches.
+enum Match {
+    /// One about the proxy.
+    Proxy,
+    /// The one about everybody else in the pod.
+    Other,
+}
+
+/// The rules that istio-iptables writes for each proxy id, in turn.
 #[inline(always)]
 fn by_proxy_id(
     ids: &[IdRange; MAX_PROXY_IDS],
     count: u32,
     id: Option<u32>,
-    to_self: bool,
     pass_local: bool,
-) -> Option<Rule> {
+) -> Option<Match> {
     for (index, range) in ids.iter().enumerate() {
         if index as u32 >= count {
             break;
@@ -231,14 +294,10 @@ fn by_proxy_id(
             None => false,
         };
         if matches {
-            return Some(if to_self {
-                Rule::ProxyToSelf
-            } else {
-                Rule::Proxy
-            });
+            return Some(Match::Proxy);
         }
         if pass_local {
-            return Some(Rule::PodLocal);
+            return Some(Match::Other);
         }
     }
     None

@@ -8,6 +8,7 @@
 pub mod address;
 pub mod connection;
 pub mod decide;
+pub mod dns;
 pub mod listener;
 pub mod lists;
 pub mod log;

@@ -20,6 +20,8 @@ pub enum List {
     IncludeInboundPorts = 4,
     /// `-d`: ports not captured on their way in, if `-b` is `*`.
     ExcludeInboundPorts = 5,
+    /// The servers of `--resolv-conf`: queries to them are captured.
+    DnsServers = 6,
 }
 
 impl List {

@@ -3,6 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use crate::address::Address;
+use crate::decide::{Outbound, Owner, Protocol};
 
 /// Index in `FOLLOWERS` of `redirect run`: it wants messages.
 pub const FOLLOWER_RUN: u32 = 0;
@@ -73,8 +74,42 @@ pub struct Decision {
     pub outbound_port: u16,
     /// The pod's `-z`, host order.
     pub inbound_port: u16,
-    /// Padding, zero.
-    pub _pad: u32,
+    /// IP protocol number: TCP's or UDP's.
+    pub protocol: u16,
+    /// 1 if the destination is one of the pod's own addresses, and it is the pod that connects.
+    pub local: u16,
+    /// Index of the interface it leaves or came by; 0 if that is not known.
+    pub interface: u32,
+    /// The connecting socket's `SO_MARK`; 0 for connections from outside.
+    pub mark: u32,
 }
 
-crate::assert_size!(Decision, 72);
+crate::assert_size!(Decision, 80);
+
+impl Decision {
+    /// What is decided about, of a connection made in the pod.
+    #[inline(always)]
+    pub const fn connection(&self) -> Outbound {
+        Outbound {
+            protocol: if self.protocol == Protocol::Udp.number() {
+                Protocol::Udp
+            } else {
+                Protocol::Tcp
+            },
+            source: self.source,
+            destination: self.destination,
+            port: self.port,
+            local: self.local != 0,
+            interface: self.interface,
+            mark: self.mark,
+            owner: if self.uid == NO_OWNER {
+                None
+            } else {
+                Some(Owner {
+                    uid: self.uid,
+                    gid: self.gid,
+                })
+            },
+        }
+    }
+}

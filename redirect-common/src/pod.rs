@@ -24,6 +24,10 @@ pub const FLAG_LOOPBACK_INCLUDED: u32 = 1 << 3;
 pub const FLAG_GROUPS_INCLUDE: u32 = 1 << 4;
 /// `-m TPROXY`: inbound connections keep their local address.
 pub const FLAG_TPROXY: u32 = 1 << 5;
+/// `--redirect-dns`.
+pub const FLAG_DNS: u32 = 1 << 6;
+/// `--capture-all-dns`: queries to any server; without it, to those in [`List::DnsServers`].
+pub const FLAG_DNS_ALL: u32 = 1 << 7;
 
 /// Virtual machines live behind interfaces of the pod (`-k`).
 pub const FLAG_MACHINES: u32 = 1 << 8;

@@ -12,6 +12,8 @@ pub enum Action {
     /// To the proxy's inbound listener, with the local address it was meant for: iptables' TPROXY
     /// of a connection that the pod makes to itself.
     CaptureInPlace,
+    /// To the agent that answers DNS queries ([`DNS_AGENT_PORT`](crate::dns::DNS_AGENT_PORT)).
+    CaptureDns,
 }
 
 macro_rules! rules {
@@ -30,6 +32,12 @@ macro_rules! rules {
             /// Short name for people and for metrics.
             pub const fn label(self) -> &'static str {
                 match self { $(Self::$name => $label,)+ }
+            }
+
+            /// The rule of that number.
+            #[inline(always)]
+            pub const fn from_number(number: u32) -> Option<Self> {
+                match number { $($number => Some(Self::$name),)+ _ => None }
             }
 
             /// What the rule does with a connection.
@@ -56,6 +64,8 @@ rules! {
     Proxy = 5, "outbound-proxy", Pass;
     /// Owner groups leave this socket's group out.
     OwnerGroup = 6, "outbound-owner-group", Pass;
+    /// A DNS query that is captured, over UDP or TCP.
+    Dns = 25, "outbound-dns", CaptureDns;
     /// The loopback CIDR.
     Loopback = 7, "outbound-loopback", Pass;
     /// `-x` has the destination.
@@ -92,6 +102,8 @@ rules! {
     InboundInterfaceExcluded = 23, "inbound-interface-excluded", Pass;
     /// TPROXY leaves the loopback CIDR alone.
     InboundLoopback = 24, "inbound-loopback", Pass;
+    /// No slot is free for a captured DNS query (`DNS_SLOTS`): its socket remembers only the server asked last.
+    NoDnsSlot = 26, "no-dns-slot", Pass;
     /// A virtual machine's connection; `-i` has the destination.
     MachineCaptured = 27, "machine-captured", CaptureOutbound;
     /// A virtual machine's connection; `-i` does not have the destination.

@@ -1,5 +1,5 @@
 //! The decision against the rules themselves: a small interpreter walks the chains that
-//! istio-iptables writes for the same options (without DNS).
+//! istio-iptables writes for the same options.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -7,11 +7,12 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::select;
 use redirect_common::address::Address;
-use redirect_common::decide::{self, Inbound, Outbound, Owner};
+use redirect_common::decide::{self, Inbound, Outbound, Owner, Protocol};
+use redirect_common::dns::DNS_AGENT_PORT;
 use redirect_common::lists::{List, Lists};
 use redirect_common::pod::{
-    FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6, FLAG_LOOPBACK_INCLUDED, FLAG_OUTBOUND_ALL,
-    FLAG_TPROXY, IdRange, PodConfig,
+    FLAG_DNS, FLAG_DNS_ALL, FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6,
+    FLAG_LOOPBACK_INCLUDED, FLAG_OUTBOUND_ALL, FLAG_TPROXY, IdRange, PodConfig,
 };
 use redirect_common::verdict::{Action, Rule};
 
@@ -47,6 +48,8 @@ struct Options {
     tproxy_mark: Option<u32>,
     /// Indexes in place of `-c`'s names.
     exclude_interfaces: Vec<u32>,
+    /// The servers whose queries are captured; None without DNS capture.
+    dns: Option<All<Vec<IpAddr>>>,
 }
 
 /// `*`, or a list.
@@ -74,9 +77,10 @@ impl Cidr {
     }
 }
 
-/// The first packet of a TCP connection.
+/// The first packet of a TCP connection, or a datagram.
 #[derive(Clone, Copy, Debug)]
 struct Packet {
+    protocol: Protocol,
     source: IpAddr,
     destination: IpAddr,
     port: u16,
@@ -92,6 +96,7 @@ struct Packet {
 #[derive(Clone, Copy, Debug)]
 enum Match {
     FromMachine,
+    Is(Protocol),
     /// `-i` or `-o`, as the chain has it.
     Interface(u32),
     Mark(u32),
@@ -117,6 +122,7 @@ impl Match {
         let gid = |ids| packet.owner.is_some_and(|(_, gid)| within(ids, gid));
         match self {
             Self::FromMachine => packet.from_machine,
+            Self::Is(protocol) => packet.protocol == *protocol,
             Self::Interface(index) => packet.interface == *index,
             Self::Mark(mark) => packet.mark == *mark,
             Self::NotMark(mark) => packet.mark != *mark,
@@ -176,7 +182,10 @@ impl Table {
 
     /// The nat table.
     fn nat(options: &Options, v6: bool) -> Self {
-        use Match::{FromMachine, Gid, Interface, NotGid, NotPort, NotTo, NotUid, Port, To, Uid};
+        use Match::{
+            FromMachine, Gid, Interface, Is, NotGid, NotPort, NotTo, NotUid, Port, To, Uid,
+        };
+        use Protocol::{Tcp, Udp};
         use Target::{Jump, Redirect, Return};
         let mut table = Self::default();
         if v6 && !options.ipv6 {
@@ -200,9 +209,10 @@ impl Table {
         table.insert(&[FromMachine], Return, Rule::MachineNotIncluded);
         // 4 and 5
         let name = Some(Rule::TunnelPort);
-        table.add("ISTIO_INBOUND", &[Port(tunnel)], Return, name);
-        table.add("ISTIO_REDIRECT", &[], Redirect(OUTBOUND_PORT), None);
-        table.add("ISTIO_IN_REDIRECT", &[], Redirect(INBOUND_PORT), None);
+        let tcp = Is(Tcp);
+        table.add("ISTIO_INBOUND", &[tcp, Port(tunnel)], Return, name);
+        table.add("ISTIO_REDIRECT", &[tcp], Redirect(OUTBOUND_PORT), None);
+        table.add("ISTIO_IN_REDIRECT", &[tcp], Redirect(INBOUND_PORT), None);
         // 6
         let capture = Jump("ISTIO_IN_REDIRECT");
         let captured = Some(Rule::InboundCaptured);
@@ -210,18 +220,18 @@ impl Table {
             All::These(ports) if ports.is_empty() => {}
             _ if options.tproxy_mark.is_some() => {}
             All::These(ports) => {
-                table.add("PREROUTING", &[], Jump("ISTIO_INBOUND"), None);
+                table.add("PREROUTING", &[tcp], Jump("ISTIO_INBOUND"), None);
                 for ports in ports {
-                    table.add("ISTIO_INBOUND", &[Port(*ports)], capture, captured);
+                    table.add("ISTIO_INBOUND", &[tcp, Port(*ports)], capture, captured);
                 }
             }
             All::Star => {
-                table.add("PREROUTING", &[], Jump("ISTIO_INBOUND"), None);
+                table.add("PREROUTING", &[tcp], Jump("ISTIO_INBOUND"), None);
                 for ports in &options.exclude_inbound {
                     let name = Some(Rule::InboundPortExcluded);
-                    table.add("ISTIO_INBOUND", &[Port(*ports)], Return, name);
+                    table.add("ISTIO_INBOUND", &[tcp, Port(*ports)], Return, name);
                 }
-                table.add("ISTIO_INBOUND", &[], capture, captured);
+                table.add("ISTIO_INBOUND", &[tcp], capture, captured);
             }
         }
         // 7
@@ -231,7 +241,8 @@ impl Table {
         };
         // 8 and 9
         for ports in &options.exclude_outbound_ports {
-            output(&[Port(*ports)], Return, Rule::ExcludedPort);
+            output(&[tcp, Port(*ports)], Return, Rule::ExcludedPort);
+            output(&[Is(Udp), Port(*ports)], Return, Rule::ExcludedPort);
         }
         output(
             &[Interface(LO), Match::From(own6)],
@@ -240,22 +251,26 @@ impl Table {
         );
         // 10 and 11
         let loopback_included = options.loopback_included();
-        let to_self = [Interface(LO), NotTo(loopback), NotPort(options.tunnel_port)];
-        for uid in &options.uids {
-            let [a, b, c] = to_self;
-            output(&[a, b, c, Uid(*uid)], capture, Rule::ProxyToSelf);
-            if !loopback_included {
-                output(&[Interface(LO), NotUid(*uid)], Return, Rule::PodLocal);
+        let dns = options.dns.is_some();
+        let owners: Vec<(Match, Match)> = {
+            let uids = options.uids.iter().map(|uid| (Uid(*uid), NotUid(*uid)));
+            let gids = options.gids.iter().map(|gid| (Gid(*gid), NotGid(*gid)));
+            uids.chain(gids).collect()
+        };
+        for (owner, others) in owners {
+            let tunnel = NotPort(options.tunnel_port);
+            let mut to_self = vec![Interface(LO), NotTo(loopback), tcp, tunnel, owner];
+            if dns && matches!(owner, Uid(_)) {
+                to_self.push(NotPort(53));
             }
-            output(&[Uid(*uid)], Return, Rule::Proxy);
-        }
-        for gid in &options.gids {
-            let [a, b, c] = to_self;
-            output(&[a, b, c, Gid(*gid)], capture, Rule::ProxyToSelf);
-            if !loopback_included {
-                output(&[Interface(LO), NotGid(*gid)], Return, Rule::PodLocal);
+            output(&to_self, capture, Rule::ProxyToSelf);
+            if !loopback_included && dns {
+                let matches = [Interface(LO), tcp, NotPort(53), others];
+                output(&matches, Return, Rule::PodLocal);
+            } else if !loopback_included {
+                output(&[Interface(LO), others], Return, Rule::PodLocal);
             }
-            output(&[Gid(*gid)], Return, Rule::Proxy);
+            output(&[owner], Return, Rule::Proxy);
         }
         // 12
         match &options.groups {
@@ -269,6 +284,28 @@ impl Table {
                 output(&none_of, Return, Rule::OwnerGroup);
             }
         }
+        // 13
+        if let Some(servers) = &options.dns {
+            let servers: Vec<Vec<Match>> = match servers {
+                All::Star => vec![vec![]],
+                All::These(servers) => {
+                    let ours = servers.iter().filter(|server| server.is_ipv6() == v6);
+                    ours.map(|server| vec![To(host(*server))]).collect()
+                }
+            };
+            output(&[], Jump("ISTIO_OUTPUT_DNS"), Rule::Dns);
+            for protocol in [Tcp, Udp] {
+                for server in &servers {
+                    let mut matches = vec![Is(protocol), Port((53, 53))];
+                    matches.extend(server);
+                    let to_agent = Redirect(DNS_AGENT_PORT);
+                    table.add("ISTIO_OUTPUT_DNS", &matches, to_agent, None);
+                }
+            }
+        }
+        let mut output = |matches: &[Match], target, name| {
+            table.add("ISTIO_OUTPUT", matches, target, Some(name));
+        };
         // 14 to 17
         let redirect = Jump("ISTIO_REDIRECT");
         output(&[To(loopback)], Return, Rule::Loopback);
@@ -276,7 +313,7 @@ impl Table {
             output(&[To(cidr)], Return, Rule::ExcludedCidr);
         }
         for ports in &options.outbound_ports {
-            output(&[Port(*ports)], redirect, Rule::IncludedPort);
+            output(&[tcp, Port(*ports)], redirect, Rule::IncludedPort);
         }
         let captured = Rule::MachineCaptured;
         match &options.outbound {
@@ -298,7 +335,7 @@ impl Table {
 
     /// The mangle table.
     fn mangle(options: &Options, v6: bool) -> Self {
-        use Match::{Established, Gid, Interface, Mark, NotMark, NotTo, Port, Uid};
+        use Match::{Established, Gid, Interface, Is, Mark, NotMark, NotTo, Port, Uid};
         use Target::{Jump, Return, SetMark, Tproxy};
         let mut table = Self::default();
         let Some(mark) = options.tproxy_mark else {
@@ -308,6 +345,7 @@ impl Table {
             return table;
         }
         let (loopback, own6) = (options.loopback_of(v6), own6(v6));
+        let tcp = Is(Protocol::Tcp);
         // 1
         for index in &options.exclude_interfaces {
             let name = Some(Rule::InboundInterfaceExcluded);
@@ -325,38 +363,39 @@ impl Table {
         // 6
         let captured = Some(Rule::InboundCaptured);
         let capture = Tproxy(INBOUND_PORT);
-        table.add("ISTIO_TPROXY", &[NotTo(loopback)], capture, captured);
+        table.add("ISTIO_TPROXY", &[tcp, NotTo(loopback)], capture, captured);
         let hand_over = |table: &mut Self, ports: &[Match]| {
-            let established = [ports, &[Established]].concat();
+            let ports = [&[tcp], ports].concat();
+            let established = [&ports[..], &[Established]].concat();
             table.add("ISTIO_INBOUND", &established, Return, Some(Rule::PodLocal));
-            table.add("ISTIO_INBOUND", ports, Jump("ISTIO_TPROXY"), None);
+            table.add("ISTIO_INBOUND", &ports, Jump("ISTIO_TPROXY"), None);
         };
         match &options.inbound {
             All::These(ports) if ports.is_empty() => {}
             All::These(ports) => {
-                table.add("PREROUTING", &[], Jump("ISTIO_INBOUND"), None);
+                table.add("PREROUTING", &[tcp], Jump("ISTIO_INBOUND"), None);
                 for ports in ports {
                     hand_over(&mut table, &[Port(*ports)]);
                 }
             }
             All::Star => {
-                table.add("PREROUTING", &[], Jump("ISTIO_INBOUND"), None);
+                table.add("PREROUTING", &[tcp], Jump("ISTIO_INBOUND"), None);
                 for ports in &options.exclude_inbound {
                     let name = Some(Rule::InboundPortExcluded);
-                    table.add("ISTIO_INBOUND", &[Port(*ports)], Return, name);
+                    table.add("ISTIO_INBOUND", &[tcp, Port(*ports)], Return, name);
                 }
                 hand_over(&mut table, &[]);
             }
         }
         // 18, the rest
-        table.add("OUTPUT", &[Interface(LO), Mark(mark)], Return, None);
-        let own = [NotTo(loopback), Interface(LO)];
+        table.add("OUTPUT", &[tcp, Interface(LO), Mark(mark)], Return, None);
+        let own = [NotTo(loopback), tcp, Interface(LO)];
         for uid in &options.uids {
-            let matches = [own[0], own[1], Uid(*uid)];
+            let matches = [own[0], own[1], own[2], Uid(*uid)];
             table.add("OUTPUT", &matches, SetMark(SELF_MARK), None);
         }
         for gid in &options.gids {
-            let matches = [own[0], own[1], Gid(*gid)];
+            let matches = [own[0], own[1], own[2], Gid(*gid)];
             table.add("OUTPUT", &matches, SetMark(SELF_MARK), None);
         }
         table
@@ -436,6 +475,7 @@ impl Options {
             ipv6: true,
             tproxy_mark: None,
             exclude_interfaces: vec![],
+            dns: None,
         }
     }
 
@@ -458,7 +498,9 @@ impl Options {
                 | flag(matches!(self.inbound, All::Star), FLAG_INBOUND_ALL)
                 | flag(self.loopback_included(), FLAG_LOOPBACK_INCLUDED)
                 | flag(matches!(self.groups, All::These(_)), FLAG_GROUPS_INCLUDE)
-                | flag(self.tproxy_mark.is_some(), FLAG_TPROXY),
+                | flag(self.tproxy_mark.is_some(), FLAG_TPROXY)
+                | flag(self.dns.is_some(), FLAG_DNS)
+                | flag(matches!(self.dns, Some(All::Star)), FLAG_DNS_ALL),
             lists: EVERY_LIST.map(any).iter().sum(),
             outbound_port: OUTBOUND_PORT,
             inbound_port: INBOUND_PORT,
@@ -491,11 +533,14 @@ impl Options {
         }
     }
 
-    fn cidrs(&self, list: List) -> &[Cidr] {
-        match (list, &self.outbound) {
-            (List::ExcludeOutboundCidrs, _) => &self.exclude_outbound,
-            (List::IncludeOutboundCidrs, All::These(cidrs)) => cidrs,
-            _ => &[],
+    fn cidrs(&self, list: List) -> Vec<Cidr> {
+        match (list, &self.outbound, &self.dns) {
+            (List::ExcludeOutboundCidrs, ..) => self.exclude_outbound.clone(),
+            (List::IncludeOutboundCidrs, All::These(cidrs), _) => cidrs.clone(),
+            (List::DnsServers, _, Some(All::These(servers))) => {
+                servers.iter().copied().map(host).collect()
+            }
+            _ => vec![],
         }
     }
 
@@ -504,13 +549,14 @@ impl Options {
     }
 }
 
-const EVERY_LIST: [List; 6] = [
+const EVERY_LIST: [List; 7] = [
     List::ExcludeOutboundPorts,
     List::ExcludeOutboundCidrs,
     List::IncludeOutboundPorts,
     List::IncludeOutboundCidrs,
     List::IncludeInboundPorts,
     List::ExcludeInboundPorts,
+    List::DnsServers,
 ];
 
 impl Lists for Options {
@@ -598,11 +644,13 @@ fn port_of(rule: Rule) -> Option<u16> {
         Action::Pass => None,
         Action::CaptureOutbound => Some(OUTBOUND_PORT),
         Action::CaptureInbound | Action::CaptureInPlace => Some(INBOUND_PORT),
+        Action::CaptureDns => Some(DNS_AGENT_PORT),
     }
 }
 
 fn decided_out(options: &Options, packet: &Packet) -> Rule {
     let connection = Outbound {
+        protocol: packet.protocol,
         source: packet.source.into(),
         destination: packet.destination.into(),
         port: packet.port,
@@ -631,6 +679,11 @@ fn cidr(address: &str, bits: u8) -> Cidr {
         address: ip(address),
         bits,
     }
+}
+
+fn host(address: IpAddr) -> Cidr {
+    let bits = if address.is_ipv4() { 32 } else { 128 };
+    Cidr { address, bits }
 }
 
 fn ip(text: &str) -> IpAddr {
@@ -746,7 +799,10 @@ fn any_options() -> impl Strategy<Value = Options> {
     // The last mark is one that the rules themselves set.
     let mark = prop::option::of(select(&[1337_u32, 1337, 7, SELF_MARK][..]));
     let interfaces = vec(1..6_u32, 0..3);
-    let rest = (any_loopback(), prop::bool::weighted(0.8), mark, interfaces);
+    let servers = vec(any_address().prop_map(|server| server.to_canonical()), 1..4);
+    let dns = prop::option::of(all_or(servers));
+    let ipv6 = prop::bool::weighted(0.8);
+    let rest = (any_loopback(), ipv6, mark, interfaces, dns);
     (ids, inbound, outbound, ports, groups, rest).prop_map(
         |(ids, inbound, outbound, ports, groups, rest)| Options {
             tunnel_port: ports.2,
@@ -764,28 +820,40 @@ fn any_options() -> impl Strategy<Value = Options> {
             ipv6: rest.1,
             tproxy_mark: rest.2,
             exclude_interfaces: rest.3,
+            dns: rest.4,
         },
     )
 }
 
 fn any_packet() -> impl Strategy<Value = Packet> {
-    let port = prop_oneof![9 => select(&PORTS[..]), 1 => any::<u16>()];
+    let port = prop_oneof![3 => Just(53), 6 => select(&PORTS[..]), 1 => any::<u16>()];
+    let protocol = select(&[Protocol::Tcp, Protocol::Tcp, Protocol::Udp][..]);
     let id = || prop_oneof![9 => select(&IDS[..]), 1 => any::<u32>()];
     let owner = prop::option::weighted(0.9, (id(), id()));
     let interface = prop_oneof![Just(LO), 2..6_u32];
     let mark = select(&[0_u32, 0, 7, 1337, SELF_MARK][..]);
-    let (addresses, from_machine) = ((any_address(), any_address()), any::<bool>());
-    (addresses, port, interface, mark, owner, from_machine).prop_map(
-        |((source, destination), port, interface, mark, owner, from_machine)| Packet {
-            source: as_family_of(destination, source),
-            destination,
-            port,
-            interface,
-            mark,
-            owner,
-            from_machine,
-        },
+    (
+        any_address(),
+        any_address(),
+        protocol,
+        port,
+        interface,
+        mark,
+        owner,
+        any::<bool>(),
     )
+        .prop_map(
+            |(source, destination, protocol, port, interface, mark, owner, from_machine)| Packet {
+                protocol,
+                source: as_family_of(destination, source),
+                destination,
+                port,
+                interface,
+                mark,
+                owner,
+                from_machine,
+            },
+        )
 }
 
 /// No packet has addresses of two families: the last byte is kept, as in 127.0.0.6 and ::6.
@@ -815,7 +883,7 @@ proptest! {
 
     #[test]
     fn inbound_decides_as_the_rules_do(options in any_options(), packets in any_packets()) {
-        for packet in &packets {
+        for packet in packets.iter().filter(|packet| packet.protocol == Protocol::Tcp) {
             // From outside: by another interface than lo, and without a mark. With TPROXY, `-k` is refused.
             let packet = &Packet {
                 interface: packet.interface.max(LO + 1),
@@ -833,6 +901,14 @@ const APP: (u32, u32) = (1000, 1000);
 const PROXY: (u32, u32) = (1337, 1337);
 const POD_IP: &str = "10.0.0.5";
 const ELSEWHERE: &str = "203.0.113.10";
+
+fn leaves_by(destination: IpAddr) -> u32 {
+    if destination.is_loopback() || destination == ip(POD_IP) {
+        LO
+    } else {
+        2
+    }
+}
 
 #[test]
 fn cases_that_people_trip_over() {
@@ -925,14 +1001,11 @@ fn cases_that_people_trip_over() {
     for (name, options, owner, destination, port, wanted) in rows {
         let destination = ip(destination);
         let packet = Packet {
+            protocol: Protocol::Tcp,
             source: ip(POD_IP),
             destination,
             port,
-            interface: if destination.is_loopback() || destination == ip(POD_IP) {
-                LO
-            } else {
-                2
-            },
+            interface: leaves_by(destination),
             mark: 0,
             owner: Some(owner),
             from_machine: false,
@@ -947,6 +1020,7 @@ fn cases_that_people_trip_over() {
 fn hop_from_the_proxy_to_its_application_passes() {
     for (source, destination) in [("127.0.0.6", POD_IP), ("::6", "fd00::5")] {
         let packet = Packet {
+            protocol: Protocol::Tcp,
             source: ip(source),
             destination: ip(destination),
             port: 8080,
@@ -1005,6 +1079,7 @@ fn machines_are_captured_by_destination_alone() {
         (&without_ipv6, "fd00::5", Rule::MachineIpv6Off),
     ] {
         let packet = Packet {
+            protocol: Protocol::Tcp,
             source: ip("172.30.1.2"),
             destination: ip(destination),
             port: 15008,
@@ -1082,6 +1157,7 @@ fn tproxy_takes_what_the_nat_table_leaves() {
     ];
     for (name, owner, mark, destination, port, wanted) in rows {
         let packet = Packet {
+            protocol: Protocol::Tcp,
             source: ip(POD_IP),
             destination: ip(destination),
             port,
@@ -1092,5 +1168,143 @@ fn tproxy_takes_what_the_nat_table_leaves() {
         };
         assert_eq!(decided_out(&injected(), &packet), wanted, "{name}");
         assert_eq!(by_the_rules_out(&injected(), &packet), wanted, "{name}");
+    }
+}
+
+#[test]
+fn dns_cases_that_people_trip_over() {
+    use Protocol::{Tcp, Udp};
+    const SERVER: &str = "10.96.0.10";
+    let with = |servers| Options {
+        dns: Some(servers),
+        ..Options::injected()
+    };
+    let all = || with(All::Star);
+    let one = || with(All::These(vec![ip(SERVER)]));
+    let port_excluded = Options {
+        exclude_outbound_ports: vec![(53, 53)],
+        ..all()
+    };
+    let wide_loopback = Options {
+        loopback: cidr("127.0.0.1", 8),
+        ..all()
+    };
+    let server_excluded = Options {
+        exclude_outbound: vec![cidr(SERVER, 32)],
+        ..one()
+    };
+    let no_groups = Options {
+        groups: All::These(vec![]),
+        ..all()
+    };
+    let agent = Some(DNS_AGENT_PORT);
+    let (out, back) = (Some(OUTBOUND_PORT), Some(INBOUND_PORT));
+    let gid = (1000, 1337);
+    let own = POD_IP;
+    let both = &[Tcp, Udp][..];
+    let rows = [
+        ("app, any server", all(), APP, ELSEWHERE, both, agent),
+        ("app, the server", one(), APP, SERVER, both, agent),
+        ("app, another server", one(), APP, ELSEWHERE, &[Tcp], out),
+        ("app, another server", one(), APP, ELSEWHERE, &[Udp], None),
+        (
+            "IPv6, no server of it",
+            one(),
+            APP,
+            "fd00::53",
+            &[Udp],
+            None,
+        ),
+        ("IPv6, any server", all(), APP, "fd00::53", both, agent),
+        ("-o 53", port_excluded, APP, SERVER, both, None),
+        ("the agent's own", all(), PROXY, SERVER, both, None),
+        ("group of the agent", all(), gid, SERVER, both, None),
+        ("proxy, own pod", all(), PROXY, own, both, None),
+        ("group, own pod", all(), gid, own, &[Tcp], back),
+        ("group, own pod", all(), gid, own, &[Udp], None),
+        ("app, own pod", all(), APP, own, both, agent),
+        ("app, loopback", all(), APP, "127.0.0.1", both, agent),
+        (
+            "the same, L=/8",
+            wide_loopback,
+            APP,
+            "127.0.0.53",
+            both,
+            agent,
+        ),
+        ("app, own pod, no server", one(), APP, own, &[Tcp], out),
+        ("app, own pod, no server", one(), APP, own, &[Udp], None),
+        (
+            "app, 127.0.0.5, no server",
+            one(),
+            APP,
+            "127.0.0.5",
+            &[Tcp],
+            out,
+        ),
+        (
+            "app, 127.0.0.1, no server",
+            one(),
+            APP,
+            "127.0.0.1",
+            both,
+            None,
+        ),
+        ("-x comes later", server_excluded, APP, SERVER, both, agent),
+        ("groups come first", no_groups, APP, SERVER, both, None),
+        ("DNS off", Options::injected(), APP, SERVER, &[Tcp], out),
+        ("DNS off", Options::injected(), APP, SERVER, &[Udp], None),
+    ];
+    for (name, options, owner, destination, protocols, wanted) in rows {
+        let destination = ip(destination);
+        for &protocol in protocols {
+            let packet = Packet {
+                protocol,
+                source: ip(POD_IP),
+                destination,
+                port: 53,
+                interface: leaves_by(destination),
+                mark: 0,
+                owner: Some(owner),
+                from_machine: false,
+            };
+            let rule = decided_out(&options, &packet);
+            assert_eq!(port_of(rule), wanted, "{name} {protocol:?}: {rule:?}");
+            assert_eq!(by_the_rules_out(&options, &packet), rule, "{name}");
+        }
+    }
+}
+
+#[test]
+fn tproxy_takes_tcp_that_is_no_captured_query() {
+    use Protocol::{Tcp, Udp};
+    let options = || Options {
+        tproxy_mark: Some(1337),
+        dns: Some(All::Star),
+        ..Options::injected()
+    };
+    let by_root = (0, 1337);
+    let rows = [
+        ("proxy", PROXY, 0, Tcp, Rule::ProxyToSelfInPlace),
+        ("proxy, UDP", PROXY, 0, Udp, Rule::Proxy),
+        ("root's gid", by_root, 0, Tcp, Rule::ProxyToSelf),
+        ("root's gid, UDP", by_root, 0, Udp, Rule::Proxy),
+        ("application", APP, 0, Tcp, Rule::Dns),
+        ("application, UDP", APP, 0, Udp, Rule::Dns),
+        ("its mark", APP, SELF_MARK, Tcp, Rule::Dns),
+    ];
+    for (name, owner, mark, protocol, wanted) in rows {
+        let packet = Packet {
+            protocol,
+            source: ip(POD_IP),
+            destination: ip(POD_IP),
+            port: 53,
+            interface: LO,
+            mark,
+            owner: Some(owner),
+            from_machine: false,
+        };
+        assert_eq!(decided_out(&options(), &packet), wanted, "{name}");
+        assert_eq!(by_the_rules_out(&options(), &packet), wanted, "{name}");
     }
 }

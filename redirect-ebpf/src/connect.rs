@@ -9,17 +9,16 @@ use redirect_common::connection::{
     Original, ROLE_CLIENT, ROLE_CLIENT_DIRECT, SPARE_PORT_FIRST, SPARE_PORT_TRIES, SPARE_PORTS,
     SocketState, is_steered_port,
 };
-use redirect_common::decide::{self, Outbound};
+use redirect_common::decide::{Outbound, Protocol};
 use redirect_common::pod::FLAG_TPROXY;
-use redirect_common::route::{ROUTE_BIND_SOURCE, ROUTE_LOCAL, RouteInfo};
-use redirect_common::verdict::{Action, Rule};
+use redirect_common::route::{ROUTE_BIND_SOURCE, RouteInfo};
 
 use crate::ctx::{Sock, SockAddr, random};
 use crate::destinations;
 use crate::ephemeral;
 use crate::log;
-use crate::maps::{self, PolicyLists};
-use crate::owner;
+use crate::maps;
+use crate::outbound::{self, Verdict};
 
 const ALLOW: i32 = 1;
 const REFUSE: i32 = 0;
@@ -39,45 +38,23 @@ pub fn connect(ctx: &SockAddr) -> i32 {
     let Some(sock) = ctx.sock() else {
         return ALLOW;
     };
-    let destination = meant(ctx.address(), sock);
+    let asked = ctx.address();
+    let destination = outbound::meant(asked, &bound_to(sock, &asked));
     let bound = bound_to(sock, &destination);
-    let route = maps::route(netns_cookie, &destination);
-    let local =
-        destination.is_loopback() || route.is_some_and(|route| route.flags & ROUTE_LOCAL != 0);
-    let source = if bound.is_unspecified() {
-        route.map_or(Address::UNSPECIFIED, |route| route.source)
-    } else {
-        bound
-    };
-    let routed = route.map_or(0, |route| route.interface);
-    let bound_interface = sock.bound_interface();
-    let connection = Outbound {
-        source,
-        destination,
-        port: ctx.port(),
-        local,
-        // What goes to the pod itself leaves through `lo`, whatever the socket is bound to.
-        interface: if local || bound_interface == 0 {
-            routed
-        } else {
-            bound_interface
-        },
-        mark: sock.mark(),
-        owner: owner::of(sock),
-    };
-    let lists = PolicyLists { policy: pod.policy };
-    let about = log::outbound(netns_cookie, pod, &connection);
-    let wanted = decide::outbound(pod, &lists, &connection);
-    // Passing it would let it out if a route has come since; the kernel would say the same.
-    let no_route = wanted.action() != Action::Pass && route.is_none();
-    let rule = if no_route { Rule::NoRoute } else { wanted };
-    maps::count(netns_cookie, rule);
-    log::decided(&about, rule);
-    let proxy_port = match wanted.action() {
-        Action::Pass => {
+    let judged = outbound::judge(
+        netns_cookie,
+        pod,
+        sock,
+        Protocol::Tcp,
+        (destination, ctx.port()),
+        &bound,
+    );
+    let connection = judged.connection;
+    let (proxy_port, route) = match judged.verdict {
+        Verdict::Pass => {
             // A foreign source makes it look like one from outside.
             let like_inbound = pod.has(FLAG_TPROXY)
-                && local
+                && connection.local
                 && !bound.is_unspecified()
                 && !maps::is_local(netns_cookie, &bound);
             return if like_inbound {
@@ -86,14 +63,12 @@ pub fn connect(ctx: &SockAddr) -> i32 {
                 pass(ctx, sock, &connection)
             };
         }
-        Action::CaptureInPlace => return in_place(ctx, sock, &connection, pod.inbound_port),
-        Action::CaptureOutbound => pod.outbound_port,
-        Action::CaptureInbound => pod.inbound_port,
-    };
-    let Some(route) = route else {
-        log::no_route(netns_cookie, &destination, connection.port);
-        ctx.set_error(ENETUNREACH);
-        return REFUSE;
+        Verdict::InPlace(port) => return in_place(ctx, sock, &connection, port),
+        Verdict::NoRoute => {
+            ctx.set_error(ENETUNREACH);
+            return REFUSE;
+        }
+        Verdict::Capture(port, route) => (port, route),
     };
     let original = Original {
         destination,
@@ -116,11 +91,16 @@ pub fn connect(ctx: &SockAddr) -> i32 {
             random_spare_port()
         }
     };
-    let steered = steered_address(ctx, sock, port, &bound, &source, route);
+    let steered = steered_address(ctx, sock, port, &bound, &connection.source, route);
     let port = if standing.is_some() || sock.source_port() == 0 {
         Some(port)
     } else {
-        free_spare_port(ctx, port, (&source, sock.source_port()), &steered)
+        free_spare_port(
+            ctx,
+            port,
+            (&connection.source, sock.source_port()),
+            &steered,
+        )
     };
     let Some(port) = port else {
         ctx.set_error(EADDRNOTAVAIL);
@@ -249,20 +229,6 @@ fn remember(sock: Sock, original: Original, role: u32) -> bool {
 fn forget(sock: Sock) {
     if sock.state().is_some() {
         sock.forget();
-    }
-}
-
-/// connect() to the unspecified address means this host (`ip_route_output_key_hash`, `tcp_v6_connect`).
-#[inline(always)]
-fn meant(destination: Address, sock: Sock) -> Address {
-    if !destination.is_unspecified() {
-        return destination;
-    }
-    let bound = bound_to(sock, &destination);
-    if destination.is_v4() && !bound.is_unspecified() {
-        bound
-    } else {
-        bound.loopback_of_family()
     }
 }
 

@@ -20,6 +20,7 @@ use redirect_common::connection::SocketState;
 use redirect_common::listener::ListenerKey;
 
 use crate::maps::{LISTENERS, SOCKETS};
+use crate::sockaddr::{SockaddrIn, SockaddrIn6};
 
 /// `SOL_IP`, and `IPPROTO_IP`.
 pub const SOL_IP: i32 = 0;
@@ -28,59 +29,12 @@ pub const SOL_IPV6: i32 = 41;
 pub const AF_INET: u32 = 2;
 pub const AF_INET6: u32 = 10;
 pub const IPPROTO_TCP: u32 = 6;
+pub const IPPROTO_UDP: u32 = 17;
 pub const IPPROTO_MPTCP: u32 = 262;
 const BPF_SK_STORAGE_GET_F_CREATE: u64 = 1;
 const TCP_LISTEN: u32 = 10;
 /// `BPF_F_CURRENT_NETNS`, which is negative.
 const CURRENT_NETNS: u64 = u64::MAX;
-
-/// `struct sockaddr_in`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct SockaddrIn {
-    family: u16,
-    port_be: u16,
-    address_be: u32,
-    zero: [u32; 2],
-}
-
-impl SockaddrIn {
-    /// `port` in host order.
-    #[inline(always)]
-    pub const fn new(address: &Address, port: u16) -> Self {
-        Self {
-            family: AF_INET as u16,
-            port_be: port.to_be(),
-            address_be: address.v4_be(),
-            zero: [0; 2],
-        }
-    }
-}
-
-/// `struct sockaddr_in6`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct SockaddrIn6 {
-    family: u16,
-    port_be: u16,
-    flow_info: u32,
-    address_be: [u32; 4],
-    scope_id: u32,
-}
-
-impl SockaddrIn6 {
-    /// `port` in host order.
-    #[inline(always)]
-    pub const fn new(address: &Address, port: u16) -> Self {
-        Self {
-            family: AF_INET6 as u16,
-            port_be: port.to_be(),
-            flow_info: 0,
-            address_be: address.words_be,
-            scope_id: 0,
-        }
-    }
-}
 
 /// `struct bpf_sock_tuple` of one family: addresses and ports in network order.
 #[repr(C)]
@@ -356,7 +310,7 @@ impl Sock {
     }
 }
 
-/// Context of `connect`, `getpeername` and `getsockname`.
+/// Context of `connect`, `getpeername`, `getsockname`, `sendmsg` and `recvmsg`.
 pub struct SockAddr {
     pointer: *mut bpf_sock_addr,
     family: Family,
@@ -374,6 +328,11 @@ impl SockAddr {
     #[inline(always)]
     pub fn is_tcp(&self) -> bool {
         read!(self.pointer, protocol) == IPPROTO_TCP
+    }
+
+    #[inline(always)]
+    pub fn is_udp(&self) -> bool {
+        read!(self.pointer, protocol) == IPPROTO_UDP
     }
 
     #[inline(always)]
@@ -421,32 +380,13 @@ impl SockAddr {
         write!(self.pointer, u32::from(port.to_be()), user_port);
     }
 
-    /// Binds the socket to an address, not to a port. False if it is bound to a port.
+    /// Binds the socket to an address, but to no port. False if it is bound already. In `connect`
+    /// programs only.
     #[inline(always)]
     pub fn bind(&self, address: &Address) -> bool {
         let failed = match self.family {
-            Family::V4 => {
-                let mut name = SockaddrIn::new(address, 0);
-                // SAFETY: the context is the kernel's, `name` is as long as told.
-                unsafe {
-                    helpers::bpf_bind(
-                        self.pointer,
-                        ptr::from_mut(&mut name).cast(),
-                        size_of::<SockaddrIn>() as i32,
-                    )
-                }
-            }
-            Family::V6 => {
-                let mut name = SockaddrIn6::new(address, 0);
-                // SAFETY: as above.
-                unsafe {
-                    helpers::bpf_bind(
-                        self.pointer,
-                        ptr::from_mut(&mut name).cast(),
-                        size_of::<SockaddrIn6>() as i32,
-                    )
-                }
-            }
+            Family::V4 => self.bind_to(&SockaddrIn::new(address, 0)),
+            Family::V6 => self.bind_to(&SockaddrIn6::new(address, 0)),
         };
         failed == 0
     }
@@ -485,6 +425,43 @@ impl SockAddr {
         // SAFETY: the socket is the one found above; the verifier demands its release.
         let _ = unsafe { helpers::bpf_sk_release(sk.cast()) };
         !listens
+    }
+
+    #[inline(always)]
+    fn bind_to<T>(&self, address: &T) -> i64 {
+        // SAFETY: the context is the kernel's; the helper reads as many bytes as the address has.
+        unsafe {
+            helpers::bpf_bind(
+                self.pointer,
+                ptr::from_ref(address).cast_mut().cast(),
+                size_of::<T>() as i32,
+            )
+        }
+    }
+
+    /// The source that a datagram is to have: what the socket is bound to or the sender asks for, or
+    /// else unspecified. In `sendmsg` programs only.
+    #[inline(always)]
+    pub fn message_source(&self) -> Address {
+        match self.family {
+            Family::V4 => Address::from_v4_be(read!(self.pointer, msg_src_ip4)),
+            Family::V6 => read_words!(self.pointer, msg_src_ip6),
+        }
+    }
+
+    /// Replaces the source of a datagram, also on a socket that is bound to another. In `sendmsg`
+    /// programs only.
+    #[inline(always)]
+    pub fn set_message_source(&self, address: &Address) {
+        match self.family {
+            Family::V4 => write!(self.pointer, address.v4_be(), msg_src_ip4),
+            Family::V6 => {
+                write!(self.pointer, address.words_be[0], msg_src_ip6[0]);
+                write!(self.pointer, address.words_be[1], msg_src_ip6[1]);
+                write!(self.pointer, address.words_be[2], msg_src_ip6[2]);
+                write!(self.pointer, address.words_be[3], msg_src_ip6[3]);
+            }
+        }
     }
 
     /// Makes the system call fail with this error if the program refuses it. Before Linux 5.18 the

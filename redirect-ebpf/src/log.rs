@@ -7,7 +7,7 @@ use core::hint::black_box;
 
 use aya_log_ebpf::warn;
 use redirect_common::address::Address;
-use redirect_common::decide::{Outbound, Owner};
+use redirect_common::decide::{Outbound, Owner, Protocol};
 use redirect_common::listener::LISTENER_SLOTS;
 use redirect_common::log::{Decision, FOLLOWER_LOG, FOLLOWER_RUN, NO_OWNER};
 use redirect_common::pod::PodConfig;
@@ -33,6 +33,7 @@ enum Trouble {
     FlowLost,
     SocketStorageRefused,
     MachineDropped,
+    NoDnsSlot,
 }
 
 /// A captured connection, whose destination this was, finds no listener of the proxy.
@@ -68,6 +69,12 @@ pub fn socket_storage_refused(netns_cookie: u64, destination: &Address, port: u1
         port,
         Trouble::SocketStorageRefused,
     );
+}
+
+/// All slots that could stand for a DNS query stand for others.
+#[inline(always)]
+pub fn no_dns_slot(netns_cookie: u64, server: &Address, port: u16) {
+    warn_about(netns_cookie, server, port, Trouble::NoDnsSlot);
 }
 
 #[inline(always)]
@@ -123,6 +130,8 @@ extern "C" fn trouble_with_connection(
         tell!(
             "a virtual machine's packet is dropped: its interface has no such address, no steered port is free, or it is a fragment"
         );
+    } else if trouble == Trouble::NoDnsSlot as u32 {
+        tell!("DNS_SLOTS is full: its socket may take the answers of several servers for one's");
     } else {
         tell!("no memory for the socket's storage");
     }
@@ -166,7 +175,10 @@ pub fn outbound(netns_cookie: u64, pod: &PodConfig, connection: &Outbound) -> De
         gid: owner.gid,
         outbound_port: pod.outbound_port,
         inbound_port: pod.inbound_port,
-        _pad: 0,
+        protocol: connection.protocol.number(),
+        local: u16::from(connection.local),
+        interface: connection.interface,
+        mark: connection.mark,
     }
 }
 
@@ -177,6 +189,7 @@ pub fn inbound(
     pod: &PodConfig,
     source: (Address, u16),
     destination: (Address, u16),
+    interface: u32,
 ) -> Decision {
     Decision {
         time_ns: 0,
@@ -190,7 +203,10 @@ pub fn inbound(
         gid: NOBODY.gid,
         outbound_port: pod.outbound_port,
         inbound_port: pod.inbound_port,
-        _pad: 0,
+        protocol: Protocol::Tcp.number(),
+        local: 0,
+        interface,
+        mark: 0,
     }
 }
 

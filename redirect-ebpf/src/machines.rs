@@ -57,7 +57,7 @@ pub fn ingress(packet: &Packet) -> i32 {
     }
     let flow = FlowKey::new(netns_cookie, segment.source, segment.destination);
     let translation = if segment.opens() {
-        match opened(pod, interface, &flow, &segment) {
+        match opened(packet, pod, interface, &flow, &segment) {
             Ok(translation) => translation,
             Err(()) => return drop(netns_cookie, &segment.destination),
         }
@@ -156,6 +156,7 @@ fn look(
 /// A machine asks for a connection. An error if it would have to be captured and cannot be.
 #[inline(always)]
 fn opened(
+    packet: &Packet,
     pod: &PodConfig,
     interface: &Interface,
     flow: &FlowKey,
@@ -166,7 +167,13 @@ fn opened(
     let rule = decide::machine(pod, &lists, &segment.destination.0);
     if rule.action() == Action::Pass {
         maps::count(netns_cookie, rule);
-        let about = log::inbound(netns_cookie, pod, segment.source, segment.destination);
+        let about = log::inbound(
+            netns_cookie,
+            pod,
+            segment.source,
+            segment.destination,
+            packet.interface(),
+        );
         log::decided(&about, rule);
         // Those to the pod itself have to be known there: they are not inbound.
         if maps::is_local(netns_cookie, &segment.destination.0) {

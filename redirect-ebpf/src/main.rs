@@ -5,6 +5,7 @@
 mod connect;
 mod ctx;
 mod destinations;
+mod dns;
 mod ephemeral;
 mod globals;
 mod listeners;
@@ -13,10 +14,12 @@ mod machines;
 mod maps;
 mod names;
 mod original_dst;
+mod outbound;
 mod owner;
 mod part;
 mod segment;
 mod sk_lookup;
+mod sockaddr;
 mod sockops;
 
 use aya_ebpf::macros;
@@ -55,6 +58,46 @@ fn redirect_getsockname4(ctx: SockAddrContext) -> i32 {
 #[macros::cgroup_sock_addr(getsockname6)]
 fn redirect_getsockname6(ctx: SockAddrContext) -> i32 {
     names::getsockname(&SockAddr::new(ctx, Family::V6))
+}
+
+#[macros::cgroup_sock_addr(connect4)]
+fn redirect_dns_connect4(ctx: SockAddrContext) -> i32 {
+    dns::connect(&SockAddr::new(ctx, Family::V4))
+}
+
+#[macros::cgroup_sock_addr(connect6)]
+fn redirect_dns_connect6(ctx: SockAddrContext) -> i32 {
+    dns::connect(&SockAddr::new(ctx, Family::V6))
+}
+
+#[macros::cgroup_sock_addr(sendmsg4)]
+fn redirect_sendmsg4(ctx: SockAddrContext) -> i32 {
+    dns::sendmsg(&SockAddr::new(ctx, Family::V4))
+}
+
+#[macros::cgroup_sock_addr(sendmsg6)]
+fn redirect_sendmsg6(ctx: SockAddrContext) -> i32 {
+    dns::sendmsg(&SockAddr::new(ctx, Family::V6))
+}
+
+#[macros::cgroup_sock_addr(sendmsg4)]
+fn redirect_answer4(ctx: SockAddrContext) -> i32 {
+    dns::sendmsg_of_agent(&SockAddr::new(ctx, Family::V4))
+}
+
+#[macros::cgroup_sock_addr(sendmsg6)]
+fn redirect_answer6(ctx: SockAddrContext) -> i32 {
+    dns::sendmsg_of_agent(&SockAddr::new(ctx, Family::V6))
+}
+
+#[macros::cgroup_sock_addr(recvmsg4)]
+fn redirect_recvmsg4(ctx: SockAddrContext) -> i32 {
+    dns::recvmsg(&SockAddr::new(ctx, Family::V4))
+}
+
+#[macros::cgroup_sock_addr(recvmsg6)]
+fn redirect_recvmsg6(ctx: SockAddrContext) -> i32 {
+    dns::recvmsg(&SockAddr::new(ctx, Family::V6))
 }
 
 #[macros::cgroup_sockopt(getsockopt)]

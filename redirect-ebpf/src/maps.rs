@@ -8,6 +8,7 @@ use aya_ebpf::maps::{
 };
 use redirect_common::address::Address;
 use redirect_common::connection::{DestinationKey, FlowKey, Original, SocketState};
+use redirect_common::dns::{DnsSlot, DnsSlotKey};
 use redirect_common::listener::ListenerKey;
 use redirect_common::lists::{LIST_PREFIX_BITS, List, ListKey, Lists};
 use redirect_common::log::{self, Follower};
@@ -42,6 +43,10 @@ pub static ROUTES: LpmTrie<RouteKey, RouteInfo> = LpmTrie::pinned(1 << 18, BPF_F
 #[map]
 pub static DESTINATIONS: HashMap<DestinationKey, Original> =
     HashMap::pinned(1 << 18, BPF_F_NO_PREALLOC);
+
+/// What the slot addresses of DNS queries stand for. Entries stay until the pod is detached.
+#[map]
+pub static DNS_SLOTS: HashMap<DnsSlotKey, DnsSlot> = HashMap::pinned(1 << 18, BPF_F_NO_PREALLOC);
 
 /// Holds connections only from SYN to the end of the handshake. LRU, so that attempts that never
 /// end cannot fill it.
@@ -128,6 +133,18 @@ pub fn add_destination(key: &DestinationKey, original: &Original) -> bool {
     DESTINATIONS
         .insert(key, original, u64::from(BPF_NOEXIST))
         .is_ok()
+}
+
+/// What a slot stands for.
+#[inline(always)]
+pub fn dns_slot(key: &DnsSlotKey) -> Option<&'static DnsSlot> {
+    map_get(&DNS_SLOTS, key)
+}
+
+/// Lets a slot stand for a server and a client. False if it stands for others, or if there is no room.
+#[inline(always)]
+pub fn add_dns_slot(key: &DnsSlotKey, slot: &DnsSlot) -> bool {
+    DNS_SLOTS.insert(key, slot, u64::from(BPF_NOEXIST)).is_ok()
 }
 
 /// Publishes a captured connection before its SYN leaves. False if there is no room.

@@ -5,6 +5,7 @@ use redirect_common::connection::{
 };
 
 use crate::ctx::SockAddr;
+use crate::dns;
 use crate::part;
 
 const ALLOW: i32 = 1;
@@ -12,6 +13,9 @@ const ALLOW: i32 = 1;
 /// To the application, its peer is the original destination.
 #[inline(always)]
 pub fn getpeername(ctx: &SockAddr) -> i32 {
+    if ctx.is_udp() {
+        return dns::getpeername(ctx);
+    }
     if let Some(state) = ctx
         .sock()
         .and_then(|sock| part::of(sock, ctx.netns_cookie()))
@@ -28,6 +32,9 @@ pub fn getpeername(ctx: &SockAddr) -> i32 {
 /// (`nf_nat_redirect.c`).
 #[inline(always)]
 pub fn getsockname(ctx: &SockAddr) -> i32 {
+    if ctx.is_udp() {
+        return dns::getsockname(ctx);
+    }
     if let Some(state) = ctx
         .sock()
         .and_then(|sock| part::of(sock, ctx.netns_cookie()))

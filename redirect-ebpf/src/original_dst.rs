@@ -5,9 +5,10 @@ use redirect_common::connection::{
     ROLE_ACCEPTED_MACHINE, ROLE_ACCEPTED_OUTBOUND, ROLE_CLIENT, ROLE_CLIENT_DIRECT,
 };
 
-use crate::ctx::{IPPROTO_TCP, SOL_IP, SOL_IPV6, Sock, SockOpt, SockaddrIn, SockaddrIn6};
+use crate::ctx::{IPPROTO_TCP, SOL_IP, SOL_IPV6, Sock, SockOpt};
 use crate::maps;
 use crate::part;
+use crate::sockaddr::{SockaddrIn, SockaddrIn6};
 
 /// `SO_ORIGINAL_DST` and `IP6T_SO_ORIGINAL_DST`.
 const SO_ORIGINAL_DST: i32 = 80;

@@ -67,7 +67,8 @@ pub fn sk_lookup(ctx: &SockLookup) -> u32 {
                 let meant = (original.destination, original.port);
                 let rule = Rule::MachineCaptured;
                 maps::count(netns_cookie, rule);
-                log::decided(&log::inbound(netns_cookie, pod, from, meant), rule);
+                let about = log::inbound(netns_cookie, pod, from, meant, ctx.interface());
+                log::decided(&about, rule);
                 return to_listener(
                     ctx,
                     netns_cookie,
@@ -88,7 +89,8 @@ pub fn sk_lookup(ctx: &SockLookup) -> u32 {
     };
     let rule = decide::inbound(pod, &lists, &connection);
     maps::count(netns_cookie, rule);
-    log::decided(&log::inbound(netns_cookie, pod, from, to), rule);
+    let about = log::inbound(netns_cookie, pod, from, to, connection.interface);
+    log::decided(&about, rule);
     if rule.action() != Action::CaptureInbound {
         return PASS;
     }

@@ -10,7 +10,8 @@ use redirect_common::connection::{
     ROLE_ACCEPTED_OUTBOUND, ROLE_CLIENT, ROLE_CLIENT_DIRECT, ROLE_LISTENER, SocketState,
     is_steered_port,
 };
-use redirect_common::pod::FLAG_TPROXY;
+use redirect_common::dns::DNS_AGENT_PORT;
+use redirect_common::pod::{FLAG_DNS, FLAG_TPROXY};
 use redirect_common::verdict::Rule;
 
 use crate::ctx::{Sock, SockOps};
@@ -231,7 +232,8 @@ fn listening(ctx: &SockOps) {
     if port == pod.inbound_port {
         sock.set_state(&SocketState::of_listener(port));
     }
-    if port == pod.outbound_port || port == pod.inbound_port {
+    let of_agent = port == DNS_AGENT_PORT && pod.has(FLAG_DNS);
+    if port == pod.outbound_port || port == pod.inbound_port || of_agent {
         listeners::record(ctx, netns_cookie, port);
     }
 }

@@ -5,7 +5,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, Result, bail};
 use redirect_common::connection::SocketState;
@@ -22,9 +22,9 @@ use crate::observe::interfaces::interfaces;
 use crate::observe::listeners::{Listeners, listeners};
 use crate::observe::netns::NetworkNamespace;
 use crate::observe::routes::{Family, first_global_family, routing_table};
-use crate::options::{Ipv6, Policy};
+use crate::options::{Dns, Ipv6, Policy};
 use crate::pins::Pins;
-use crate::programs::{self, Entered, HOOKS, Programs, SK_LOOKUP, Side};
+use crate::programs::{self, Entered, HOOKS, Hook, Need, Programs, SK_LOOKUP, Side};
 use crate::record::{self, Notes};
 use crate::settings;
 use crate::sys::bpf;
@@ -303,7 +303,7 @@ fn sync_routes(tables: &Tables, notes: &Notes, request: &Request) -> Result<bool
 
 /// Finds the listeners that were there before the sockops program was, and hands them over.
 fn find_listeners(tables: &Tables, request: &Request, notes: &Notes) -> Result<Listeners> {
-    let ports = [request.policy.outbound_port, request.policy.inbound_port];
+    let ports: Vec<u16> = request.policy.listeners().map(|(port, _)| port).collect();
     let found = listeners(&request.netns, &ports)?;
     for port in ports.into_iter().collect::<HashSet<_>>() {
         let on_port = found
@@ -336,24 +336,21 @@ fn warn_about_listeners(found: &Listeners, policy: &Policy) {
             listener.address
         );
     }
-    for (port, what) in [
-        (policy.outbound_port, "outbound"),
-        (policy.inbound_port, "inbound"),
-    ] {
+    for (port, what) in policy.listeners() {
         if !found
             .found
             .iter()
             .any(|listener| listener.address.port() == port)
         {
             tracing::info!(
-                "no proxy listens on port {port} yet: captured {what} connections are refused until one does"
+                "no proxy listens on port {port} yet: captured {what} are refused until one does"
             );
         }
     }
 }
 
-/// Attaches the programs, or updates those of another build than the one in the notes on what is
-/// `attached`. True if anything changed.
+/// Attaches the programs that are missing, and updates those of another build than the one in the
+/// notes on what is `attached`. True if anything changed.
 fn link(
     pins: &Pins,
     programs: &Programs,
@@ -363,16 +360,28 @@ fn link(
 ) -> Result<bool> {
     let directory = pins.pod(request.cgroup.id());
     if directory.is_dir() {
-        if attached.is_some_and(|attached| attached.build == notes.build) {
-            return Ok(false);
-        }
+        let same_build = attached.is_some_and(|attached| attached.build == notes.build);
+        let mut changed = false;
         for (index, hook) in HOOKS.iter().enumerate() {
-            programs.update(index, &open_link(&directory.join(hook.name))?)?;
+            let path = directory.join(hook.name);
+            if !path.exists() {
+                let Some(cgroup) = cgroup_of(hook, request) else {
+                    continue;
+                };
+                bpf::pin(programs.attach(index, cgroup)?.as_fd(), &path)
+                    .with_context(|| format!("pinning link {}", hook.name))?;
+                changed = true;
+            } else if !same_build {
+                programs.update(index, &open_link(&path)?)?;
+            }
         }
-        let lookup = open_link(&directory.join(SK_LOOKUP))?;
-        let program = programs.load_entry(pins, notes.netns_cookie, Entered::SkLookup)?;
-        bpf::link_update(lookup.as_fd(), program.as_fd()).context("updating link sk_lookup")?;
-        return Ok(true);
+        if !same_build {
+            let lookup = open_link(&directory.join(SK_LOOKUP))?;
+            let program = programs.load_entry(pins, notes.netns_cookie, Entered::SkLookup)?;
+            bpf::link_update(lookup.as_fd(), program.as_fd()).context("updating link sk_lookup")?;
+            changed = true;
+        }
+        return Ok(changed);
     }
     let staged = pins.stage()?;
     let pin = |link: OwnedFd, name: &str| {
@@ -384,14 +393,26 @@ fn link(
         SK_LOOKUP,
     )?;
     for (index, hook) in HOOKS.iter().enumerate() {
-        let cgroup = match (hook.side, &request.proxy_cgroup) {
-            (Side::Proxy, Some(proxy_cgroup)) => proxy_cgroup.as_fd(),
-            _ => request.cgroup.as_fd(),
-        };
-        pin(programs.attach(index, cgroup)?, hook.name)?;
+        if let Some(cgroup) = cgroup_of(hook, request) {
+            pin(programs.attach(index, cgroup)?, hook.name)?;
+        }
     }
     pins.publish(&staged, &directory)?;
     Ok(true)
+}
+
+/// Where a hook is to be attached; None if this pod does not need it.
+fn cgroup_of<'a>(hook: &Hook, request: &'a Request) -> Option<BorrowedFd<'a>> {
+    if hook.need == Need::Dns && request.policy.dns == Dns::Off {
+        return None;
+    }
+    let own = request.cgroup.as_fd();
+    let proxy = request.proxy_cgroup.as_ref().map(AsFd::as_fd);
+    match hook.side {
+        Side::Client => Some(own),
+        Side::Proxy => Some(proxy.unwrap_or(own)),
+        Side::ProxyElsewhere => proxy,
+    }
 }
 
 fn open_link(path: &std::path::Path) -> Result<OwnedFd> {

@@ -150,6 +150,11 @@ fn forget_namespace(tables: &Tables, notes: &Notes) -> Result<()> {
             removed.context("writing DESTINATIONS")?;
         }
     }
+    for key in tables.dns_slots.keys().context("reading DNS_SLOTS")? {
+        if key.netns_cookie == notes.netns_cookie {
+            tables.dns_slots.remove(&key).context("writing DNS_SLOTS")?;
+        }
+    }
     for flow in tables.flows.keys().context("reading FLOWS")? {
         if flow.netns_cookie == notes.netns_cookie {
             tables.flows.remove(&flow).context("writing FLOWS")?;

@@ -26,6 +26,18 @@ pub enum Side {
     Client,
     /// The cgroup of the proxy: the same, or an ancestor of it.
     Proxy,
+    /// The cgroup of the proxy if it is another one: the program of the client side does this too.
+    ProxyElsewhere,
+}
+
+/// When a hook is needed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// In every pod.
+    Always,
+    /// Where DNS is captured. With such a program anywhere, the kernel locks the socket for every
+    /// datagram of the machine.
+    Dns,
 }
 
 /// A cgroup hook.
@@ -37,6 +49,8 @@ pub struct Hook {
     pub program: &'static str,
     /// Where it is attached.
     pub side: Side,
+    /// When it is attached. Once there it stays until the pod is detached.
+    pub need: Need,
     attach_type: bpf_attach_type,
 }
 
@@ -78,6 +92,54 @@ pub const HOOKS: &[Hook] = &[
         "redirect_getpeername6",
         Side::Client,
         bpf_attach_type::BPF_CGROUP_INET6_GETPEERNAME,
+    ),
+    dns_hook(
+        "recvmsg4",
+        "redirect_recvmsg4",
+        Side::Client,
+        bpf_attach_type::BPF_CGROUP_UDP4_RECVMSG,
+    ),
+    dns_hook(
+        "recvmsg6",
+        "redirect_recvmsg6",
+        Side::Client,
+        bpf_attach_type::BPF_CGROUP_UDP6_RECVMSG,
+    ),
+    dns_hook(
+        "answer4",
+        "redirect_answer4",
+        Side::ProxyElsewhere,
+        bpf_attach_type::BPF_CGROUP_UDP4_SENDMSG,
+    ),
+    dns_hook(
+        "answer6",
+        "redirect_answer6",
+        Side::ProxyElsewhere,
+        bpf_attach_type::BPF_CGROUP_UDP6_SENDMSG,
+    ),
+    dns_hook(
+        "sendmsg4",
+        "redirect_sendmsg4",
+        Side::Client,
+        bpf_attach_type::BPF_CGROUP_UDP4_SENDMSG,
+    ),
+    dns_hook(
+        "sendmsg6",
+        "redirect_sendmsg6",
+        Side::Client,
+        bpf_attach_type::BPF_CGROUP_UDP6_SENDMSG,
+    ),
+    dns_hook(
+        "dns_connect4",
+        "redirect_dns_connect4",
+        Side::Client,
+        bpf_attach_type::BPF_CGROUP_INET4_CONNECT,
+    ),
+    dns_hook(
+        "dns_connect6",
+        "redirect_dns_connect6",
+        Side::Client,
+        bpf_attach_type::BPF_CGROUP_INET6_CONNECT,
     ),
     hook(
         "connect4",
@@ -153,7 +215,20 @@ const fn hook(
         name,
         program,
         side,
+        need: Need::Always,
         attach_type,
+    }
+}
+
+const fn dns_hook(
+    name: &'static str,
+    program: &'static str,
+    side: Side,
+    attach_type: bpf_attach_type,
+) -> Hook {
+    Hook {
+        need: Need::Dns,
+        ..hook(name, program, side, attach_type)
     }
 }
 

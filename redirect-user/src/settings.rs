@@ -8,8 +8,9 @@ use ipnet::IpNet;
 use redirect_common::address::Address;
 use redirect_common::lists::{LIST_PREFIX_BITS, List, ListKey};
 use redirect_common::pod::{
-    self, FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6, FLAG_LOOPBACK_INCLUDED, FLAG_MACHINES,
-    FLAG_OUTBOUND_ALL, FLAG_TPROXY, MAX_EXCLUDED_INTERFACES, PodConfig,
+    self, FLAG_DNS, FLAG_DNS_ALL, FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6,
+    FLAG_LOOPBACK_INCLUDED, FLAG_MACHINES, FLAG_OUTBOUND_ALL, FLAG_TPROXY, MAX_EXCLUDED_INTERFACES,
+    PodConfig,
 };
 use redirect_common::route::{
     ROUTE_BIND_SOURCE, ROUTE_LOCAL, ROUTE_PREFIX_BITS, ROUTE_UNREACHABLE, RouteInfo, RouteKey,
@@ -18,8 +19,11 @@ use redirect_common::route::{
 use crate::observe::identity::IdMap;
 use crate::observe::interfaces::Interface;
 use crate::observe::routes::RoutingTable;
-use crate::options::{IdRange, Mode, Policy, PortRange};
+use crate::options::{Dns, IdRange, Mode, Policy, PortRange};
 use crate::tables::{ListPrefix, RoutePrefix};
+
+/// Bits of an address in its 16-byte form.
+const ADDRESS_BITS: u32 = 128;
 
 /// The pod's entry of `PODS`. `ids` translates the pod's user and group ids to the kernel's,
 /// `interfaces` are those of its network namespace.
@@ -46,6 +50,8 @@ pub fn pod_config(
         (FLAG_GROUPS_INCLUDE, !policy.owner_groups.is_all()),
         (FLAG_MACHINES, !policy.virtual_interfaces.is_empty()),
         (FLAG_TPROXY, policy.mode != Mode::Redirect),
+        (FLAG_DNS, policy.dns != Dns::Off),
+        (FLAG_DNS_ALL, policy.dns == Dns::All),
     ] {
         if set {
             config.flags |= flag;
@@ -149,8 +155,13 @@ pub fn list_entries(policy: &Policy) -> Vec<(ListPrefix, u8)> {
             port_prefixes(*range).map(move |(port, bits)| (ListKey::port(id, list, port), bits))
         })
     });
+    let servers = policy.dns.servers().iter().map(|server| {
+        let address = ListKey::address(id, List::DnsServers, Address::from(*server));
+        (address, ADDRESS_BITS)
+    });
     cidrs
         .chain(ports)
+        .chain(servers)
         .map(|(data, bits)| {
             let prefix_bits = LIST_PREFIX_BITS + bits;
             (ListPrefix { prefix_bits, data }, 1)

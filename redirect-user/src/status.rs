@@ -98,9 +98,11 @@ fn pod(pins: &Pins, tables: &Tables, cgroup_id: u64, notes: Notes) -> Result<Pod
         let here = |key: &&ListenerKey| key.netns_cookie == notes.netns_cookie && key.port == port;
         (port, known.iter().filter(here).count())
     };
-    let listeners = [notes.policy.outbound_port, notes.policy.inbound_port]
-        .map(on_port)
-        .into();
+    let listeners = notes
+        .policy
+        .listeners()
+        .map(|(port, _)| on_port(port))
+        .collect();
     Ok(Pod {
         capturing: tables.pods.get(&notes.netns_cookie)?.is_some(),
         routes_current: routes_current(tables, &notes),

@@ -3,6 +3,7 @@
 use anyhow::{Context, Result};
 use bytemuck::{Pod, Zeroable};
 use redirect_common::connection::{DestinationKey, FlowKey, Original, SocketState};
+use redirect_common::dns::{DnsSlot, DnsSlotKey};
 use redirect_common::listener::ListenerKey;
 use redirect_common::lists::ListKey;
 use redirect_common::log::Follower;
@@ -27,6 +28,8 @@ pub struct Tables {
     pub routes: Table<RoutePrefix, RouteInfo>,
     /// What the steered ports stand for.
     pub destinations: Table<DestinationKey, Original>,
+    /// What the slot addresses of DNS queries stand for.
+    pub dns_slots: Table<DnsSlotKey, DnsSlot>,
     /// Connections on their way to the proxy.
     pub flows: Table<FlowKey, Original>,
     /// Interfaces with virtual machines behind them.
@@ -70,6 +73,7 @@ pub const NAMES: &[&str] = &[
     "LISTS",
     "ROUTES",
     "DESTINATIONS",
+    "DNS_SLOTS",
     "FLOWS",
     "INTERFACES",
     "MACHINE_FLOWS",
@@ -92,6 +96,7 @@ impl Tables {
             lists: open(pins, "LISTS")?,
             routes: open(pins, "ROUTES")?,
             destinations: open(pins, "DESTINATIONS")?,
+            dns_slots: open(pins, "DNS_SLOTS")?,
             flows: open(pins, "FLOWS")?,
             interfaces: open(pins, "INTERFACES")?,
             machine_flows: open(pins, "MACHINE_FLOWS")?,

@@ -12,7 +12,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::protocol::{Answer, Dial, Dialed, Family, Identity, Listen, Request, Start, Traffic};
+use crate::protocol::{
+    Answer, Burst, Dial, Dialed, Family, Identity, Listen, Reply, Request, Start, Traffic,
+};
 
 /// No single request takes longer; the largest crowd is by far the slowest.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -104,6 +106,26 @@ impl Actor {
     /// Makes a connection.
     pub fn dial(&mut self, dial: &Dial) -> Dialed {
         self.dialed(&Request::Dial(dial.clone()))
+    }
+
+    /// Asks questions over UDP; the error is the name of the errno that ended it.
+    pub fn burst(&mut self, burst: &Burst) -> Result<Vec<Reply>, String> {
+        match self.request(&Request::Burst(burst.clone())) {
+            Answer::Replies(replies) => Ok(replies),
+            Answer::Failed(error) => Err(error),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Opens a UDP server that answers `count` questions in the reverse order.
+    pub fn reverse(&mut self, who: &str, at: SocketAddr, count: usize) {
+        let who = who.to_owned();
+        self.done(&Request::Reverse { who, at, count });
+    }
+
+    /// Closes the servers that [`Self::reverse`] opened.
+    pub fn unreverse(&mut self) {
+        self.done(&Request::Unreverse);
     }
 
     /// Opens a listener.

@@ -8,7 +8,7 @@
 //! | [`namespace`], [`cgroup`], [`pod`] | a pod and its peer, removed again whatever happens |
 //! | [`container`] | the `istio-iptables` program in a container of a pod |
 //! | [`protocol`], [`actor`] | a process with a chosen identity that dials and listens on request |
-//! | [`dial`], [`datagram`], [`server`], [`sockopt`] | the code that runs inside such a process |
+//! | [`dial`], [`datagram`], [`burst`], [`server`], [`sockopt`] | the code that runs inside such a process |
 //! | [`options`], [`loader`], [`iptables`], [`backend`] | the capture under test and the reference it is compared with |
 //! | [`envoy`], [`skip`] | a real Envoy in the pod, and what is said where there is none |
 //! | [`follower`] | `redirect log` beside a test |
@@ -26,6 +26,7 @@
 pub mod actor;
 pub mod backend;
 pub mod bpffs;
+pub mod burst;
 pub mod cgroup;
 pub mod conformance;
 pub mod container;

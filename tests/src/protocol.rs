@@ -257,6 +257,52 @@ impl Dial {
     }
 }
 
+/// Questions from one UDP socket.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Burst {
+    /// The kind of socket.
+    pub family: Family,
+    /// Address and port to bind before.
+    pub bind: Option<SocketAddr>,
+    /// Whom to connect to before; every question names its destination all the same.
+    pub connect: Option<SocketAddr>,
+    /// The destinations; each is asked its index in this list.
+    pub to: Vec<SocketAddr>,
+    /// Whether every answer is awaited before the next question.
+    pub lockstep: bool,
+    /// How long to wait for an answer, in milliseconds.
+    pub timeout_ms: u64,
+}
+
+impl Burst {
+    /// Questions from a socket that is neither bound nor connected, all at once.
+    pub const fn new(family: Family, to: Vec<SocketAddr>) -> Self {
+        Self {
+            family,
+            bind: None,
+            connect: None,
+            to,
+            lockstep: false,
+            timeout_ms: 3000,
+        }
+    }
+
+    /// One question after the other.
+    pub const fn lockstep(mut self) -> Self {
+        self.lockstep = true;
+        self
+    }
+}
+
+/// An answer to a question of a [`Burst`].
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Reply {
+    /// Where it came from, as the socket's kind writes it.
+    pub from: SocketAddr,
+    /// Who answered, and the question.
+    pub text: String,
+}
+
 /// Where to listen.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Listen {
@@ -443,6 +489,19 @@ pub enum Request {
         /// Name of the connection.
         name: String,
     },
+    /// Ask many questions over UDP.
+    Burst(Burst),
+    /// Open a UDP server that answers in the reverse order.
+    Reverse {
+        /// Who a client is told it has reached.
+        who: String,
+        /// Address and port.
+        at: SocketAddr,
+        /// How many questions are collected before they are answered.
+        count: usize,
+    },
+    /// Close every such server.
+    Unreverse,
     /// Open a listener.
     Listen(Listen),
     /// Close every listener with this name.
@@ -485,6 +544,8 @@ pub enum Answer {
     Several(Vec<Dialed>),
     /// The echo.
     Said(String),
+    /// The answers to a [`Burst`], in the order in which they came.
+    Replies(Vec<Reply>),
     /// What the traffic met.
     Traffic(Traffic),
     /// How many connections are held, and the first error.

@@ -335,7 +335,7 @@ fn identities() {
 }
 
 #[rstest]
-fn what_is_not_supported_yet_is_never_ignored() {
+fn modes_and_switches() {
     all(&[
         (
             &["-m", "tproxy"],
@@ -348,29 +348,9 @@ fn what_is_not_supported_yet_is_never_ignored() {
             &["--istio-inbound-interception-mode", "NONE"],
         ),
         (
-            &["--redirect-dns=true"],
-            &["CAPTURE_ALL_DNS=1"],
-            &["--redirect-dns", "not supported yet"],
-        ),
-        (
             &["--redirect-dns=maybe"],
             &[],
             &["--redirect-dns", "maybe", "true and false"],
-        ),
-        (
-            &[],
-            &["REDIRECT_DNS=1", "CAPTURE_ALL_DNS=1"],
-            &["REDIRECT_DNS", "not supported yet"],
-        ),
-        (
-            &[],
-            &["ISTIO_META_DNS_CAPTURE=true", "CAPTURE_ALL_DNS=1"],
-            &["ISTIO_META_DNS_CAPTURE", "not supported yet"],
-        ),
-        (
-            &["--redirect-dns", "--capture-all-dns"],
-            &[],
-            &["--redirect-dns", "not supported yet"],
         ),
         (
             &["--redirect-dns=false"],

@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
+use redirect_common::dns::DNS_AGENT_PORT;
 use redirect_common::log::{Decision as Raw, NO_OWNER};
 use redirect_common::verdict::{Action, Rule};
 use serde::{Serialize, Serializer};
@@ -47,6 +48,8 @@ pub struct Decision {
     pub netns_cookie: u64,
     /// `outbound` or `inbound`.
     pub direction: &'static str,
+    /// `tcp` or `udp`.
+    pub protocol: &'static str,
     /// Who connects.
     pub source: IpAddr,
     /// None while the kernel has not chosen it: outbound connections are decided before.
@@ -98,6 +101,11 @@ impl Decision {
             } else {
                 "outbound"
             },
+            protocol: if i32::from(raw.protocol) == libc::IPPROTO_UDP {
+                "udp"
+            } else {
+                "tcp"
+            },
             source: raw.source.into(),
             source_port: (raw.source_port != 0).then_some(raw.source_port),
             destination: SocketAddr::new(raw.destination.into(), raw.port),
@@ -112,6 +120,7 @@ impl Decision {
             proxy_port: match rule.map(Rule::action) {
                 Some(Action::CaptureOutbound) => Some(raw.outbound_port),
                 Some(Action::CaptureInbound | Action::CaptureInPlace) => Some(raw.inbound_port),
+                Some(Action::CaptureDns) => Some(DNS_AGENT_PORT),
                 Some(Action::Pass) | None => None,
             },
         }
@@ -146,6 +155,9 @@ impl fmt::Display for Decision {
             None => write!(f, "{}", self.source)?,
         }
         write!(f, " -> {}", self.destination)?;
+        if self.protocol == "udp" {
+            write!(f, " over UDP")?;
+        }
         if let (Some(uid), Some(gid)) = (self.uid, self.gid) {
             write!(f, " by {uid}:{gid}")?;
         }
@@ -174,7 +186,12 @@ mod tests {
     use super::*;
 
     fn told(rule: Rule, uid: u32) -> String {
+        told_of(libc::IPPROTO_TCP, rule, uid)
+    }
+
+    fn told_of(protocol: i32, rule: Rule, uid: u32) -> String {
         let raw = Raw {
+            protocol: protocol as u16,
             time_ns: 1,
             source: IpAddr::from(Ipv4Addr::new(10, 0, 0, 2)).into(),
             destination: IpAddr::from(Ipv4Addr::new(203, 0, 113, 10)).into(),
@@ -196,6 +213,10 @@ mod tests {
         assert_eq!(
             told(Rule::IncludedCidr, 1000),
             "/pod 10.0.0.2 -> 203.0.113.10:80 by 1000:1000 captured to 15001: outbound-captured"
+        );
+        assert_eq!(
+            told_of(libc::IPPROTO_UDP, Rule::Dns, 1000),
+            "/pod 10.0.0.2 -> 203.0.113.10:80 over UDP by 1000:1000 captured to 15053: outbound-dns"
         );
         assert_eq!(
             told(Rule::NoRoute, NO_OWNER),

@@ -25,6 +25,16 @@ pub enum Dns {
     All,
 }
 
+impl Dns {
+    /// The servers whose queries are captured, unless those to any server are.
+    pub fn servers(&self) -> &[IpAddr] {
+        match self {
+            Self::Servers(servers) => servers,
+            Self::Off | Self::All => &[],
+        }
+    }
+}
+
 /// Reads the servers of a `resolv.conf`. The error is a reason that follows the file's name.
 pub(super) fn servers_of(path: &Path) -> Result<Vec<IpAddr>, String> {
     let read = || {

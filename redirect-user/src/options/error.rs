@@ -71,14 +71,6 @@ pub enum OptionError {
         /// The other option, and what would happen.
         why: &'static str,
     },
-    /// An istio-iptables option this version refuses instead of ignoring it.
-    #[error("{origin}: {} is not supported yet", quote(value))]
-    NotSupported {
-        /// `--flag`, or the environment variable the value came from.
-        origin: String,
-        /// The whole value.
-        value: String,
-    },
 }
 
 impl OptionError {

@@ -196,11 +196,11 @@ pub struct CaptureFlags {
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", overrides_with = "dual_stack")]
     pub dual_stack: Option<String>,
 
-    /// Not supported yet: capture DNS [env: REDIRECT_DNS, ISTIO_META_DNS_CAPTURE]
+    /// Capture DNS, for an agent on 127.0.0.1:15053 and [::1]:15053 [env: REDIRECT_DNS, ISTIO_META_DNS_CAPTURE]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", overrides_with = "redirect_dns")]
     pub redirect_dns: Option<String>,
 
-    /// Not supported yet: capture DNS to any server [env: CAPTURE_ALL_DNS]
+    /// With --redirect-dns: capture DNS to any server [env: CAPTURE_ALL_DNS]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", overrides_with = "capture_all_dns")]
     pub capture_all_dns: Option<String>,
 

@@ -4,6 +4,7 @@ use std::fmt;
 use std::net::Ipv4Addr;
 
 use ipnet::{IpNet, Ipv4Net};
+use redirect_common::dns::DNS_AGENT_PORT;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -112,7 +113,18 @@ impl Default for Policy {
 }
 
 impl Policy {
-    /// Names the contents of the six lists of ports and CIDRs: policies with equal lists share them in the kernel.
+    /// The TCP ports that the proxy and its agent are to listen on, host order, and what is captured for each.
+    pub fn listeners(&self) -> impl Iterator<Item = (u16, &'static str)> {
+        let dns = (self.dns != Dns::Off).then_some((DNS_AGENT_PORT, "DNS queries over TCP"));
+        [
+            (self.outbound_port, "outbound connections"),
+            (self.inbound_port, "inbound connections"),
+        ]
+        .into_iter()
+        .chain(dns)
+    }
+
+    /// Names the contents of the lists of ports, CIDRs and DNS servers: policies with equal lists share them in the kernel.
     /// Stable across runs and builds; not affected by the rest.
     ///
     /// 64 bits of a SHA-256: whoever writes a pod's annotations must not find a policy that shares another pod's lists.
@@ -125,6 +137,16 @@ impl Policy {
         hash_ports(&mut hash, b'o', &self.exclude_outbound_ports);
         hash_ports(&mut hash, b'b', self.inbound_ports.listed());
         hash_ports(&mut hash, b'd', &self.exclude_inbound_ports);
+        let servers: Vec<IpNet> = self
+            .dns
+            .servers()
+            .iter()
+            .copied()
+            .map(IpNet::from)
+            .collect();
+        if !servers.is_empty() {
+            hash_cidrs(&mut hash, b'r', &servers);
+        }
         hash.finalize()
             .iter()
             .take(8)

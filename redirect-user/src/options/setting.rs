@@ -78,13 +78,6 @@ impl Setting {
             why,
         }
     }
-
-    pub(super) fn not_supported(&self) -> OptionError {
-        OptionError::NotSupported {
-            origin: self.origin.clone(),
-            value: self.value.clone(),
-        }
-    }
 }
 
 /// Entries of a comma list: trimmed (iptables-restore skips those blanks too), empty ones dropped.

@@ -40,13 +40,6 @@ impl CaptureFlags {
     /// # Errors
     /// The first option that is refused.
     pub fn validate_with(&self, env: Env<'_>, names: &dyn Names) -> Result<Policy, OptionError> {
-        let policy = self.read_with(env, names)?;
-        self.refuse_unsupported(env, &policy)?;
-        Ok(policy)
-    }
-
-    /// Everything as it was given, also what the data plane cannot honour.
-    pub(super) fn read_with(&self, env: Env<'_>, names: &dyn Names) -> Result<Policy, OptionError> {
         let mut policy = Policy::default();
         self.listeners(env, &mut policy)?;
         self.identities(env, names, &mut policy)?;
@@ -300,7 +293,12 @@ impl CaptureFlags {
         let boolean = |setting: Option<Setting>| {
             setting.map_or(Ok(false), |setting| setting.read(BOOLEAN, boolean))
         };
-        let redirect = boolean(self.redirect_dns_setting(env))?;
+        let redirect = boolean(Setting::find(
+            &self.redirect_dns,
+            "redirect-dns",
+            &["REDIRECT_DNS", "ISTIO_META_DNS_CAPTURE"],
+            env,
+        ))?;
         let all = boolean(Setting::find(
             &self.capture_all_dns,
             "capture-all-dns",
@@ -347,15 +345,6 @@ impl CaptureFlags {
         }
     }
 
-    fn redirect_dns_setting(&self, env: Env<'_>) -> Option<Setting> {
-        Setting::find(
-            &self.redirect_dns,
-            "redirect-dns",
-            &["REDIRECT_DNS", "ISTIO_META_DNS_CAPTURE"],
-            env,
-        )
-    }
-
     fn virtual_interfaces_setting(&self, env: Env<'_>) -> Option<Setting> {
         Setting::find(
             &self.kube_virt_interfaces,
@@ -363,13 +352,5 @@ impl CaptureFlags {
             &["KUBE_VIRT_INTERFACES"],
             env,
         )
-    }
-
-    /// What the data plane cannot honour: never ignored.
-    fn refuse_unsupported(&self, env: Env<'_>, policy: &Policy) -> Result<(), OptionError> {
-        match self.redirect_dns_setting(env) {
-            Some(setting) if policy.dns != Dns::Off => Err(setting.not_supported()),
-            _ => Ok(()),
-        }
     }
 }

@@ -32,6 +32,7 @@ use nix::{
     unistd::{Gid, Uid, getgroups, setgroups, setresgid, setresuid},
 };
 use redirect_tests::{
+    burst::{self, Reverser},
     datagram,
     dial::{self, ask, connect, create, half_close, look},
     parcel,
@@ -124,6 +125,7 @@ struct Actor {
     sockets: BTreeMap<String, Socket>,
     post: Option<UnixDatagram>,
     servers: Vec<Server>,
+    reversers: Vec<Reverser>,
     traffic: Option<(Arc<AtomicBool>, JoinHandle<Traffic>)>,
     crowd: Vec<Socket>,
 }
@@ -182,6 +184,17 @@ impl Actor {
             Request::Take { name } => {
                 let taken = parcel::take(self.post.as_ref().unwrap());
                 done(taken.map(|socket| drop(self.sockets.insert(name, socket))))
+            }
+            Request::Burst(burst) => match burst::ask(&burst) {
+                Ok(replies) => Answer::Replies(replies),
+                Err(error) => Answer::Failed(errno_name(&error)),
+            },
+            Request::Reverse { who, at, count } => {
+                done(Reverser::open(&who, at, count).map(|reverser| self.reversers.push(reverser)))
+            }
+            Request::Unreverse => {
+                self.reversers.clear();
+                Answer::Done
             }
             Request::Listen(listen) => match Server::open(&listen) {
                 Ok(server) => {

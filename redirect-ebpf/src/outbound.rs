@@ -1,0 +1,127 @@
+//! Judging what is about to leave the pod: a connection, or a datagram.
+
+use core::hint::black_box;
+
+use redirect_common::address::Address;
+use redirect_common::decide::{self, Outbound, Protocol};
+use redirect_common::dns::DNS_AGENT_PORT;
+use redirect_common::log::Decision;
+use redirect_common::pod::PodConfig;
+use redirect_common::route::{ROUTE_LOCAL, RouteInfo};
+use redirect_common::verdict::{Action, Rule};
+
+use crate::ctx::{Sock, argument};
+use crate::log;
+use crate::maps::{self, PolicyLists};
+use crate::owner;
+
+/// What is to happen to it.
+pub enum Verdict {
+    Pass,
+    /// To the listener on this port, host order, with its own destination kept.
+    InPlace(u16),
+    /// To the listener on this port, host order; it would have taken this route.
+    Capture(u16, &'static RouteInfo),
+    /// It is to be captured, but the pod has no route there.
+    NoRoute,
+}
+
+/// What was judged, and how.
+pub struct Judged {
+    pub connection: Outbound,
+    pub verdict: Verdict,
+}
+
+/// Decides, counts and tells. The destination's port is in host order; `bound` is the source address
+/// that is wanted, or unspecified.
+#[inline(always)]
+pub fn judge(
+    netns_cookie: u64,
+    pod: &PodConfig,
+    sock: Sock,
+    protocol: Protocol,
+    (destination, port): (Address, u16),
+    bound: &Address,
+) -> Judged {
+    let route = maps::route(netns_cookie, &destination);
+    let local =
+        destination.is_loopback() || route.is_some_and(|route| route.flags & ROUTE_LOCAL != 0);
+    let routed = route.map_or(0, |route| route.interface);
+    let bound_interface = sock.bound_interface();
+    let connection = Outbound {
+        protocol,
+        source: if bound.is_unspecified() {
+            route.map_or(Address::UNSPECIFIED, |route| route.source)
+        } else {
+            *bound
+        },
+        destination,
+        port,
+        local,
+        // What goes to the pod itself leaves through `lo`, whatever the socket is bound to.
+        interface: if local || bound_interface == 0 {
+            routed
+        } else {
+            bound_interface
+        },
+        mark: sock.mark(),
+        owner: owner::of(sock),
+    };
+    let about = log::outbound(netns_cookie, pod, &connection);
+    let wanted = decide(pod, &about);
+    // Passing it would let it out if a route has come since; the kernel would say the same.
+    let no_route = wanted.action() != Action::Pass && route.is_none();
+    let rule = if no_route { Rule::NoRoute } else { wanted };
+    maps::count(netns_cookie, rule);
+    log::decided(&about, rule);
+    let proxy_port = match wanted.action() {
+        Action::Pass => 0,
+        Action::CaptureOutbound => pod.outbound_port,
+        Action::CaptureInbound | Action::CaptureInPlace => pod.inbound_port,
+        Action::CaptureDns => DNS_AGENT_PORT,
+    };
+    let verdict = match (wanted.action(), route) {
+        (Action::Pass, _) => Verdict::Pass,
+        (Action::CaptureInPlace, _) => Verdict::InPlace(proxy_port),
+        (_, Some(route)) => Verdict::Capture(proxy_port, route),
+        (_, None) => {
+            log::no_route(netns_cookie, &connection.destination, port);
+            Verdict::NoRoute
+        }
+    };
+    Judged {
+        connection,
+        verdict,
+    }
+}
+
+/// The unspecified address as a destination means this host (`ip_route_output_key_hash`,
+/// `tcp_v6_connect`).
+#[inline(always)]
+pub fn meant(destination: Address, bound: &Address) -> Address {
+    if !destination.is_unspecified() {
+        destination
+    } else if destination.is_v4() && !bound.is_unspecified() {
+        *bound
+    } else {
+        bound.loopback_of_family()
+    }
+}
+
+#[inline(always)]
+fn decide(pod: &PodConfig, about: &Decision) -> Rule {
+    // Opaque: LLVM knows what the function can answer, the verifier does not.
+    let number = black_box(rule_for(pod, about));
+    Rule::from_number(number).unwrap_or(Rule::NotIncluded)
+}
+
+/// A global function: the verifier walks the rules once, and not again on every path that leads here.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn rule_for(pod: *const PodConfig, about: *const Decision) -> u32 {
+    let (Some(pod), Some(about)) = (argument(&pod), argument(&about)) else {
+        return Rule::NotIncluded as u32;
+    };
+    let lists = PolicyLists { policy: pod.policy };
+    decide::outbound(pod, &lists, &about.connection()) as u32
+}
