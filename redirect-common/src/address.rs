@@ -71,6 +71,12 @@ impl Address {
         }
     }
 
+    /// True for fe80::/10.
+    #[inline(always)]
+    pub const fn is_link_local(&self) -> bool {
+        self.words_be[0] & 0xffc0_0000_u32.to_be() == 0xfe80_0000_u32.to_be()
+    }
+
     /// True for 127.0.0.6 and `::6`, from which Istio's proxy dials its own application.
     #[inline(always)]
     pub const fn is_proxy_passthrough(&self) -> bool {

@@ -207,6 +207,21 @@ fn inbound_port(pod: &PodConfig, lists: &impl Lists, port: u16) -> Rule {
     Rule::InboundPortNotIncluded
 }
 
+/// Decides about a connection that comes from a virtual machine, by an interface of `-k`. No other
+/// option has a say.
+#[inline(always)]
+pub fn machine(pod: &PodConfig, lists: &impl Lists, destination: &Address) -> Rule {
+    if !destination.is_v4() && !pod.has(FLAG_IPV6) {
+        return Rule::MachineIpv6Off;
+    }
+    if pod.has(FLAG_OUTBOUND_ALL)
+        || has_address(pod, lists, List::IncludeOutboundCidrs, destination)
+    {
+        return Rule::MachineCaptured;
+    }
+    Rule::MachineNotIncluded
+}
+
 /// Is the uid or the gid one of the proxy's?
 #[inline(always)]
 fn is_proxy(pod: &PodConfig, owner: Owner) -> bool {

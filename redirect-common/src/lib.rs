@@ -16,6 +16,7 @@ pub mod pod;
 pub mod record;
 pub mod route;
 pub mod verdict;
+pub mod virtual_machine;
 
 /// Bumped whenever a map's key, value or meaning changes; part of the pin directory's name, so
 /// that programs never meet maps of another layout.

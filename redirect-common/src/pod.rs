@@ -29,6 +29,9 @@ pub const FLAG_DNS: u32 = 1 << 6;
 /// `--capture-all-dns`: queries to any server; without it, to those in [`List::DnsServers`].
 pub const FLAG_DNS_ALL: u32 = 1 << 7;
 
+/// Virtual machines live behind interfaces of the pod (`-k`).
+pub const FLAG_MACHINES: u32 = 1 << 8;
+
 /// A range of kernel user or group ids, both ends included.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]

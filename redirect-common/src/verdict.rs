@@ -104,6 +104,14 @@ rules! {
     InboundLoopback = 24, "inbound-loopback", Pass;
     /// No slot is free for a captured DNS query (`DNS_SLOTS`): its socket remembers only the server asked last.
     NoDnsSlot = 26, "no-dns-slot", Pass;
+    /// A virtual machine's connection; `-i` has the destination.
+    MachineCaptured = 27, "machine-captured", CaptureOutbound;
+    /// A virtual machine's connection; `-i` does not have the destination.
+    MachineNotIncluded = 28, "machine-not-included", Pass;
+    /// A virtual machine's connection over IPv6, which is not captured in this pod.
+    MachineIpv6Off = 29, "machine-ipv6-off", Pass;
+    /// A virtual machine's packet would have to be captured and cannot be: it is dropped.
+    MachineDropped = 30, "machine-dropped", Pass;
 }
 
 /// Counters of a pod: one per [`Rule`], with room to grow.

@@ -1,5 +1,5 @@
 //! The decision against the rules themselves: a small interpreter walks the chains that
-//! istio-iptables writes for the same options (without `-k`).
+//! istio-iptables writes for the same options.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -88,11 +88,14 @@ struct Packet {
     interface: u32,
     mark: u32,
     owner: Option<(u32, u32)>,
+    /// It came in by an interface of `-k`.
+    from_machine: bool,
 }
 
 /// What a rule asks of a packet; `NotX` is iptables' `! X`.
 #[derive(Clone, Copy, Debug)]
 enum Match {
+    FromMachine,
     Is(Protocol),
     /// `-i` or `-o`, as the chain has it.
     Interface(u32),
@@ -118,6 +121,7 @@ impl Match {
         let uid = |ids| packet.owner.is_some_and(|(uid, _)| within(ids, uid));
         let gid = |ids| packet.owner.is_some_and(|(_, gid)| within(ids, gid));
         match self {
+            Self::FromMachine => packet.from_machine,
             Self::Is(protocol) => packet.protocol == *protocol,
             Self::Interface(index) => packet.interface == *index,
             Self::Mark(mark) => packet.mark == *mark,
@@ -170,9 +174,17 @@ impl Table {
         });
     }
 
+    /// `-I CHAIN 1`
+    fn insert(&mut self, matches: &[Match], target: Target, name: Rule) {
+        self.add("PREROUTING", matches, target, Some(name));
+        self.lines.rotate_right(1);
+    }
+
     /// The nat table.
     fn nat(options: &Options, v6: bool) -> Self {
-        use Match::{Gid, Interface, Is, NotGid, NotPort, NotTo, NotUid, Port, To, Uid};
+        use Match::{
+            FromMachine, Gid, Interface, Is, NotGid, NotPort, NotTo, NotUid, Port, To, Uid,
+        };
         use Protocol::{Tcp, Udp};
         use Target::{Jump, Redirect, Return};
         let mut table = Self::default();
@@ -193,6 +205,8 @@ impl Table {
             let name = Some(Rule::ExcludedInterface);
             table.add("OUTPUT", &[Interface(*index)], Return, name);
         }
+        // 2
+        table.insert(&[FromMachine], Return, Rule::MachineNotIncluded);
         // 4 and 5
         let name = Some(Rule::TunnelPort);
         let tcp = Is(Tcp);
@@ -301,11 +315,18 @@ impl Table {
         for ports in &options.outbound_ports {
             output(&[tcp, Port(*ports)], redirect, Rule::IncludedPort);
         }
+        let captured = Rule::MachineCaptured;
         match &options.outbound {
-            All::Star => output(&[], redirect, Rule::IncludedCidr),
+            All::Star => {
+                output(&[], redirect, Rule::IncludedCidr);
+                table.insert(&[FromMachine], redirect, captured);
+            }
             All::These(cidrs) => {
                 for cidr in of_family(cidrs) {
                     output(&[To(cidr)], redirect, Rule::IncludedCidr);
+                }
+                for cidr in of_family(cidrs) {
+                    table.insert(&[FromMachine, To(cidr)], redirect, captured);
                 }
             }
         }
@@ -603,6 +624,7 @@ fn by_the_rules_in(options: &Options, packet: &Packet) -> Rule {
     let to_loopback = options.loopback_of(v6).contains(destination);
     let rule = match (name, &options.inbound) {
         (Some(rule), _) => rule,
+        (None, _) if packet.from_machine => Rule::MachineIpv6Off,
         (None, _) if v6 && !options.ipv6 => Rule::InboundIpv6Off,
         (None, All::These(ports)) if ports.is_empty() => Rule::InboundOff,
         (None, All::Star) => Rule::InboundLoopback,
@@ -641,6 +663,9 @@ fn decided_out(options: &Options, packet: &Packet) -> Rule {
 }
 
 fn decided_in(options: &Options, packet: &Packet) -> Rule {
+    if packet.from_machine {
+        return decide::machine(&options.pod(), options, &packet.destination.into());
+    }
     let connection = Inbound {
         destination: packet.destination.into(),
         port: packet.port,
@@ -815,9 +840,10 @@ fn any_packet() -> impl Strategy<Value = Packet> {
         interface,
         mark,
         owner,
+        any::<bool>(),
     )
         .prop_map(
-            |(source, destination, protocol, port, interface, mark, owner)| Packet {
+            |(source, destination, protocol, port, interface, mark, owner, from_machine)| Packet {
                 protocol,
                 source: as_family_of(destination, source),
                 destination,
@@ -825,6 +851,7 @@ fn any_packet() -> impl Strategy<Value = Packet> {
                 interface,
                 mark,
                 owner,
+                from_machine,
             },
         )
 }
@@ -857,8 +884,13 @@ proptest! {
     #[test]
     fn inbound_decides_as_the_rules_do(options in any_options(), packets in any_packets()) {
         for packet in packets.iter().filter(|packet| packet.protocol == Protocol::Tcp) {
-            // From outside: by another interface than lo, and without a mark.
-            let packet = &Packet { interface: packet.interface.max(LO + 1), mark: 0, ..*packet };
+            // From outside: by another interface than lo, and without a mark. With TPROXY, `-k` is refused.
+            let packet = &Packet {
+                interface: packet.interface.max(LO + 1),
+                mark: 0,
+                from_machine: packet.from_machine && options.tproxy_mark.is_none(),
+                ..*packet
+            };
             let wanted = by_the_rules_in(&options, packet);
             prop_assert_eq!(decided_in(&options, packet), wanted, "{:?}", packet);
         }
@@ -976,6 +1008,7 @@ fn cases_that_people_trip_over() {
             interface: leaves_by(destination),
             mark: 0,
             owner: Some(owner),
+            from_machine: false,
         };
         let rule = decided_out(&options, &packet);
         assert_eq!(port_of(rule), wanted, "{name}: {rule:?}");
@@ -994,6 +1027,7 @@ fn hop_from_the_proxy_to_its_application_passes() {
             interface: LO,
             mark: 0,
             owner: Some(PROXY),
+            from_machine: false,
         };
         let rule = decided_out(&Options::injected(), &packet);
         assert_eq!(rule, Rule::ProxyPassthrough);
@@ -1020,6 +1054,42 @@ fn inbound_to_the_proxys_own_ports_is_captured_and_to_the_tunnel_is_not() {
         let options = Options::injected();
         let rule = decide::inbound(&options.pod(), &options, &connection);
         assert_eq!(port_of(rule), wanted, "port {port}: {rule:?}");
+    }
+}
+
+#[test]
+fn machines_are_captured_by_destination_alone() {
+    let listed = Options {
+        outbound: All::These(vec![cidr(ELSEWHERE, 24)]),
+        exclude_outbound: vec![cidr("0.0.0.0", 0)],
+        exclude_outbound_ports: vec![(0, 65535)],
+        groups: All::These(vec![]),
+        ..Options::injected()
+    };
+    let without_ipv6 = Options {
+        ipv6: false,
+        ..Options::injected()
+    };
+    for (options, destination, wanted) in [
+        (&Options::injected(), ELSEWHERE, Rule::MachineCaptured),
+        (&Options::injected(), POD_IP, Rule::MachineCaptured),
+        (&listed, ELSEWHERE, Rule::MachineCaptured),
+        (&listed, POD_IP, Rule::MachineNotIncluded),
+        (&listed, "fd00::5", Rule::MachineNotIncluded),
+        (&without_ipv6, "fd00::5", Rule::MachineIpv6Off),
+    ] {
+        let packet = Packet {
+            protocol: Protocol::Tcp,
+            source: ip("172.30.1.2"),
+            destination: ip(destination),
+            port: 15008,
+            interface: 2,
+            mark: 0,
+            owner: None,
+            from_machine: true,
+        };
+        assert_eq!(decided_in(options, &packet), wanted, "{destination}");
+        assert_eq!(by_the_rules_in(options, &packet), wanted, "{destination}");
     }
 }
 
@@ -1094,6 +1164,7 @@ fn tproxy_takes_what_the_nat_table_leaves() {
             interface: LO,
             mark,
             owner: Some(owner),
+            from_machine: false,
         };
         assert_eq!(decided_out(&injected(), &packet), wanted, "{name}");
         assert_eq!(by_the_rules_out(&injected(), &packet), wanted, "{name}");
@@ -1195,6 +1266,7 @@ fn dns_cases_that_people_trip_over() {
                 interface: leaves_by(destination),
                 mark: 0,
                 owner: Some(owner),
+                from_machine: false,
             };
             let rule = decided_out(&options, &packet);
             assert_eq!(port_of(rule), wanted, "{name} {protocol:?}: {rule:?}");
@@ -1230,6 +1302,7 @@ fn tproxy_takes_tcp_that_is_no_captured_query() {
             interface: LO,
             mark,
             owner: Some(owner),
+            from_machine: false,
         };
         assert_eq!(decided_out(&options(), &packet), wanted, "{name}");
         assert_eq!(by_the_rules_out(&options(), &packet), wanted, "{name}");

@@ -103,6 +103,8 @@ macro_rules! read_words {
     };
 }
 
+pub mod packet;
+
 /// Takes the address of the family. Both are read before the choice is made: a choice of what to
 /// read would become arithmetic on the pointer.
 #[inline(always)]

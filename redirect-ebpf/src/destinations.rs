@@ -31,6 +31,18 @@ pub fn port_of(netns_cookie: u64, original: &Original, source_port: u16) -> Opti
     None
 }
 
+/// The port that stands for a destination already.
+#[inline(always)]
+pub fn known_port_of(netns_cookie: u64, original: &Original) -> Option<u16> {
+    for attempt in 0..STEERED_PORT_TRIES {
+        let port = original.steered_port(attempt);
+        if *of_port(netns_cookie, port)? == *original {
+            return Some(port);
+        }
+    }
+    None
+}
+
 /// The destination that a steered port stands for.
 #[inline(always)]
 pub fn of_port(netns_cookie: u64, steered_port: u16) -> Option<&'static Original> {

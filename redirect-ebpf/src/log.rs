@@ -32,6 +32,7 @@ enum Trouble {
     NoRoute,
     FlowLost,
     SocketStorageRefused,
+    MachineDropped,
     NoDnsSlot,
 }
 
@@ -51,6 +52,12 @@ pub fn no_route(netns_cookie: u64, destination: &Address, port: u16) {
 #[inline(always)]
 pub fn flow_lost(netns_cookie: u64, destination: &Address, port: u16) {
     warn_about(netns_cookie, destination, port, Trouble::FlowLost);
+}
+
+/// A virtual machine's packet would have to be captured and cannot be.
+#[inline(always)]
+pub fn machine_dropped(netns_cookie: u64, destination: &Address, port: u16) {
+    warn_about(netns_cookie, destination, port, Trouble::MachineDropped);
 }
 
 /// The kernel has no memory to remember a socket by.
@@ -119,6 +126,10 @@ extern "C" fn trouble_with_connection(
         tell!("refused: no route was known there at attach");
     } else if trouble == Trouble::FlowLost as u32 {
         tell!("refused: it could not be written to FLOWS");
+    } else if trouble == Trouble::MachineDropped as u32 {
+        tell!(
+            "a virtual machine's packet is dropped: its interface has no such address, no steered port is free, or it is a fragment"
+        );
     } else if trouble == Trouble::NoDnsSlot as u32 {
         tell!("DNS_SLOTS is full: its socket may take the answers of several servers for one's");
     } else {

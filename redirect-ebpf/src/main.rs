@@ -10,19 +10,24 @@ mod ephemeral;
 mod globals;
 mod listeners;
 mod log;
+mod machines;
 mod maps;
 mod names;
 mod original_dst;
 mod outbound;
 mod owner;
 mod part;
+mod segment;
 mod sk_lookup;
 mod sockaddr;
 mod sockops;
 
 use aya_ebpf::macros;
-use aya_ebpf::programs::{SkLookupContext, SockAddrContext, SockOpsContext, SockoptContext};
+use aya_ebpf::programs::{
+    SkLookupContext, SockAddrContext, SockOpsContext, SockoptContext, TcContext,
+};
 
+use crate::ctx::packet::Packet;
 use crate::ctx::{Family, SockAddr, SockLookup, SockOps, SockOpt};
 
 #[macros::cgroup_sock_addr(connect4)]
@@ -108,6 +113,16 @@ fn redirect_sockops(ctx: SockOpsContext) -> u32 {
 #[macros::sk_lookup]
 fn redirect_sk_lookup(ctx: SkLookupContext) -> u32 {
     sk_lookup::sk_lookup(&SockLookup::new(ctx))
+}
+
+#[macros::classifier]
+fn redirect_machine_ingress(ctx: TcContext) -> i32 {
+    machines::ingress(&Packet::new(ctx))
+}
+
+#[macros::classifier]
+fn redirect_machine_egress(ctx: TcContext) -> i32 {
+    machines::egress(&Packet::new(ctx))
 }
 
 #[panic_handler]

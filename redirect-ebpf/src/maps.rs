@@ -18,6 +18,7 @@ use redirect_common::route::{
     ROUTE_LOCAL, ROUTE_PREFIX_BITS, ROUTE_UNREACHABLE, RouteInfo, RouteKey,
 };
 use redirect_common::verdict::{COUNTERS, Rule};
+use redirect_common::virtual_machine::{Interface, InterfaceKey, Translation};
 
 use crate::ctx::{InheritedSkStorage, lru_get, map_get, map_get_mut};
 
@@ -52,6 +53,15 @@ pub static DNS_SLOTS: HashMap<DnsSlotKey, DnsSlot> = HashMap::pinned(1 << 18, BP
 #[map]
 pub static FLOWS: LruHashMap<FlowKey, Original> = LruHashMap::pinned(1 << 16, 0);
 
+/// The interfaces with virtual machines behind them.
+#[map]
+pub static INTERFACES: HashMap<InterfaceKey, Interface> = HashMap::pinned(4096, BPF_F_NO_PREALLOC);
+
+/// What is done with connections that virtual machines make. LRU: what is pushed out is found again
+/// by its socket.
+#[map]
+pub static MACHINE_FLOWS: LruHashMap<FlowKey, Translation> = LruHashMap::pinned(1 << 15, 0);
+
 #[map]
 pub static LISTENERS: SockHash<ListenerKey> = SockHash::pinned(1 << 16, 0);
 
@@ -67,8 +77,8 @@ pub static FOLLOWERS: Array<Follower> = Array::pinned(log::FOLLOWERS, 0);
 #[map]
 pub static DECISIONS: RingBuf = RingBuf::pinned(1 << 18, 0);
 
-/// Where a pod's own program leaves its network namespace cookie before it jumps to the shared
-/// `sk_lookup` program. Nothing comes between on that CPU: packets are taken in with softirqs off.
+/// Where a pod's own program leaves its network namespace cookie before it jumps to a shared program.
+/// Nothing comes between on that CPU: packets are taken in and sent with softirqs off.
 #[map]
 pub static NETNS: PerCpuArray<u64> = PerCpuArray::pinned(1, 0);
 
@@ -80,7 +90,8 @@ pub fn pod(netns_cookie: u64) -> Option<&'static PodConfig> {
     map_get(&PODS, &netns_cookie)
 }
 
-/// The network namespace of a `sk_lookup` program that runs: it has no helper that tells it.
+/// The network namespace of the program that runs, if it was reached by a pod's own: one for which no
+/// helper tells it.
 #[inline(always)]
 pub fn netns_cookie() -> Option<u64> {
     NETNS.get(0).copied()
@@ -146,6 +157,32 @@ pub fn flow(key: &FlowKey) -> Option<&'static Original> {
 pub fn take_flow(key: &FlowKey) {
     // An error means that it has gone already.
     let _ = FLOWS.remove(key);
+}
+
+/// The interface with virtual machines behind it.
+#[inline(always)]
+pub fn interface(key: &InterfaceKey) -> Option<&'static Interface> {
+    map_get(&INTERFACES, key)
+}
+
+/// What is done with a virtual machine's connection. Copied: the kernel may give the entry's memory
+/// to another one.
+#[inline(always)]
+pub fn machine_flow(key: &FlowKey) -> Option<Translation> {
+    lru_get(&MACHINE_FLOWS, key).copied()
+}
+
+/// Remembers what is done with a virtual machine's connection. False if there is no room.
+#[inline(always)]
+pub fn set_machine_flow(key: &FlowKey, translation: &Translation) -> bool {
+    MACHINE_FLOWS.insert(key, translation, 0).is_ok()
+}
+
+/// Forgets a virtual machine's connection.
+#[inline(always)]
+pub fn take_machine_flow(key: &FlowKey) {
+    // An error means that it has gone already.
+    let _ = MACHINE_FLOWS.remove(key);
 }
 
 /// Adds one to the rule's counter of the pod.

@@ -1,6 +1,8 @@
 //! getpeername() and getsockname(): the addresses that iptables REDIRECT would show.
 
-use redirect_common::connection::{ROLE_ACCEPTED_INBOUND, ROLE_ACCEPTED_OUTBOUND, ROLE_CLIENT};
+use redirect_common::connection::{
+    ROLE_ACCEPTED_INBOUND, ROLE_ACCEPTED_MACHINE, ROLE_ACCEPTED_OUTBOUND, ROLE_CLIENT,
+};
 
 use crate::ctx::SockAddr;
 use crate::dns;
@@ -26,7 +28,8 @@ pub fn getpeername(ctx: &SockAddr) -> i32 {
 }
 
 /// To the proxy, its own end is its listener: on loopback for what the pod sent, on the pod's
-/// address for what the pod got (`nf_nat_redirect.c`).
+/// address for what the pod got, on the interface's for what a virtual machine behind it sent
+/// (`nf_nat_redirect.c`).
 #[inline(always)]
 pub fn getsockname(ctx: &SockAddr) -> i32 {
     if ctx.is_udp() {
@@ -39,7 +42,7 @@ pub fn getsockname(ctx: &SockAddr) -> i32 {
         if state.role == ROLE_ACCEPTED_OUTBOUND {
             ctx.set_address(&ctx.address().loopback_of_family());
             ctx.set_port(state.original.proxy_port);
-        } else if state.role == ROLE_ACCEPTED_INBOUND {
+        } else if state.role == ROLE_ACCEPTED_INBOUND || state.role == ROLE_ACCEPTED_MACHINE {
             ctx.set_port(state.original.proxy_port);
         }
     }

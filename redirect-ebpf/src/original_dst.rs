@@ -1,7 +1,9 @@
 //! getsockopt(SO_ORIGINAL_DST), at SOL_IP and at SOL_IPV6, without any privilege.
 
 use redirect_common::address::Address;
-use redirect_common::connection::{ROLE_ACCEPTED_OUTBOUND, ROLE_CLIENT, ROLE_CLIENT_DIRECT};
+use redirect_common::connection::{
+    ROLE_ACCEPTED_MACHINE, ROLE_ACCEPTED_OUTBOUND, ROLE_CLIENT, ROLE_CLIENT_DIRECT,
+};
 
 use crate::ctx::{IPPROTO_TCP, SOL_IP, SOL_IPV6, Sock, SockOpt};
 use crate::maps;
@@ -37,7 +39,11 @@ fn original(sock: Sock, netns_cookie: u64) -> Option<(Address, u16)> {
         return None;
     }
     match part::of(sock, netns_cookie) {
-        Some(part) if part.role == ROLE_CLIENT || part.role == ROLE_ACCEPTED_OUTBOUND => {
+        Some(part)
+            if part.role == ROLE_CLIENT
+                || part.role == ROLE_ACCEPTED_OUTBOUND
+                || part.role == ROLE_ACCEPTED_MACHINE =>
+        {
             Some((part.original.destination, part.original.port))
         }
         Some(part) if part.role != ROLE_CLIENT_DIRECT => Some((sock.source(), sock.source_port())),

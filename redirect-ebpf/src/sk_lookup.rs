@@ -4,13 +4,14 @@
 use redirect_common::address::Address;
 use redirect_common::connection::FlowKey;
 use redirect_common::decide::{self, Inbound};
-use redirect_common::pod::FLAG_TPROXY;
+use redirect_common::pod::{FLAG_MACHINES, FLAG_TPROXY};
 use redirect_common::verdict::{Action, Rule};
 
 use crate::ctx::SockLookup;
 use crate::destinations;
 use crate::listeners;
 use crate::log;
+use crate::machines::{self, Arrival};
 use crate::maps::{self, PolicyLists};
 
 const PASS: u32 = 1;
@@ -60,6 +61,27 @@ pub fn sk_lookup(ctx: &SockLookup) -> u32 {
     let Some(pod) = pod else {
         return PASS;
     };
+    let (from, to) = ((remote, ctx.remote_port()), (local, ctx.local_port()));
+    if pod.has(FLAG_MACHINES) {
+        match machines::arrival(netns_cookie, from, to) {
+            Some(Arrival::Captured(original)) => {
+                let meant = (original.destination, original.port);
+                let rule = Rule::MachineCaptured;
+                maps::count(netns_cookie, rule);
+                let about = log::inbound(netns_cookie, pod, from, meant, ctx.interface());
+                log::decided(&about, rule);
+                return to_listener(
+                    ctx,
+                    netns_cookie,
+                    original.proxy_port,
+                    &local,
+                    (&original.destination, original.port),
+                );
+            }
+            Some(Arrival::LetAlone) => return PASS,
+            None => {}
+        }
+    }
     let lists = PolicyLists { policy: pod.policy };
     let connection = Inbound {
         destination: local,
@@ -68,7 +90,6 @@ pub fn sk_lookup(ctx: &SockLookup) -> u32 {
     };
     let rule = decide::inbound(pod, &lists, &connection);
     maps::count(netns_cookie, rule);
-    let (from, to) = ((remote, ctx.remote_port()), (local, ctx.local_port()));
     let about = log::inbound(netns_cookie, pod, from, to, connection.interface);
     log::decided(&about, rule);
     if rule.action() != Action::CaptureInbound {

@@ -6,8 +6,9 @@ use aya_ebpf::bindings::{
     BPF_SOCK_OPS_TCP_LISTEN_CB,
 };
 use redirect_common::connection::{
-    FlowKey, Original, ROLE_ACCEPTED_DIRECT, ROLE_ACCEPTED_INBOUND, ROLE_ACCEPTED_OUTBOUND,
-    ROLE_CLIENT, ROLE_CLIENT_DIRECT, ROLE_LISTENER, SocketState, is_steered_port,
+    FlowKey, Original, ROLE_ACCEPTED_DIRECT, ROLE_ACCEPTED_INBOUND, ROLE_ACCEPTED_MACHINE,
+    ROLE_ACCEPTED_OUTBOUND, ROLE_CLIENT, ROLE_CLIENT_DIRECT, ROLE_LISTENER, SocketState,
+    is_steered_port,
 };
 use redirect_common::dns::DNS_AGENT_PORT;
 use redirect_common::pod::{FLAG_DNS, FLAG_TPROXY};
@@ -17,6 +18,7 @@ use crate::ctx::{Sock, SockOps};
 use crate::destinations;
 use crate::listeners;
 use crate::log;
+use crate::machines::{self, Arrival};
 use crate::maps;
 
 /// The system call goes on.
@@ -135,6 +137,9 @@ fn accepted(ctx: &SockOps) {
     if is_steered_port(flow.steered_port) && handed_over(sock, listener.is_some(), &flow) {
         return;
     }
+    if is_steered_port(flow.steered_port) && made_by_machine(sock, &flow) {
+        return;
+    }
     let pod = maps::pod(netns_cookie);
     let tproxy = pod.is_some_and(|pod| pod.has(FLAG_TPROXY));
     if tproxy {
@@ -190,6 +195,24 @@ fn handed_over(sock: Sock, inherited: bool, flow: &FlowKey) -> bool {
         maps::take_flow(flow);
     }
     true
+}
+
+/// A connection that a virtual machine makes: takes over what it was meant for. False if it is none.
+#[inline(always)]
+fn made_by_machine(sock: Sock, flow: &FlowKey) -> bool {
+    let arrival = machines::arrival(
+        flow.netns_cookie,
+        (flow.client, flow.client_port),
+        (flow.steered, flow.steered_port),
+    );
+    let Some(Arrival::Captured(original)) = arrival else {
+        return false;
+    };
+    sock.set_state(&SocketState {
+        original: *original,
+        role: ROLE_ACCEPTED_MACHINE,
+        _pad: 0,
+    })
 }
 
 #[inline(always)]

@@ -15,6 +15,7 @@ use redirect_common::pod::PodConfig;
 use crate::collect;
 use crate::detach;
 use crate::kernel;
+use crate::machines;
 use crate::observe::cgroup::Cgroup;
 use crate::observe::identity::UserNamespace;
 use crate::observe::interfaces::interfaces;
@@ -23,7 +24,7 @@ use crate::observe::netns::NetworkNamespace;
 use crate::observe::routes::{Family, first_global_family, routing_table};
 use crate::options::{Dns, Ipv6, Policy};
 use crate::pins::Pins;
-use crate::programs::{self, HOOKS, Hook, Need, Programs, SK_LOOKUP, Side};
+use crate::programs::{self, Entered, HOOKS, Hook, Need, Programs, SK_LOOKUP, Side};
 use crate::record::{self, Notes};
 use crate::settings;
 use crate::sys::bpf;
@@ -135,6 +136,14 @@ pub fn attach(request: &Request) -> Result<Outcome> {
                 .context("writing RECORDS")?;
             changed = true;
         }
+        // After the notes: they tell detach where the filters are.
+        changed |= machines::add(
+            &pins,
+            &programs,
+            &tables,
+            &request.netns,
+            &request.policy.virtual_interfaces,
+        )?;
         if before != Some(config) {
             tables
                 .pods
@@ -144,6 +153,9 @@ pub fn attach(request: &Request) -> Result<Outcome> {
             // A proxy may have begun to listen before its port was known to the sockops program.
             find_listeners(&tables, request, &notes)?;
         }
+        // Only now: until the policy is written these interfaces are captured by the old one.
+        changed |=
+            machines::remove_others(&tables, &request.netns, &request.policy.virtual_interfaces)?;
         if !obsolete.is_empty() {
             tproxy::take_back(&request.netns, &obsolete)?;
             tables
@@ -251,6 +263,7 @@ fn refuse_overlap(
         }
         let same_pod = other.netns_cookie == notes.netns_cookie;
         let same_options = other.policy.mode == notes.policy.mode
+            && other.policy.virtual_interfaces == notes.policy.virtual_interfaces
             && tables
                 .pods
                 .get(&notes.netns_cookie)?
@@ -364,7 +377,7 @@ fn link(
         }
         if !same_build {
             let lookup = open_link(&directory.join(SK_LOOKUP))?;
-            let program = programs.load_sk_lookup(pins, notes.netns_cookie)?;
+            let program = programs.load_entry(pins, notes.netns_cookie, Entered::SkLookup)?;
             bpf::link_update(lookup.as_fd(), program.as_fd()).context("updating link sk_lookup")?;
             changed = true;
         }
@@ -374,7 +387,7 @@ fn link(
     let pin = |link: OwnedFd, name: &str| {
         bpf::pin(link.as_fd(), &staged.join(name)).with_context(|| format!("pinning link {name}"))
     };
-    let program = programs.load_sk_lookup(pins, notes.netns_cookie)?;
+    let program = programs.load_entry(pins, notes.netns_cookie, Entered::SkLookup)?;
     pin(
         programs::attach_sk_lookup(&program, &request.netns)?,
         SK_LOOKUP,

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use crate::collect;
+use crate::machines;
 use crate::pins::{self, Pins};
 use crate::programs::{HOOKS, SK_LOOKUP};
 use crate::record::{self, Notes};
@@ -98,6 +99,7 @@ pub(crate) fn one(pins: &Pins, tables: &Tables, cgroup_id: u64) -> Result<()> {
     }
     pins::remove(&directory)?;
     if let Some(notes) = notes.as_ref().filter(|_| !shared) {
+        machines::forget(pins, tables, notes)?;
         forget_namespace(tables, notes)?;
     }
     tables.records.remove(&cgroup_id).context("writing RECORDS")

@@ -85,6 +85,15 @@ impl Pins {
         Ok(directories)
     }
 
+    /// Every pinned program, of whatever build.
+    pub fn all_program_pins(&self) -> Result<Vec<PathBuf>> {
+        let mut pins = Vec::new();
+        for directory in self.all_programs()? {
+            pins.append(&mut entries(&directory)?);
+        }
+        Ok(pins)
+    }
+
     /// Where the programs of one build are pinned.
     pub fn programs(&self, build: u64) -> PathBuf {
         self.root.join(format!("programs-{build:016x}"))

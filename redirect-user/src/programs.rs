@@ -2,6 +2,7 @@
 
 mod entry;
 
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
@@ -156,7 +157,53 @@ pub const HOOKS: &[Hook] = &[
 
 /// Name of the pin of a pod's `sk_lookup` link.
 pub const SK_LOOKUP: &str = "sk_lookup";
-const SK_LOOKUP_PROGRAM: &str = "redirect_sk_lookup";
+
+/// A program for whose type no helper tells the network namespace. Every pod has an entry of its own
+/// to it, of a few instructions, that knows the namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entered {
+    /// Steers connections to listeners.
+    SkLookup,
+    /// Translates packets to virtual machines.
+    MachineEgress,
+    /// Translates packets of virtual machines.
+    MachineIngress,
+}
+
+impl Entered {
+    const ALL: [Self; 3] = [Self::SkLookup, Self::MachineEgress, Self::MachineIngress];
+
+    /// Name of the program in the object.
+    pub const fn program(self) -> &'static str {
+        match self {
+            Self::SkLookup => "redirect_sk_lookup",
+            Self::MachineEgress => "redirect_machine_egress",
+            Self::MachineIngress => "redirect_machine_ingress",
+        }
+    }
+
+    /// Pin of the one-entry program array through which the pods' entries reach the program.
+    fn jump(self) -> String {
+        format!("{}_jump", self.program())
+    }
+
+    fn load(self, entry: &[bpf::Instruction]) -> io::Result<OwnedFd> {
+        match self {
+            Self::SkLookup => bpf::load_sk_lookup(entry),
+            Self::MachineEgress | Self::MachineIngress => bpf::load_tc(entry),
+        }
+    }
+
+    /// Lets alone whatever the program is about.
+    const fn pass(self) -> i32 {
+        match self {
+            // SK_PASS
+            Self::SkLookup => 1,
+            // TC_ACT_UNSPEC: other filters have their say.
+            Self::MachineEgress | Self::MachineIngress => -1,
+        }
+    }
+}
 
 const fn hook(
     name: &'static str,
@@ -185,14 +232,11 @@ const fn dns_hook(
     }
 }
 
-/// Pin of the one-entry program array through which the pods' entries reach the shared program.
-const SK_LOOKUP_JUMP: &str = "sk_lookup_jump";
-
 /// The shared programs of this build.
 #[derive(Debug)]
 pub struct Programs {
     fds: Vec<OwnedFd>,
-    sk_lookup_jump: OwnedFd,
+    jumps: Vec<OwnedFd>,
 }
 
 /// Names this build's programs: a hash of the object, from the build script.
@@ -232,27 +276,32 @@ impl Programs {
             bpf::pin(fd.as_fd(), &staged.join(hook.program))
                 .with_context(|| format!("pinning program {}", hook.program))?;
         }
-        let lookup = load_program(&mut object, SK_LOOKUP_PROGRAM)?;
-        let jump = bpf::program_array(lookup.as_fd()).context("making the jump to sk_lookup")?;
-        bpf::pin(jump.as_fd(), &staged.join(SK_LOOKUP_JUMP)).context("pinning the jump")?;
+        for entered in Entered::ALL {
+            let name = entered.program();
+            let fd = load_program(&mut object, name)?;
+            let jump = bpf::program_array(fd.as_fd())
+                .with_context(|| format!("making the jump to {name}"))?;
+            bpf::pin(jump.as_fd(), &staged.join(entered.jump()))
+                .with_context(|| format!("pinning the jump to {name}"))?;
+        }
         pins.publish(&staged, &directory)?;
         Self::open(&directory)
     }
 
     fn open(directory: &Path) -> Result<Self> {
-        let fds = HOOKS
-            .iter()
-            .map(|hook| {
-                let path = directory.join(hook.program);
-                bpf::open_pinned(&path).with_context(|| format!("opening {}", path.display()))
-            })
-            .collect::<Result<_>>()?;
-        let path = directory.join(SK_LOOKUP_JUMP);
-        let sk_lookup_jump =
-            bpf::open_pinned(&path).with_context(|| format!("opening {}", path.display()))?;
+        let open = |name: &str| {
+            let path = directory.join(name);
+            bpf::open_pinned(&path).with_context(|| format!("opening {}", path.display()))
+        };
         Ok(Self {
-            fds,
-            sk_lookup_jump,
+            fds: HOOKS
+                .iter()
+                .map(|hook| open(hook.program))
+                .collect::<Result<_>>()?,
+            jumps: Entered::ALL
+                .iter()
+                .map(|entered| open(&entered.jump()))
+                .collect::<Result<_>>()?,
         })
     }
 
@@ -281,14 +330,16 @@ impl Programs {
         Ok(true)
     }
 
-    /// Loads a pod's entry to the shared `sk_lookup` program. No helper tells that program its network
-    /// namespace, so every pod has an entry of a few instructions that knows it.
-    pub fn load_sk_lookup(&self, pins: &Pins, netns_cookie: u64) -> Result<OwnedFd> {
+    /// Loads a pod's entry to a shared program.
+    pub fn load_entry(&self, pins: &Pins, netns_cookie: u64, entered: Entered) -> Result<OwnedFd> {
         let path = pins.map("NETNS");
         let netns =
             bpf::open_pinned(&path).with_context(|| format!("opening {}", path.display()))?;
-        let entry = entry::instructions(netns.as_fd(), netns_cookie, self.sk_lookup_jump.as_fd());
-        bpf::load_sk_lookup(&entry).context("loading the pod's sk_lookup program")
+        let jump = self.jumps[entered as usize].as_fd();
+        let entry = entry::instructions(netns.as_fd(), netns_cookie, jump, entered.pass());
+        entered
+            .load(&entry)
+            .with_context(|| format!("loading the pod's entry to {}", entered.program()))
     }
 }
 
@@ -318,6 +369,7 @@ fn load_program(object: &mut Ebpf, name: &str) -> Result<OwnedFd> {
         Program::CgroupSockopt(program) => program.load(),
         Program::SockOps(program) => program.load(),
         Program::SkLookup(program) => program.load(),
+        Program::SchedClassifier(program) => program.load(),
         _ => bail!("program {name} is of an unexpected type"),
     };
     loaded.with_context(|| format!("loading program {name}"))?;

@@ -37,6 +37,7 @@ pub fn run(mut policy: Policy, command: &[OsString]) -> Result<ExitStatus> {
     }
     // Everything else in this namespace is not the command's.
     policy.inbound_ports = Scope::Listed(Vec::new());
+    policy.virtual_interfaces = Vec::new();
 
     let mountpoint = mounts::mountpoint()?;
     let own = RunCgroup::create(&mountpoint)?;

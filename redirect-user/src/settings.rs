@@ -9,7 +9,8 @@ use redirect_common::address::Address;
 use redirect_common::lists::{LIST_PREFIX_BITS, List, ListKey};
 use redirect_common::pod::{
     self, FLAG_DNS, FLAG_DNS_ALL, FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6,
-    FLAG_LOOPBACK_INCLUDED, FLAG_OUTBOUND_ALL, FLAG_TPROXY, MAX_EXCLUDED_INTERFACES, PodConfig,
+    FLAG_LOOPBACK_INCLUDED, FLAG_MACHINES, FLAG_OUTBOUND_ALL, FLAG_TPROXY, MAX_EXCLUDED_INTERFACES,
+    PodConfig,
 };
 use redirect_common::route::{
     ROUTE_BIND_SOURCE, ROUTE_LOCAL, ROUTE_PREFIX_BITS, ROUTE_UNREACHABLE, RouteInfo, RouteKey,
@@ -47,6 +48,7 @@ pub fn pod_config(
         (FLAG_INBOUND_ALL, policy.inbound_ports.is_all()),
         (FLAG_LOOPBACK_INCLUDED, policy.loopback_included),
         (FLAG_GROUPS_INCLUDE, !policy.owner_groups.is_all()),
+        (FLAG_MACHINES, !policy.virtual_interfaces.is_empty()),
         (FLAG_TPROXY, policy.mode != Mode::Redirect),
         (FLAG_DNS, policy.dns != Dns::Off),
         (FLAG_DNS_ALL, policy.dns == Dns::All),

@@ -8,6 +8,7 @@ use redirect_common::listener::ListenerKey;
 use redirect_common::verdict::Rule;
 use serde::Serialize;
 
+use crate::machines;
 use crate::observe::cgroup::Cgroup;
 use crate::observe::interfaces::interfaces;
 use crate::observe::netns::NetworkNamespace;
@@ -52,6 +53,9 @@ pub struct Pod {
     /// and what TPROXY needs is there; None if it is found neither by the path it was attached
     /// with nor by a process of the pod.
     pub routes_current: Option<bool>,
+    /// By pattern of `-k`: the interfaces that match, and whether the machines behind them are
+    /// captured; None if the namespace is not found.
+    pub virtual_interfaces: Option<BTreeMap<String, BTreeMap<String, bool>>>,
     /// Whether IPv6 is captured.
     pub ipv6: bool,
     /// Sockets known to listen, by the proxy's ports.
@@ -76,7 +80,7 @@ pub fn status() -> Result<Status> {
             }
         }
         for (cgroup_id, notes) in records {
-            pods.push(pod(&tables, cgroup_id, notes)?);
+            pods.push(pod(&pins, &tables, cgroup_id, notes)?);
         }
     }
     pods.sort_by(|a, b| a.cgroup.cmp(&b.cgroup));
@@ -87,7 +91,7 @@ pub fn status() -> Result<Status> {
     })
 }
 
-fn pod(tables: &Tables, cgroup_id: u64, notes: Notes) -> Result<Pod> {
+fn pod(pins: &Pins, tables: &Tables, cgroup_id: u64, notes: Notes) -> Result<Pod> {
     // A map of sockets has keys to list, but no values to read.
     let known = tables.listeners.keys()?;
     let on_port = |port| {
@@ -102,6 +106,7 @@ fn pod(tables: &Tables, cgroup_id: u64, notes: Notes) -> Result<Pod> {
     Ok(Pod {
         capturing: tables.pods.get(&notes.netns_cookie)?.is_some(),
         routes_current: routes_current(tables, &notes),
+        virtual_interfaces: virtual_interfaces(pins, &notes),
         connections: connections(tables, notes.netns_cookie)?,
         listeners,
         cgroup_id,
@@ -127,6 +132,25 @@ fn connections(tables: &Tables, netns_cookie: u64) -> Result<BTreeMap<&'static s
         })
         .filter(|(_, count)| *count > 0)
         .collect())
+}
+
+fn virtual_interfaces(
+    pins: &Pins,
+    notes: &Notes,
+) -> Option<BTreeMap<String, BTreeMap<String, bool>>> {
+    let patterns = &notes.policy.virtual_interfaces;
+    if patterns.is_empty() {
+        return Some(BTreeMap::new());
+    }
+    let netns = namespace(notes)?;
+    patterns
+        .iter()
+        .map(|pattern| {
+            let found = machines::inspect(pins, &netns, std::slice::from_ref(pattern)).ok()?;
+            let interfaces = found.into_iter().map(|found| (found.name, found.filtered));
+            Some((pattern.to_string(), interfaces.collect()))
+        })
+        .collect()
 }
 
 fn routes_current(tables: &Tables, notes: &Notes) -> Option<bool> {

@@ -11,6 +11,7 @@ use redirect_common::pod::PodConfig;
 use redirect_common::record::Record;
 use redirect_common::route::{RouteInfo, RouteKey};
 use redirect_common::verdict::COUNTERS;
+use redirect_common::virtual_machine::{Interface, InterfaceKey, Translation};
 
 use crate::pins::Pins;
 use crate::sys::bpf::{PerCpuTable, Table};
@@ -31,6 +32,10 @@ pub struct Tables {
     pub dns_slots: Table<DnsSlotKey, DnsSlot>,
     /// Connections on their way to the proxy.
     pub flows: Table<FlowKey, Original>,
+    /// Interfaces with virtual machines behind them.
+    pub interfaces: Table<InterfaceKey, Interface>,
+    /// Connections that virtual machines make.
+    pub machine_flows: Table<FlowKey, Translation>,
     /// The proxies' listeners; the value is a descriptor.
     pub listeners: Table<ListenerKey, u32>,
     /// What sockets remember; the key is a descriptor.
@@ -70,6 +75,8 @@ pub const NAMES: &[&str] = &[
     "DESTINATIONS",
     "DNS_SLOTS",
     "FLOWS",
+    "INTERFACES",
+    "MACHINE_FLOWS",
     "LISTENERS",
     "SOCKETS",
     "RECORDS",
@@ -91,6 +98,8 @@ impl Tables {
             destinations: open(pins, "DESTINATIONS")?,
             dns_slots: open(pins, "DNS_SLOTS")?,
             flows: open(pins, "FLOWS")?,
+            interfaces: open(pins, "INTERFACES")?,
+            machine_flows: open(pins, "MACHINE_FLOWS")?,
             listeners: open(pins, "LISTENERS")?,
             sockets: open(pins, "SOCKETS")?,
             records: open(pins, "RECORDS")?,

@@ -15,6 +15,7 @@
 //! | [`bpffs`] | a BPF file system of a test's own, and what the loader keeps in it |
 //! | [`tracer`] | running the loader call by call, and killing it after any of them |
 //! | [`foreign`] | somebody else's eBPF program on the same hook |
+//! | [`machine`] | a virtual machine behind an interface of a pod |
 //! | [`scene`] | a pod with a proxy, an application and a service, and the check of one connection |
 //! | [`conformance`] | random options and connections, in two pods alike: one captured by redirect, one by iptables |
 #![allow(
@@ -36,6 +37,7 @@ pub mod follower;
 pub mod foreign;
 pub mod iptables;
 pub mod loader;
+pub mod machine;
 pub mod maps;
 pub mod namespace;
 pub mod options;

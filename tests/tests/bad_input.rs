@@ -335,22 +335,6 @@ fn identities() {
 }
 
 #[rstest]
-fn what_is_not_supported_yet_is_never_ignored() {
-    all(&[
-        (
-            &["-k", "tap0"],
-            &[],
-            &["--kube-virt-interfaces", "tap0", "not supported yet"],
-        ),
-        (
-            &[],
-            &["KUBE_VIRT_INTERFACES=tap0"],
-            &["KUBE_VIRT_INTERFACES", "not supported yet"],
-        ),
-    ]);
-}
-
-#[rstest]
 fn modes_and_switches() {
     all(&[
         (
@@ -418,6 +402,16 @@ fn modes_and_switches() {
             &[],
             &["KUBE_VIRT_INTERFACES=tap0,!tap1"],
             &["KUBE_VIRT_INTERFACES", "!tap1"],
+        ),
+        (
+            &["-m", "TPROXY"],
+            &["KUBE_VIRT_INTERFACES=tap0"],
+            &[
+                "KUBE_VIRT_INTERFACES",
+                "tap0",
+                "cannot be combined",
+                "TPROXY",
+            ],
         ),
         (
             &["--ipv6", "maybe"],

@@ -1,5 +1,6 @@
 //! `redirect status` for people.
 
+use std::collections::BTreeMap;
 use std::io::Write as _;
 
 use anyhow::Result;
@@ -58,6 +59,17 @@ fn rows(pod: &Pod) -> Vec<(&'static str, String)> {
             if pod.ipv6 { "captured" } else { "not captured" }.to_owned(),
         ),
     ];
+    match &pod.virtual_interfaces {
+        None => rows.push((
+            "machines",
+            "unknown: the namespace cannot be found".to_owned(),
+        )),
+        Some(patterns) => rows.extend(
+            patterns
+                .iter()
+                .map(|pattern| ("machines", machines(pattern))),
+        ),
+    }
     for (port, count) in &pod.listeners {
         let value = match count {
             0 => format!("{port}: {}", "no listener".yellow()),
@@ -75,4 +87,20 @@ fn rows(pod: &Pod) -> Vec<(&'static str, String)> {
         rows.push(("connections", format!("{count:>8}  {rule}")));
     }
     rows
+}
+
+/// The interfaces of one pattern.
+fn machines((pattern, interfaces): (&String, &BTreeMap<String, bool>)) -> String {
+    if interfaces.is_empty() {
+        return format!("{pattern}: {}", "no such interface".yellow());
+    }
+    let one = |(name, captured): (&String, &bool)| match captured {
+        true => name.clone(),
+        false => format!(
+            "{name} {}",
+            "not captured: run `redirect attach` again".yellow()
+        ),
+    };
+    let all: Vec<_> = interfaces.iter().map(one).collect();
+    format!("{pattern}: {}", all.join(", "))
 }

@@ -1,9 +1,13 @@
-//! The interfaces of a network namespace, by name.
+//! The interfaces of a network namespace: names, first addresses, and what filters their packets.
+
+pub mod filters;
 
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::link::{LinkAttribute, LinkMessage};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
+use netlink_packet_route::link::{LinkAttribute, LinkLayerType, LinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 
 use super::netlink::Netlink;
@@ -28,16 +32,35 @@ pub enum Error {
     },
 }
 
-/// A network interface.
+/// A network interface, with the addresses that iptables REDIRECT would choose from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Interface {
     /// Its index in its namespace.
     pub index: u32,
     /// Its name now.
     pub name: String,
+    /// What its packets begin with.
+    pub layer: Layer,
+    /// Its first IPv4 address.
+    pub ipv4: Option<Ipv4Addr>,
+    /// Its first IPv6 address that is not link-local.
+    pub ipv6: Option<Ipv6Addr>,
+    /// Its first link-local IPv6 address.
+    pub ipv6_link_local: Option<Ipv6Addr>,
 }
 
-/// Every interface of the namespace, `lo` too, in the kernel's order.
+/// What an interface's packets begin with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layer {
+    /// An Ethernet header.
+    Ethernet,
+    /// The IP header.
+    Ip,
+    /// Something else: the loopback interface too, which nothing comes in by from outside.
+    Other,
+}
+
+/// Every interface of the namespace, `lo` too, by index.
 pub fn interfaces(ns: &NetworkNamespace) -> Result<Vec<Interface>> {
     ns.run_inside(read_interfaces)?
         .map_err(|source| Error::Netlink {
@@ -47,30 +70,74 @@ pub fn interfaces(ns: &NetworkNamespace) -> Result<Vec<Interface>> {
 }
 
 /// As [`interfaces`], of the calling thread's namespace.
-pub(crate) fn read_interfaces() -> io::Result<Vec<Interface>> {
+fn read_interfaces() -> io::Result<Vec<Interface>> {
     let netlink = Netlink::open(NETLINK_ROUTE)?;
-    let answers = netlink.dump(&RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
-    Ok(answers
+    let mut interfaces: Vec<_> = netlink
+        .dump(&RouteNetlinkMessage::GetLink(LinkMessage::default()))?
         .into_iter()
         .filter_map(|answer| match answer {
-            RouteNetlinkMessage::NewLink(link) => interface_of(link),
+            RouteNetlinkMessage::NewLink(link) => interface_of(&link),
             _ => None,
         })
-        .collect())
+        .collect();
+    interfaces.sort_by_key(|interface| interface.index);
+    // In the kernel's order, which is the one that REDIRECT looks through.
+    for answer in netlink.dump(&RouteNetlinkMessage::GetAddress(AddressMessage::default()))? {
+        if let RouteNetlinkMessage::NewAddress(message) = answer
+            && let Some(address) = usable_address(&message)
+            && let Some(interface) = interfaces
+                .iter_mut()
+                .find(|interface| interface.index == message.header.index)
+        {
+            match address {
+                IpAddr::V4(v4) => interface.ipv4.get_or_insert(v4).to_bits().into(),
+                IpAddr::V6(v6) if v6.is_unicast_link_local() => {
+                    interface.ipv6_link_local.get_or_insert(v6).to_bits()
+                }
+                IpAddr::V6(v6) => interface.ipv6.get_or_insert(v6).to_bits(),
+            };
+        }
+    }
+    Ok(interfaces)
 }
 
-fn interface_of(link: LinkMessage) -> Option<Interface> {
-    let name = link.attributes.into_iter().find_map(|attribute| {
-        if let LinkAttribute::IfName(name) = attribute {
-            Some(name)
-        } else {
-            None
-        }
-    })?;
+fn interface_of(link: &LinkMessage) -> Option<Interface> {
+    let name = link
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            LinkAttribute::IfName(name) => Some(name.clone()),
+            _ => None,
+        })?;
     Some(Interface {
         index: link.header.index,
         name,
+        layer: match link.header.link_layer_type {
+            LinkLayerType::Ether => Layer::Ethernet,
+            LinkLayerType::None => Layer::Ip,
+            _ => Layer::Other,
+        },
+        ipv4: None,
+        ipv6: None,
+        ipv6_link_local: None,
     })
+}
+
+/// None for an IPv6 address that the kernel does not use yet (`nf_nat_redirect_ipv6_usable`).
+fn usable_address(message: &AddressMessage) -> Option<IpAddr> {
+    let (mut local, mut peer) = (None, None);
+    let mut flags = AddressFlags::from_bits_retain(u32::from(message.header.flags.bits()));
+    for attribute in &message.attributes {
+        match attribute {
+            AddressAttribute::Local(address) => local = Some(*address),
+            AddressAttribute::Address(address) => peer = Some(*address),
+            AddressAttribute::Flags(all) => flags |= *all,
+            _ => {}
+        }
+    }
+    let waits =
+        flags.contains(AddressFlags::Tentative) && !flags.contains(AddressFlags::Optimistic);
+    local.or(peer).filter(|_| !waits)
 }
 
 #[cfg(test)]
@@ -101,5 +168,33 @@ mod tests {
                 .iter()
                 .any(|was| was.index == renamed.index && was.name == "net1")
         );
+    }
+
+    #[test]
+    fn first_addresses_are_those_of_the_kernels_own_list() {
+        let pod = TestNamespace::new();
+        pod.ip("link add net1 type veth peer name net2");
+        pod.ip("link set net1 up");
+        for address in [
+            "10.1.0.1/24",
+            "10.2.0.1/24",
+            "fe80::9/64",
+            "fd00:1::1/64",
+            "fd00:2::1/64",
+        ] {
+            pod.ip(&format!("addr add {address} dev net1 nodad"));
+        }
+        let found = interfaces(&pod.open()).unwrap();
+        let net1 = found.iter().find(|i| i.name == "net1").expect("net1");
+        assert_eq!(net1.layer, Layer::Ethernet);
+        assert_eq!(net1.ipv4, Some(Ipv4Addr::new(10, 1, 0, 1)));
+        // The kernel puts a new IPv6 address in front of the others of its scope.
+        assert_eq!(net1.ipv6, Some("fd00:2::1".parse().expect("an address")));
+        assert_eq!(
+            net1.ipv6_link_local,
+            Some("fe80::9".parse().expect("an address"))
+        );
+        let lo = found.iter().find(|i| i.name == "lo").expect("lo");
+        assert_eq!(lo.layer, Layer::Other);
     }
 }

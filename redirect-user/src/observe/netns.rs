@@ -1,5 +1,6 @@
 //! A network namespace: opened by path or process, told apart by inode, entered only by throwaway threads.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -140,6 +141,23 @@ impl NetworkNamespace {
             Err(Error::Missing { .. }) => Err(Error::NoProcess { pid }),
             result => result,
         }
+    }
+
+    /// The namespace with this cookie: by the path it had, or else that of a process in it.
+    #[must_use]
+    pub fn find(cookie: u64, path: &Path) -> Option<Self> {
+        let is_it = |netns: &Self| netns.cookie().is_ok_and(|found| found == cookie);
+        if let Ok(netns) = Self::open(path)
+            && is_it(&netns)
+        {
+            return Some(netns);
+        }
+        let mut seen = HashSet::new();
+        super::proc::pids()
+            .into_iter()
+            .filter_map(|pid| Self::of_process(pid).ok())
+            .filter(|netns| seen.insert(netns.inode()))
+            .find(is_it)
     }
 
     /// Opens the namespace of this process. Named by its inode: the path means another one to every other process.
@@ -337,6 +355,29 @@ mod tests {
         assert_eq!(namespace.run_inside(inode).unwrap(), namespace.inode());
         assert_eq!(inode(), before);
         assert_ne!(before, namespace.inode());
+    }
+
+    #[test]
+    fn find_goes_by_the_cookie_whatever_became_of_the_path() {
+        let (pod, other) = (TestNamespace::new(), TestNamespace::new());
+        let cookie = pod.open().cookie().unwrap();
+        let path = |namespace: &TestNamespace| Path::new("/run/netns").join(&namespace.name);
+        let found = |path: &Path| NetworkNamespace::find(cookie, path).map(|netns| netns.inode());
+        let inode = Some(pod.open().inode());
+        assert_eq!(found(&path(&pod)), inode);
+        assert_eq!(found(&path(&other)), None, "nobody is in it");
+        let mut inhabitant = std::process::Command::new("ip")
+            .args(["netns", "exec", &pod.name, "sleep", "60"])
+            .spawn()
+            .unwrap();
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+        while found(&path(&other)).is_none() && std::time::Instant::now() < deadline {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        let by_process = found(&path(&other));
+        inhabitant.kill().unwrap();
+        inhabitant.wait().unwrap();
+        assert_eq!(by_process, inode);
     }
 
     #[test]

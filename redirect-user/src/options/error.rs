@@ -61,13 +61,15 @@ pub enum OptionError {
         /// Continues a sentence that begins with the file's name.
         reason: String,
     },
-    /// An istio-iptables option this version refuses instead of ignoring it.
-    #[error("{origin}: {} is not supported yet", quote(value))]
-    NotSupported {
+    /// Two options that exclude each other.
+    #[error("{origin}: {} cannot be combined with {why}", quote(value))]
+    NotWith {
         /// `--flag`, or the environment variable the value came from.
         origin: String,
         /// The whole value.
         value: String,
+        /// The other option, and what would happen.
+        why: &'static str,
     },
 }
 

@@ -223,7 +223,8 @@ pub struct CaptureFlags {
     )]
     pub istio_exclude_interfaces: Option<String>,
 
-    /// Not supported yet: interfaces whose inbound traffic is treated as outbound; eth+ as for -c [env: KUBE_VIRT_INTERFACES]
+    /// Interfaces with virtual machines behind them, whose connections are captured by -i alone;
+    /// eth+ means all that begin with eth; not with TPROXY [default: none] [env: KUBE_VIRT_INTERFACES]
     #[arg(
         short = 'k',
         long,

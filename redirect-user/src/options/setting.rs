@@ -70,10 +70,12 @@ impl Setting {
         })
     }
 
-    pub(super) fn not_supported(&self) -> OptionError {
-        OptionError::NotSupported {
+    /// Refuses the setting beside another one.
+    pub(super) fn not_with(&self, why: &'static str) -> OptionError {
+        OptionError::NotWith {
             origin: self.origin.clone(),
             value: self.value.clone(),
+            why,
         }
     }
 }

@@ -68,13 +68,6 @@ fn try_policy(args: &[&str], variables: &[(&str, &str)]) -> Result<Policy, Optio
     parse(args).validate_with(&env_of(variables), &TestNames)
 }
 
-/// As given, also what is not supported yet.
-fn read(args: &[&str], variables: &[(&str, &str)]) -> Policy {
-    parse(args)
-        .read_with(&env_of(variables), &TestNames)
-        .unwrap_or_else(|error| panic!("{args:?} {variables:?}: {error}"))
-}
-
 fn policy(args: &[&str]) -> Policy {
     policy_env(args, &[])
 }
@@ -163,12 +156,12 @@ fn short_long_and_variable_mean_the_same() {
         } else {
             vec![long, value]
         };
-        let by_long = read(&args, &[]);
+        let by_long = policy_env(&args, &[]);
         if !short.is_empty() {
-            assert_eq!(read(&[short, value], &[]), by_long, "{short}");
+            assert_eq!(policy_env(&[short, value], &[]), by_long, "{short}");
         }
         if !variable.is_empty() {
-            assert_eq!(read(&[], &[(variable, value)]), by_long, "{variable}");
+            assert_eq!(policy_env(&[], &[(variable, value)]), by_long, "{variable}");
         }
         assert!(
             !seen.contains(&by_long) || long == "--dual-stack",
@@ -251,7 +244,7 @@ fn option_that_asks_for_nothing_is_fine() {
 
 #[test]
 fn tproxy_takes_mark_and_table() {
-    let mode = |args: &[&str], variables: &[(&str, &str)]| read(args, variables).mode;
+    let mode = |args: &[&str], variables: &[(&str, &str)]| policy_env(args, variables).mode;
     let tproxy = |mark, table| Mode::Tproxy { mark, table };
     assert_eq!(mode(&["-m", "TPROXY"], &[]), tproxy(1337, 133));
     assert_eq!(
@@ -276,7 +269,7 @@ fn dns_capture_is_off_by_list_or_all() {
     let path = file.display().to_string();
     let dns = |text: &str, args: &[&str], variables: &[(&str, &str)]| {
         std::fs::write(&file, text).expect("a temporary file");
-        let dns = read(&[args, &["--resolv-conf", &path]].concat(), variables).dns;
+        let dns = policy_env(&[args, &["--resolv-conf", &path]].concat(), variables).dns;
         std::fs::remove_file(&file).expect("just written");
         dns
     };
@@ -311,14 +304,14 @@ fn interfaces_are_read_as_patterns() {
     };
     let expected = ("eth1,net+".to_owned(), "tap0".to_owned());
     assert_eq!(
-        named(&read(&["-c", "net+, eth1,eth1", "-k", "tap0"], &[])),
+        named(&policy_env(&["-c", "net+, eth1,eth1", "-k", "tap0"], &[])),
         expected
     );
     let variables = [
         ("ISTIO_EXCLUDE_INTERFACES", "eth1,net+"),
         ("KUBE_VIRT_INTERFACES", "tap0"),
     ];
-    assert_eq!(named(&read(&[], &variables)), expected);
+    assert_eq!(named(&policy_env(&[], &variables)), expected);
 }
 
 #[test]
@@ -537,7 +530,7 @@ fn policy_survives_json() {
     let policy = Policy {
         mode: Mode::Tproxy { mark: 1, table: 2 },
         dns: Dns::Servers(vec!["fd00::10".parse().expect("an address")]),
-        exclude_interfaces: read(&["-c", "eth1,net+"], &[]).exclude_interfaces,
+        exclude_interfaces: policy_env(&["-c", "eth1,net+"], &[]).exclude_interfaces,
         ..policy
     };
     let Ok(text) = serde_json::to_string(&policy) else {

@@ -19,6 +19,9 @@ use super::{cidrs, cidrs::CIDRS, cidrs::CIDRS_OR_ALL, cidrs::LOOPBACK};
 /// User whose uid is the proxy's, unless `ENVOY_USER` names another.
 const PROXY_USER: &str = "istio-proxy";
 
+/// Why `-k` is refused in TPROXY mode.
+const WITH_TPROXY: &str = "--istio-inbound-interception-mode TPROXY: everything that comes by these interfaces, to whatever destination, would go to the inbound listener";
+
 type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
 
 impl CaptureFlags {
@@ -37,13 +40,6 @@ impl CaptureFlags {
     /// # Errors
     /// The first option that is refused.
     pub fn validate_with(&self, env: Env<'_>, names: &dyn Names) -> Result<Policy, OptionError> {
-        let policy = self.read_with(env, names)?;
-        self.refuse_unsupported(env, &policy)?;
-        Ok(policy)
-    }
-
-    /// Everything as it was given, also what the data plane cannot honour.
-    pub(super) fn read_with(&self, env: Env<'_>, names: &dyn Names) -> Result<Policy, OptionError> {
         let mut policy = Policy::default();
         self.listeners(env, &mut policy)?;
         self.identities(env, names, &mut policy)?;
@@ -339,8 +335,14 @@ impl CaptureFlags {
             &["ISTIO_EXCLUDE_INTERFACES"],
             env,
         ))?;
-        policy.virtual_interfaces = list(self.virtual_interfaces_setting(env))?;
-        Ok(())
+        let virtual_interfaces = self.virtual_interfaces_setting(env);
+        policy.virtual_interfaces = list(virtual_interfaces.clone())?;
+        match (virtual_interfaces, policy.mode) {
+            (Some(setting), Mode::Tproxy { .. }) if !policy.virtual_interfaces.is_empty() => {
+                Err(setting.not_with(WITH_TPROXY))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn virtual_interfaces_setting(&self, env: Env<'_>) -> Option<Setting> {
@@ -350,18 +352,5 @@ impl CaptureFlags {
             &["KUBE_VIRT_INTERFACES"],
             env,
         )
-    }
-
-    /// What the data plane cannot honour: never ignored.
-    fn refuse_unsupported(&self, env: Env<'_>, policy: &Policy) -> Result<(), OptionError> {
-        let refused = [(
-            !policy.virtual_interfaces.is_empty(),
-            self.virtual_interfaces_setting(env),
-        )];
-        refused
-            .into_iter()
-            .filter(|(asked, _)| *asked)
-            .find_map(|(_, setting)| Some(Err(setting?.not_supported())))
-            .unwrap_or(Ok(()))
     }
 }

@@ -1,6 +1,6 @@
-//! A pod's own `sk_lookup` program: leaves the pod's network namespace cookie in `NETNS` and jumps to
-//! the program that all pods share. Written out here, since loading it from the object would mean to
-//! read the object, and the kernel's types, for every pod.
+//! A pod's own entry to a program that all pods share: leaves the pod's network namespace cookie in
+//! `NETNS` and jumps there. Written out here, since loading it from the object would mean to read the
+//! object, and the kernel's types, for every pod.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -20,13 +20,14 @@ const R3: u8 = 3;
 const R6: u8 = 6;
 /// Top of the stack.
 const R10: u8 = 10;
-const SK_PASS: i32 = 1;
 
-/// The program, for a map `NETNS` and a program array with the shared program in entry 0.
+/// The program, for a map `NETNS` and a program array with the shared program in entry 0. `otherwise` is
+/// what it returns if the jump fails.
 pub(super) fn instructions(
     netns: BorrowedFd<'_>,
     netns_cookie: u64,
     jump: BorrowedFd<'_>,
+    otherwise: i32,
 ) -> Vec<Instruction> {
     let mut program = vec![
         copy(R6, R1),
@@ -46,7 +47,7 @@ pub(super) fn instructions(
     program.push(skip_if_zero(R0, with_value.len() as i16));
     program.append(&mut with_value);
     // Reached only if the jump has failed.
-    program.push(set(R0, SK_PASS));
+    program.push(set(R0, otherwise));
     program.push(plain(BPF_JMP | BPF_EXIT, 0, 0, 0, 0));
     program
 }

@@ -114,11 +114,22 @@ pub struct Instruction {
 
 /// Loads a `sk_lookup` program.
 pub fn load_sk_lookup(instructions: &[Instruction]) -> io::Result<OwnedFd> {
-    const LICENSE: &CStr = c"Dual MIT/GPL";
-    const NAME: [libc::c_char; 16] = bytemuck::must_cast(*b"redirect_entry\0\0");
     let mut attr = empty();
     attr.__bindgen_anon_3.prog_type = bpf_prog_type::BPF_PROG_TYPE_SK_LOOKUP as u32;
     attr.__bindgen_anon_3.expected_attach_type = bpf_attach_type::BPF_SK_LOOKUP as u32;
+    load(attr, instructions)
+}
+
+/// Loads a tc filter.
+pub fn load_tc(instructions: &[Instruction]) -> io::Result<OwnedFd> {
+    let mut attr = empty();
+    attr.__bindgen_anon_3.prog_type = bpf_prog_type::BPF_PROG_TYPE_SCHED_CLS as u32;
+    load(attr, instructions)
+}
+
+fn load(mut attr: bpf_attr, instructions: &[Instruction]) -> io::Result<OwnedFd> {
+    const LICENSE: &CStr = c"Dual MIT/GPL";
+    const NAME: [libc::c_char; 16] = bytemuck::must_cast(*b"redirect_entry\0\0");
     attr.__bindgen_anon_3.insns = instructions.as_ptr() as u64;
     attr.__bindgen_anon_3.insn_cnt = instructions.len() as u32;
     attr.__bindgen_anon_3.license = LICENSE.as_ptr() as u64;

@@ -18,9 +18,8 @@ const INTERFACES: &str =
     "allowed are interface names of 1-15 characters, and prefixes of names such as eth+";
 const BOOLEAN: &str = "allowed are true and false";
 const IPV6: &str = "allowed are auto, on and off";
-const LATER: &str = "is not supported yet";
 
-/// Arguments; the message up to what is allowed; what is allowed, or [`LATER`].
+/// Arguments; the message up to what is allowed; what is allowed.
 #[rustfmt::skip]
 const REFUSED_FLAGS: &[(&[&str], &str, &str)] = &[
     // Listening ports.
@@ -134,11 +133,9 @@ const REFUSED_FLAGS: &[(&[&str], &str, &str)] = &[
     (&["-k", "eth0 eth1"], r#"--kube-virt-interfaces: "eth0 eth1" is not a name that an interface can have"#, INTERFACES),
     (&["-k", ".."], r#"--kube-virt-interfaces: ".." is not a name that an interface can have"#, INTERFACES),
     (&["-k", "eth0:1"], r#"--kube-virt-interfaces: "eth0:1" is not a name that an interface can have"#, INTERFACES),
-    // Not yet.
-    (&["-k", "tap0,tap1"], r#"--kube-virt-interfaces: "tap0,tap1""#, LATER),
 ];
 
-/// Variable and value; the message up to what is allowed; what is allowed, or [`LATER`].
+/// Variable and value; the message up to what is allowed; what is allowed.
 #[rustfmt::skip]
 const REFUSED_VARIABLES: &[(&str, &str, &str, &str)] = &[
     ("INBOUND_CAPTURE_PORT", "", r#"INBOUND_CAPTURE_PORT: "" is not a port to listen on"#, PORT),
@@ -164,7 +161,6 @@ const REFUSED_VARIABLES: &[(&str, &str, &str, &str)] = &[
     ("ISTIO_EXCLUDE_INTERFACES", "eth0/1", r#"ISTIO_EXCLUDE_INTERFACES: "eth0/1" is not a name that an interface can have"#, INTERFACES),
     ("KUBE_VIRT_INTERFACES", "tap0,*", r#"KUBE_VIRT_INTERFACES: "tap0,*": "*" has a *, where a + at the end means any ending"#, INTERFACES),
     ("DUAL_STACK", "2", r#"DUAL_STACK: "2" is not a boolean"#, BOOLEAN),
-    ("KUBE_VIRT_INTERFACES", "tap0", r#"KUBE_VIRT_INTERFACES: "tap0""#, LATER),
     ("ISTIO_DUAL_STACK", "on", r#"ISTIO_DUAL_STACK: "on" is not a boolean"#, BOOLEAN),
 ];
 
@@ -207,12 +203,11 @@ fn every_flag_and_variable_has_a_refused_value() {
 }
 
 fn assert_refused(args: &[&str], variables: &[(&str, &str)], fault: &str, rest: &str) {
-    let separator = if rest == LATER { " " } else { ": " };
     match try_policy(args, variables) {
         Ok(policy) => panic!("{args:?} {variables:?} accepted: {policy:?}"),
         Err(error) => assert_eq!(
             error.to_string(),
-            format!("{fault}{separator}{rest}"),
+            format!("{fault}: {rest}"),
             "{args:?} {variables:?}"
         ),
     }
