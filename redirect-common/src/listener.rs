@@ -38,11 +38,15 @@ impl ListenerKey {
     }
 }
 
-/// Would iptables REDIRECT to `target` have reached a listener bound to `bound`?
+/// May a connection for `target` be given to a listener bound to `bound`?
 ///
-/// REDIRECT changes the destination address, and the socket look-up that follows is by address: a
-/// wildcard listener is always found, another one only if it is bound to that very address.
+/// iptables REDIRECT changes the destination address, and the socket look-up that follows is by
+/// address: a wildcard listener is found, or one on that very address. What the pod sent goes to
+/// loopback; for what it got, any of its own addresses will do, since which one REDIRECT aims at
+/// depends on the interface.
 #[inline(always)]
 pub fn listener_serves(bound: &Address, target: &Address) -> bool {
-    bound.is_unspecified() || *bound == *target
+    bound.is_unspecified()
+        || *bound == *target
+        || !target.is_loopback() && !bound.is_loopback() && bound.is_v4() == target.is_v4()
 }

@@ -49,8 +49,29 @@ pub struct RouteInfo {
     pub source: Address,
     /// `ROUTE_` bits.
     pub flags: u32,
-    /// Interface index of `source`, for link-local addresses.
+    /// Index of the interface it leaves by; of a hole, the errno that connect() fails with.
     pub interface: u32,
 }
 
 crate::assert_size!(RouteInfo, 24);
+
+impl RouteInfo {
+    /// A hole: connect() fails with this errno.
+    pub const fn hole(errno: u32) -> Self {
+        Self {
+            source: Address::UNSPECIFIED,
+            flags: ROUTE_UNREACHABLE,
+            interface: errno,
+        }
+    }
+
+    /// The errno of a hole.
+    #[inline(always)]
+    pub const fn errno(&self) -> Option<u32> {
+        if self.flags & ROUTE_UNREACHABLE != 0 {
+            Some(self.interface)
+        } else {
+            None
+        }
+    }
+}

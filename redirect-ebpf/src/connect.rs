@@ -23,7 +23,6 @@ use crate::outbound::{self, Verdict};
 const ALLOW: i32 = 1;
 const REFUSE: i32 = 0;
 const EADDRNOTAVAIL: i32 = 99;
-const ENETUNREACH: i32 = 101;
 const ENOMEM: i32 = 12;
 
 #[inline(always)]
@@ -65,8 +64,8 @@ pub fn connect(ctx: &SockAddr) -> i32 {
             };
         }
         Verdict::InPlace(port) => return in_place(ctx, sock, &connection, port),
-        Verdict::NoRoute => {
-            ctx.set_error(ENETUNREACH);
+        Verdict::NoRoute(errno) => {
+            ctx.set_error(errno);
             return REFUSE;
         }
         Verdict::Capture(port, route) => (port, route),

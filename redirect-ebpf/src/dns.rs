@@ -20,7 +20,6 @@ use crate::outbound::{self, Verdict};
 
 const ALLOW: i32 = 1;
 const REFUSE: i32 = 0;
-const ENETUNREACH: i32 = 101;
 const ENOMEM: i32 = 12;
 
 /// connect() of a UDP socket to a server: from then on it talks to the agent.
@@ -115,8 +114,8 @@ fn captured(ctx: &SockAddr, sock: Sock, bound: &Address) -> Captured {
     match judged.verdict {
         Verdict::Capture(..) => Captured::Yes(judged.connection, netns_cookie),
         Verdict::Pass | Verdict::InPlace(_) => Captured::No,
-        Verdict::NoRoute => {
-            ctx.set_error(ENETUNREACH);
+        Verdict::NoRoute(errno) => {
+            ctx.set_error(errno);
             Captured::NoRoute
         }
     }

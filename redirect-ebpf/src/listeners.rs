@@ -25,7 +25,7 @@ pub fn record(ctx: &SockOps, netns_cookie: u64, port: u16) {
     ctx.record_listener(&mut key, BPF_ANY);
 }
 
-/// Gives the connection to a listener on `port` that iptables REDIRECT to `target` would reach.
+/// Gives the connection for `target` to a listener on `port` that may have it.
 #[inline(always)]
 pub fn assign(ctx: &SockLookup, netns_cookie: u64, port: u16, target: &Address) -> bool {
     for slot in 0..LISTENER_SLOTS {

@@ -14,15 +14,14 @@ use redirect_common::lists::{LIST_PREFIX_BITS, List, ListKey, Lists};
 use redirect_common::log::{self, Follower};
 use redirect_common::pod::{FLAG_TPROXY, PodConfig};
 use redirect_common::record::Record;
-use redirect_common::route::{
-    ROUTE_LOCAL, ROUTE_PREFIX_BITS, ROUTE_UNREACHABLE, RouteInfo, RouteKey,
-};
+use redirect_common::route::{ROUTE_LOCAL, ROUTE_PREFIX_BITS, RouteInfo, RouteKey};
 use redirect_common::verdict::{COUNTERS, Rule};
 use redirect_common::virtual_machine::{Interface, InterfaceKey, Translation};
 
 use crate::ctx::{InheritedSkStorage, lru_get, map_get, map_get_mut};
 
 const ADDRESS_BITS: u32 = 128;
+const ENETUNREACH: i32 = 101;
 
 /// Not preallocated: elements are then freed only after an RCU grace period, so a program never
 /// reads half of an old and half of a new policy.
@@ -97,15 +96,26 @@ pub fn netns_cookie() -> Option<u64> {
     NETNS.get(0).copied()
 }
 
+/// The route to a destination. An error, as an errno, if it cannot be reached.
 #[inline(always)]
-pub fn route(netns_cookie: u64, destination: &Address) -> Option<&'static RouteInfo> {
+pub fn route_or_errno(netns_cookie: u64, destination: &Address) -> Result<&'static RouteInfo, i32> {
     let key = Key::new(
         ROUTE_PREFIX_BITS + ADDRESS_BITS,
         RouteKey::new(netns_cookie, *destination),
     );
-    ROUTES
-        .get(key)
-        .filter(|route| route.flags & ROUTE_UNREACHABLE == 0)
+    let Some(route) = ROUTES.get(key) else {
+        return Err(ENETUNREACH);
+    };
+    match route.errno() {
+        Some(errno) => Err(errno as i32),
+        None => Ok(route),
+    }
+}
+
+/// The route to a destination, if it can be reached.
+#[inline(always)]
+pub fn route(netns_cookie: u64, destination: &Address) -> Option<&'static RouteInfo> {
+    route_or_errno(netns_cookie, destination).ok()
 }
 
 /// True if the address is one of the pod's own.

@@ -15,6 +15,8 @@ use crate::log;
 use crate::maps::{self, PolicyLists};
 use crate::owner;
 
+const EINVAL: i32 = 22;
+
 /// What is to happen to it.
 pub enum Verdict {
     Pass,
@@ -22,8 +24,8 @@ pub enum Verdict {
     InPlace(u16),
     /// To the listener on this port, host order; it would have taken this route.
     Capture(u16, &'static RouteInfo),
-    /// It is to be captured, but the pod has no route there.
-    NoRoute,
+    /// It is to be captured, but the kernel would refuse it with this errno.
+    NoRoute(i32),
 }
 
 /// What was judged, and how.
@@ -43,7 +45,8 @@ pub fn judge(
     (destination, port): (Address, u16),
     bound: &Address,
 ) -> Judged {
-    let route = maps::route(netns_cookie, &destination);
+    let found = maps::route_or_errno(netns_cookie, &destination);
+    let route = found.ok();
     let local =
         destination.is_loopback() || route.is_some_and(|route| route.flags & ROUTE_LOCAL != 0);
     let routed = route.map_or(0, |route| route.interface);
@@ -69,9 +72,19 @@ pub fn judge(
     };
     let about = log::outbound(netns_cookie, pod, &connection);
     let wanted = decide(pod, &about);
+    let refused = match found {
+        Err(errno) => Some(errno),
+        // A loopback address is no source for a destination outside (`ip_route_output_key_hash_rcu`).
+        Ok(_) if bound.is_v4() && bound.is_loopback() && !local => Some(EINVAL),
+        Ok(_) => None,
+    };
     // Passing it would let it out if a route has come since; the kernel would say the same.
-    let no_route = wanted.action() != Action::Pass && route.is_none();
-    let rule = if no_route { Rule::NoRoute } else { wanted };
+    let refused = refused.filter(|_| wanted.action() != Action::Pass);
+    let rule = if refused.is_some() {
+        Rule::NoRoute
+    } else {
+        wanted
+    };
     maps::count(netns_cookie, rule);
     log::decided(&about, rule);
     let proxy_port = match wanted.action() {
@@ -80,13 +93,13 @@ pub fn judge(
         Action::CaptureInbound | Action::CaptureInPlace => pod.inbound_port,
         Action::CaptureDns => DNS_AGENT_PORT,
     };
-    let verdict = match (wanted.action(), route) {
-        (Action::Pass, _) => Verdict::Pass,
-        (Action::CaptureInPlace, _) => Verdict::InPlace(proxy_port),
-        (_, Some(route)) => Verdict::Capture(proxy_port, route),
-        (_, None) => {
+    let verdict = match (wanted.action(), route, refused) {
+        (Action::Pass, ..) => Verdict::Pass,
+        (Action::CaptureInPlace, ..) => Verdict::InPlace(proxy_port),
+        (_, Some(route), None) => Verdict::Capture(proxy_port, route),
+        (.., errno) => {
             log::no_route(netns_cookie, &connection.destination, port);
-            Verdict::NoRoute
+            Verdict::NoRoute(errno.unwrap_or(EINVAL))
         }
     };
     Judged {

@@ -13,7 +13,7 @@ use redirect_common::pod::{
     PodConfig,
 };
 use redirect_common::route::{
-    ROUTE_BIND_SOURCE, ROUTE_LOCAL, ROUTE_PREFIX_BITS, ROUTE_UNREACHABLE, RouteInfo, RouteKey,
+    ROUTE_BIND_SOURCE, ROUTE_LOCAL, ROUTE_PREFIX_BITS, RouteInfo, RouteKey,
 };
 
 use crate::observe::identity::IdMap;
@@ -202,13 +202,10 @@ pub fn route_entries(netns_cookie: u64, table: &RoutingTable) -> Vec<(RoutePrefi
         };
         entry(&route.prefix, info)
     });
-    let holes = table.holes.iter().map(|net| {
-        let info = RouteInfo {
-            flags: ROUTE_UNREACHABLE,
-            ..RouteInfo::default()
-        };
-        entry(net, info)
-    });
+    let holes = table
+        .holes
+        .iter()
+        .map(|hole| entry(&hole.prefix, RouteInfo::hole(hole.errno as u32)));
     routes.chain(holes).collect()
 }
 

@@ -71,7 +71,16 @@ pub struct RoutingTable {
     pub routes: Vec<Route>,
     /// Destinations inside a wider route that cannot: blackhole, unreachable, prohibit, broadcast, multicast,
     /// anycast or without a source address. `connect` fails there or never leaves, so nothing is to be captured.
-    pub holes: Vec<IpNet>,
+    pub holes: Vec<Hole>,
+}
+
+/// Destinations that cannot be connected to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Hole {
+    /// The destinations.
+    pub prefix: IpNet,
+    /// What connect(2) fails with.
+    pub errno: i32,
 }
 
 /// An address family.
@@ -154,18 +163,20 @@ fn read_table() -> io::Result<RoutingTable> {
     order.sort_by_key(|(prefix, _)| prefix.prefix_len());
     for (prefix, cell) in order {
         let answer = if is_never_unicast(prefix) {
-            None
+            Err(libc::ENETUNREACH)
         } else {
             let Some(destination) = representative(prefix, &prefixes) else {
                 continue;
             };
             ask(&netlink, destination, &addresses)?
         };
-        let parent = parent(prefix, &answers).copied().flatten();
+        let parent = parent(prefix, &answers)
+            .copied()
+            .unwrap_or(Err(libc::ENETUNREACH));
         let redundant = match answer {
-            // A hole where nothing is reachable around it says nothing.
-            None => parent.is_none(),
-            answer => cell == Cell::Refinement && parent == answer,
+            // A hole like what is around it says nothing.
+            Err(_) => parent == answer,
+            Ok(_) => cell == Cell::Refinement && parent == answer,
         };
         if !redundant {
             answers.insert(prefix, answer);
@@ -175,7 +186,7 @@ fn read_table() -> io::Result<RoutingTable> {
     let mut table = RoutingTable::default();
     for (prefix, answer) in answers {
         match answer {
-            Some(Answer {
+            Ok(Answer {
                 source,
                 local,
                 interface,
@@ -187,7 +198,7 @@ fn read_table() -> io::Result<RoutingTable> {
                     interface,
                 });
             }
-            None => table.holes.push(prefix),
+            Err(errno) => table.holes.push(Hole { prefix, errno }),
         }
     }
     Ok(table)

@@ -34,19 +34,8 @@ impl<'a> Case<'a> {
     }
 }
 
-/// Why a difference is there.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Kind {
-    /// redirect does better on purpose.
-    Deliberate,
-    /// redirect should do as iptables does, and does not.
-    Gap,
-}
-
 /// One difference.
 pub struct Known {
-    /// Why it is there.
-    pub kind: Kind,
     /// What it is about, in the words of the documentation.
     pub name: &'static str,
     /// What redirect does, and what iptables does, in the words of the documentation.
@@ -58,7 +47,6 @@ pub struct Known {
 /// All of them, in the order of the documentation.
 pub const KNOWN: &[Known] = &[
     Known {
-        kind: Kind::Deliberate,
         name: "Established connections",
         explanation: "are never reset by attach, by a change of options, or by detach. With iptables conntrack begins or ceases to look at them, and resets them.",
         applies: |case, line| {
@@ -70,7 +58,6 @@ pub const KNOWN: &[Known] = &[
         },
     },
     Known {
-        kind: Kind::Deliberate,
         name: "`SO_ORIGINAL_DST` where IPv6 is not captured",
         explanation: "answers for IPv6 too. With iptables it fails with `ENOENT`, since conntrack does not look at IPv6 then.",
         applies: |case, line| {
@@ -83,7 +70,6 @@ pub const KNOWN: &[Known] = &[
         },
     },
     Known {
-        kind: Kind::Deliberate,
         name: "`SO_ORIGINAL_DST` with more than 4096 bytes",
         explanation: "comes back with the length of the address: eBPF programs are shown one page. With iptables the length stays the caller's.",
         applies: |case, line| {
@@ -94,7 +80,6 @@ pub const KNOWN: &[Known] = &[
         },
     },
     Known {
-        kind: Kind::Deliberate,
         name: "The client's source port",
         explanation: "is what the proxy sees, always. With iptables the second of two connections with one source port gets another one where both end at one listener.",
         applies: |case, line| {
@@ -106,36 +91,8 @@ pub const KNOWN: &[Known] = &[
         },
     },
     Known {
-        kind: Kind::Gap,
-        name: "Unreachable and prohibited destinations",
-        explanation: "that would be captured fail with `ENETUNREACH`. With iptables they fail as the route says: `EHOSTUNREACH` or `EACCES`.",
-        applies: |case, line| {
-            line.what == OUTCOME
-                && [Place::Unreachable, Place::Prohibited].contains(&case.attempt.to)
-                && ["EHOSTUNREACH", "EACCES"].contains(&line.iptables.as_str())
-                && line.redirect == "ENETUNREACH"
-        },
-    },
-    Known {
-        kind: Kind::Gap,
-        name: "IPv4 sockets bound to a loopback address",
-        explanation: "are captured on their way out. With iptables connect() fails with `EINVAL`: a loopback address is no source for a destination outside.",
-        applies: |case, _| {
-            let from_loopback = case
-                .attempt
-                .source
-                .is_some_and(|(place, _)| [Place::Localhost, Place::Passthrough].contains(&place));
-            from_loopback
-                && case.attempt.family.is_ipv4()
-                && case
-                    .line(OUTCOME)
-                    .is_some_and(|line| line.iptables == "EINVAL")
-        },
-    },
-    Known {
-        kind: Kind::Gap,
         name: "Connections from outside to one of several addresses of an interface",
-        explanation: "reach a proxy on that address or the wildcard, and its `getsockname` shows that address. With iptables both are about the first address of the interface.",
+        explanation: "reach a proxy on any of the pod's addresses, and its `getsockname` shows the one that was called. With iptables both are about the first address of the interface.",
         applies: |case, line| {
             // The kernel keeps IPv4 addresses in the order they were added in, and IPv6 ones in the reverse.
             let first = if case.attempt.family.is_ipv4() {
@@ -146,9 +103,9 @@ pub const KNOWN: &[Known] = &[
             let another =
                 [Place::Own, Place::Second].contains(&case.attempt.to) && case.attempt.to != first;
             let bound = case.setting.proxy == Proxy::PodAddress
-                && case.line(OUTCOME).is_some_and(|line| {
-                    line.iptables == "ECONNREFUSED" || line.redirect == "ECONNREFUSED"
-                });
+                && case
+                    .line(OUTCOME)
+                    .is_some_and(|line| line.iptables == "ECONNREFUSED");
             let shown = line.what == SERVER_LOCAL
                 && endpoint(&line.redirect).0 == endpoint(case.redirect(CLIENT_PEER)).0
                 && endpoint(&line.redirect).1 == endpoint(&line.iptables).1;

@@ -95,12 +95,12 @@ pub(super) struct Answer {
     pub(super) interface: u32,
 }
 
-/// Asks the kernel; `None` when the destination is not unicast or not reachable.
+/// Asks the kernel; the errno of connect(2) when the destination is not unicast or not reachable.
 pub(super) fn ask(
     netlink: &Netlink,
     destination: IpAddr,
     addresses: &[Address],
-) -> io::Result<Option<Answer>> {
+) -> io::Result<Result<Answer, i32>> {
     let mut request = RouteMessage::default();
     (
         request.header.address_family,
@@ -114,7 +114,7 @@ pub(super) fn ask(
         .push(RouteAttribute::Destination(destination.into()));
     let answer = match netlink.ask(&RouteNetlinkMessage::GetRoute(request)) {
         Ok(RouteNetlinkMessage::NewRoute(answer)) => answer,
-        Ok(_) => return Ok(None),
+        Ok(_) => return Ok(Err(libc::ENETUNREACH)),
         // unreachable, no route, prohibit, blackhole: what connect(2) would say.
         Err(error)
             if matches!(
@@ -130,14 +130,14 @@ pub(super) fn ask(
                 )
             ) =>
         {
-            return Ok(None);
+            return Ok(Err(error.raw_os_error().unwrap_or(libc::ENETUNREACH)));
         }
         Err(error) => return Err(error),
     };
     let local = match answer.header.kind {
         RouteType::Local => true,
         RouteType::Unicast => false,
-        _ => return Ok(None),
+        _ => return Ok(Err(libc::ENETUNREACH)),
     };
     let (mut source, mut interface) = (None, 0);
     for attribute in &answer.attributes {
@@ -153,9 +153,11 @@ pub(super) fn ask(
         // The kernel has no source to offer while its only candidates are tentative: they soon will be usable.
         .or_else(|| tentative_source(destination, interface, addresses))
         .or(local.then_some(destination));
-    Ok(source.map(|source| Answer {
-        source,
-        local,
-        interface,
-    }))
+    Ok(source
+        .map(|source| Answer {
+            source,
+            local,
+            interface,
+        })
+        .ok_or(libc::ENETUNREACH))
 }

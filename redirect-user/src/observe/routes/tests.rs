@@ -41,8 +41,8 @@ fn find(table: &RoutingTable, destination: &str) -> Option<Route> {
     let hole = table
         .holes
         .iter()
-        .filter(|hole| hole.contains(&destination))
-        .map(IpNet::prefix_len)
+        .filter(|hole| hole.prefix.contains(&destination))
+        .map(|hole| hole.prefix.prefix_len())
         .max();
     (hole.is_none_or(|hole| hole < route.prefix.prefix_len())).then_some(*route)
 }
