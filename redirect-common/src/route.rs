@@ -41,6 +41,9 @@ pub const ROUTE_UNREACHABLE: u32 = 2;
 /// the primary. A socket has to be bound to it.
 pub const ROUTE_BIND_SOURCE: u32 = 4;
 
+/// Of a hole: broadcast or multicast addresses, which packets can be sent to.
+pub const ROUTE_NOT_UNICAST: u32 = 8;
+
 /// Value of `ROUTES`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
@@ -57,10 +60,11 @@ crate::assert_size!(RouteInfo, 24);
 
 impl RouteInfo {
     /// A hole: connect() fails with this errno.
-    pub const fn hole(errno: u32) -> Self {
+    pub const fn hole(errno: u32, unicast: bool) -> Self {
+        let not_unicast = if unicast { 0 } else { ROUTE_NOT_UNICAST };
         Self {
             source: Address::UNSPECIFIED,
-            flags: ROUTE_UNREACHABLE,
+            flags: ROUTE_UNREACHABLE | not_unicast,
             interface: errno,
         }
     }

@@ -21,7 +21,6 @@ use redirect_common::virtual_machine::{Interface, InterfaceKey, Translation};
 use crate::ctx::{InheritedSkStorage, lru_get, map_get, map_get_mut};
 
 const ADDRESS_BITS: u32 = 128;
-const ENETUNREACH: i32 = 101;
 
 /// Not preallocated: elements are then freed only after an RCU grace period, so a program never
 /// reads half of an old and half of a new policy.
@@ -96,26 +95,19 @@ pub fn netns_cookie() -> Option<u64> {
     NETNS.get(0).copied()
 }
 
-/// The route to a destination. An error, as an errno, if it cannot be reached.
+/// The route to a destination, or the hole that it lies in.
 #[inline(always)]
-pub fn route_or_errno(netns_cookie: u64, destination: &Address) -> Result<&'static RouteInfo, i32> {
-    let key = Key::new(
+pub fn route_or_hole(netns_cookie: u64, destination: &Address) -> Option<&'static RouteInfo> {
+    ROUTES.get(Key::new(
         ROUTE_PREFIX_BITS + ADDRESS_BITS,
         RouteKey::new(netns_cookie, *destination),
-    );
-    let Some(route) = ROUTES.get(key) else {
-        return Err(ENETUNREACH);
-    };
-    match route.errno() {
-        Some(errno) => Err(errno as i32),
-        None => Ok(route),
-    }
+    ))
 }
 
 /// The route to a destination, if it can be reached.
 #[inline(always)]
 pub fn route(netns_cookie: u64, destination: &Address) -> Option<&'static RouteInfo> {
-    route_or_errno(netns_cookie, destination).ok()
+    route_or_hole(netns_cookie, destination).filter(|route| route.errno().is_none())
 }
 
 /// True if the address is one of the pod's own.

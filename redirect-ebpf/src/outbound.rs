@@ -7,7 +7,7 @@ use redirect_common::decide::{self, Outbound, Protocol};
 use redirect_common::dns::DNS_AGENT_PORT;
 use redirect_common::log::Decision;
 use redirect_common::pod::PodConfig;
-use redirect_common::route::{ROUTE_LOCAL, RouteInfo};
+use redirect_common::route::{ROUTE_LOCAL, ROUTE_NOT_UNICAST, ROUTE_UNREACHABLE, RouteInfo};
 use redirect_common::verdict::{Action, Rule};
 
 use crate::ctx::{Sock, argument};
@@ -16,6 +16,7 @@ use crate::maps::{self, PolicyLists};
 use crate::owner;
 
 const EINVAL: i32 = 22;
+const ENETUNREACH: i32 = 101;
 
 /// What is to happen to it.
 pub enum Verdict {
@@ -45,8 +46,8 @@ pub fn judge(
     (destination, port): (Address, u16),
     bound: &Address,
 ) -> Judged {
-    let found = maps::route_or_errno(netns_cookie, &destination);
-    let route = found.ok();
+    let found = maps::route_or_hole(netns_cookie, &destination);
+    let route = found.filter(|route| route.errno().is_none());
     let local =
         destination.is_loopback() || route.is_some_and(|route| route.flags & ROUTE_LOCAL != 0);
     let routed = route.map_or(0, |route| route.interface);
@@ -72,14 +73,12 @@ pub fn judge(
     };
     let about = log::outbound(netns_cookie, pod, &connection);
     let wanted = decide(pod, &about);
-    let refused = match found {
-        Err(errno) => Some(errno),
-        // A loopback address is no source for a destination outside (`ip_route_output_key_hash_rcu`).
-        Ok(_) if bound.is_v4() && bound.is_loopback() && !local => Some(EINVAL),
-        Ok(_) => None,
-    };
     // Passing it would let it out if a route has come since; the kernel would say the same.
-    let refused = refused.filter(|_| wanted.action() != Action::Pass);
+    let refused = if wanted.action() == Action::Pass {
+        None
+    } else {
+        error(found, bound, local)
+    };
     let rule = if refused.is_some() {
         Rule::NoRoute
     } else {
@@ -119,6 +118,20 @@ pub fn meant(destination: Address, bound: &Address) -> Address {
     } else {
         bound.loopback_of_family()
     }
+}
+
+/// The errno that connect() to there fails with.
+#[inline(always)]
+fn error(found: Option<&RouteInfo>, bound: &Address, local: bool) -> Option<i32> {
+    let Some(found) = found else {
+        return Some(ENETUNREACH);
+    };
+    // A loopback address is no source for a packet that leaves (`__mkroute_output`).
+    let leaves = found.flags & (ROUTE_UNREACHABLE | ROUTE_NOT_UNICAST) != ROUTE_UNREACHABLE;
+    if leaves && !local && bound.is_v4() && bound.is_loopback() {
+        return Some(EINVAL);
+    }
+    found.errno().map(|errno| errno as i32)
 }
 
 #[inline(always)]

@@ -202,10 +202,12 @@ pub fn route_entries(netns_cookie: u64, table: &RoutingTable) -> Vec<(RoutePrefi
         };
         entry(&route.prefix, info)
     });
-    let holes = table
-        .holes
-        .iter()
-        .map(|hole| entry(&hole.prefix, RouteInfo::hole(hole.errno as u32)));
+    let holes = table.holes.iter().map(|hole| {
+        entry(
+            &hole.prefix,
+            RouteInfo::hole(hole.errno as u32, hole.unicast),
+        )
+    });
     routes.chain(holes).collect()
 }
 

@@ -19,7 +19,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 
 use self::addresses::{is_global, read_addresses};
 use self::cells::{Cell, cells, is_never_unicast, parent, representative};
-use self::kernel::{Answer, ask, read_prefixes};
+use self::kernel::{Answer, Unreachable, ask, read_prefixes};
 use super::netlink::Netlink;
 use super::netns::{self, NetworkNamespace};
 
@@ -81,6 +81,8 @@ pub struct Hole {
     pub prefix: IpNet,
     /// What connect(2) fails with.
     pub errno: i32,
+    /// False for broadcast and multicast.
+    pub unicast: bool,
 }
 
 /// An address family.
@@ -163,7 +165,7 @@ fn read_table() -> io::Result<RoutingTable> {
     order.sort_by_key(|(prefix, _)| prefix.prefix_len());
     for (prefix, cell) in order {
         let answer = if is_never_unicast(prefix) {
-            Err(libc::ENETUNREACH)
+            Err(Unreachable::NOT_UNICAST)
         } else {
             let Some(destination) = representative(prefix, &prefixes) else {
                 continue;
@@ -172,7 +174,7 @@ fn read_table() -> io::Result<RoutingTable> {
         };
         let parent = parent(prefix, &answers)
             .copied()
-            .unwrap_or(Err(libc::ENETUNREACH));
+            .unwrap_or(Err(Unreachable::NO_ROUTE));
         let redundant = match answer {
             // A hole like what is around it says nothing.
             Err(_) => parent == answer,
@@ -198,7 +200,11 @@ fn read_table() -> io::Result<RoutingTable> {
                     interface,
                 });
             }
-            Err(errno) => table.holes.push(Hole { prefix, errno }),
+            Err(Unreachable { errno, unicast }) => table.holes.push(Hole {
+                prefix,
+                errno,
+                unicast,
+            }),
         }
     }
     Ok(table)

@@ -91,8 +91,8 @@ pub const KNOWN: &[Known] = &[
         },
     },
     Known {
-        name: "Connections from outside to one of several addresses of an interface",
-        explanation: "reach a proxy on any of the pod's addresses, and its `getsockname` shows the one that was called. With iptables both are about the first address of the interface.",
+        name: "Connections from outside to one of several addresses of the pod",
+        explanation: "reach a proxy on any of them, and its `getsockname` shows the one that was called. With iptables both are about the first address of the interface.",
         applies: |case, line| {
             // The kernel keeps IPv4 addresses in the order they were added in, and IPv6 ones in the reverse.
             let first = if case.attempt.family.is_ipv4() {
@@ -100,8 +100,8 @@ pub const KNOWN: &[Known] = &[
             } else {
                 Place::Second
             };
-            let another =
-                [Place::Own, Place::Second].contains(&case.attempt.to) && case.attempt.to != first;
+            let another = [Place::Own, Place::Second, Place::Other].contains(&case.attempt.to)
+                && case.attempt.to != first;
             let bound = case.setting.proxy == Proxy::PodAddress
                 && case
                     .line(OUTCOME)

@@ -95,12 +95,34 @@ pub(super) struct Answer {
     pub(super) interface: u32,
 }
 
-/// Asks the kernel; the errno of connect(2) when the destination is not unicast or not reachable.
+/// Why a destination cannot be connected to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Unreachable {
+    /// What connect(2) fails with.
+    pub(super) errno: i32,
+    /// False for broadcast and multicast.
+    pub(super) unicast: bool,
+}
+
+impl Unreachable {
+    /// No route leads there.
+    pub(super) const NO_ROUTE: Self = Self {
+        errno: libc::ENETUNREACH,
+        unicast: true,
+    };
+    /// No single host is there.
+    pub(super) const NOT_UNICAST: Self = Self {
+        unicast: false,
+        ..Self::NO_ROUTE
+    };
+}
+
+/// Asks the kernel; an inner error when the destination is not unicast or not reachable.
 pub(super) fn ask(
     netlink: &Netlink,
     destination: IpAddr,
     addresses: &[Address],
-) -> io::Result<Result<Answer, i32>> {
+) -> io::Result<Result<Answer, Unreachable>> {
     let mut request = RouteMessage::default();
     (
         request.header.address_family,
@@ -114,7 +136,7 @@ pub(super) fn ask(
         .push(RouteAttribute::Destination(destination.into()));
     let answer = match netlink.ask(&RouteNetlinkMessage::GetRoute(request)) {
         Ok(RouteNetlinkMessage::NewRoute(answer)) => answer,
-        Ok(_) => return Ok(Err(libc::ENETUNREACH)),
+        Ok(_) => return Ok(Err(Unreachable::NO_ROUTE)),
         // unreachable, no route, prohibit, blackhole: what connect(2) would say.
         Err(error)
             if matches!(
@@ -130,14 +152,17 @@ pub(super) fn ask(
                 )
             ) =>
         {
-            return Ok(Err(error.raw_os_error().unwrap_or(libc::ENETUNREACH)));
+            return Ok(Err(Unreachable {
+                errno: error.raw_os_error().unwrap_or(libc::ENETUNREACH),
+                unicast: true,
+            }));
         }
         Err(error) => return Err(error),
     };
     let local = match answer.header.kind {
         RouteType::Local => true,
         RouteType::Unicast => false,
-        _ => return Ok(Err(libc::ENETUNREACH)),
+        _ => return Ok(Err(Unreachable::NOT_UNICAST)),
     };
     let (mut source, mut interface) = (None, 0);
     for attribute in &answer.attributes {
@@ -159,5 +184,5 @@ pub(super) fn ask(
             local,
             interface,
         })
-        .ok_or(libc::ENETUNREACH))
+        .ok_or(Unreachable::NO_ROUTE))
 }
