@@ -153,14 +153,17 @@ impl Objects {
     }
 
     /// Waits until the kernel has freed all of them. Those that stay are returned.
+    ///
+    /// Seldom, and not at once: listing maps opens them, and the kernel never frees a program array that is closed again
+    /// before it has begun to clear it (`prog_array_map_clear` takes a reference for work that is queued already).
     pub fn wait_until_freed(&self) -> Self {
         let deadline = Instant::now() + PATIENCE;
         loop {
+            thread::sleep(Duration::from_millis(200));
             let alive = self.alive();
             if alive.is_empty() || Instant::now() > deadline {
                 return alive;
             }
-            thread::sleep(Duration::from_millis(2));
         }
     }
 

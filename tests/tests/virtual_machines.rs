@@ -121,11 +121,15 @@ fn no_other_option_has_a_say(
         exclude_outbound: "1:65535",
         owner_groups: Some(""),
         include_inbound: "",
+        exclude_interfaces: MACHINES.virtual_interfaces,
+        redirect_dns: true,
+        capture_all_dns: true,
         ..MACHINES
     };
     direct(&scene, &mut machine, family, To::Service(80), SERVICE);
     scene.attach(backend, &options);
     captured(&scene, &mut machine, family, To::Service(80));
+    captured(&scene, &mut machine, family, To::Service(53));
     captured(&scene, &mut machine, family, To::Own(8080));
 }
 
