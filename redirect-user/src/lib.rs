@@ -10,6 +10,7 @@ pub mod detach;
 pub mod follow;
 pub mod istio_iptables;
 pub mod kernel;
+pub mod node;
 pub mod observe;
 pub mod options;
 mod passthrough;
