@@ -22,7 +22,7 @@ use crate::observe::routes::{Family, first_global_family, routing_table};
 use crate::options::{Ipv6, Policy};
 use crate::pins::Pins;
 use crate::programs::{self, HOOKS, Programs, SK_LOOKUP, Side};
-use crate::record::{self, Notes};
+use crate::record::{self, KubernetesPod, Notes};
 use crate::settings;
 use crate::sys::bpf;
 use crate::tables::Tables;
@@ -38,6 +38,8 @@ pub struct Request {
     pub netns: NetworkNamespace,
     /// The process that removes it again, if it is not to outlive that one.
     pub run_by: Option<i32>,
+    /// The Kubernetes pod, if the node's daemon attaches it.
+    pub pod: Option<KubernetesPod>,
     /// What is captured.
     pub policy: Policy,
 }
@@ -67,6 +69,7 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         netns_inode: request.netns.inode(),
         ipv6,
         run_by: request.run_by,
+        pod: request.pod.clone(),
         policy: request.policy.clone(),
     };
     let record = notes.encode()?;

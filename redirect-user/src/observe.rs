@@ -9,6 +9,7 @@ pub mod identity;
 pub mod listeners;
 pub mod mounts;
 pub mod netns;
+pub mod node_pods;
 pub mod pod_cgroup;
 pub mod routes;
 
