@@ -21,7 +21,14 @@ use nix::{
 };
 use serde_json::{Value, json};
 
-use crate::{api_server::ApiServer, kubernetes::NODE, loader::redirect, pod::Pod};
+use crate::{
+    api_server::ApiServer,
+    kubernetes::NODE,
+    loader::redirect,
+    pod::Pod,
+    protocol::{Dial, Family},
+    scene::{Scene, To},
+};
 
 /// What is to happen happens in less, also on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(40);
@@ -46,8 +53,18 @@ impl Daemon {
 
     /// Starts one that listens there.
     pub fn start_at(socket: &Path, server: &ApiServer, arguments: &[&str]) -> Self {
+        Self::start_by(redirect(), socket, server, arguments)
+    }
+
+    /// Starts one by any call of `redirect`.
+    pub fn start_by(
+        redirect: Command,
+        socket: &Path,
+        server: &ApiServer,
+        arguments: &[&str],
+    ) -> Self {
         let metrics = free_port();
-        let mut child = Self::command(socket, metrics, server)
+        let mut child = Self::call(redirect, socket, metrics, server)
             .args(arguments)
             .stdin(Stdio::null())
             .stderr(Stdio::piped())
@@ -78,7 +95,10 @@ impl Daemon {
 
     /// The call of it.
     pub fn command(socket: &Path, metrics: u16, server: &ApiServer) -> Command {
-        let mut command = redirect();
+        Self::call(redirect(), socket, metrics, server)
+    }
+
+    fn call(mut command: Command, socket: &Path, metrics: u16, server: &ApiServer) -> Command {
         command
             .arg("daemon")
             .env("NODE_NAME", NODE)
@@ -181,10 +201,10 @@ impl Daemon {
             .collect()
     }
 
-    /// Ends it without a chance to tidy up.
+    /// Ends it without a chance to tidy up; its socket is removed.
     pub fn kill(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
+        self.end(Signal::SIGKILL);
+        std::fs::remove_file(&self.socket).unwrap();
     }
 
     /// Asks it to end, and waits for that.
@@ -215,9 +235,12 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        let _already_gone = self.child.kill();
-        let _reaped = self.child.wait();
-        let _left_in_tmp = std::fs::remove_file(&self.socket);
+        // One that has ended before may have a successor on the same socket.
+        if matches!(self.child.try_wait(), Ok(None)) {
+            let _already_gone = self.child.kill();
+            let _reaped = self.child.wait();
+            let _left_in_tmp = std::fs::remove_file(&self.socket);
+        }
     }
 }
 
@@ -238,4 +261,31 @@ pub fn sandbox(op: &str, id: &str, pod: &Pod, object: &Value) -> Value {
 pub fn free_port() -> u16 {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     listener.local_addr().unwrap().port()
+}
+
+/// Who answers the application's call of that port outside.
+pub fn out(scene: &mut Scene, port: u16) -> String {
+    let to = scene.address(Family::V4, To::Service(port));
+    scene
+        .app
+        .dial(&Dial::new(Family::V4, to))
+        .outcome()
+        .to_owned()
+}
+
+/// Who answers a call of that port of the pod from outside.
+pub fn inward(scene: &mut Scene, port: u16) -> String {
+    let to = scene.address(Family::V4, To::Own(port));
+    scene
+        .outside
+        .dial(&Dial::new(Family::V4, to))
+        .outcome()
+        .to_owned()
+}
+
+/// Waits until that one answers.
+pub fn until_out(daemon: &Daemon, scene: &mut Scene, port: u16, who: &str) {
+    daemon.until(&format!("{port} is answered by {who}"), || {
+        (out(scene, port) == who).then_some(())
+    });
 }

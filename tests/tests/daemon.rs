@@ -13,11 +13,11 @@ use std::{fs, thread, time::Duration};
 use nix::sys::signal::Signal;
 use redirect_tests::{
     actor::Actor,
-    api_server::{ApiServer, Manner},
-    bpffs,
-    daemon::{Daemon, free_port},
+    api_server::ApiServer,
+    bpffs::{self, Objects},
+    daemon::{Daemon, free_port, inward, out, until_out},
     kubernetes::{Layout, laid_out, object},
-    loader::{self, finish},
+    loader::{self, OtherBuild, finish},
     options::Options,
     pod::Pod,
     protocol::{Dial, Family, Identity, Traffic},
@@ -30,24 +30,6 @@ use Family::{V4, V6};
 
 const EXCLUDE_OUT: &str = "traffic.sidecar.istio.io/excludeOutboundPorts";
 const INCLUDE_IN: &str = "traffic.sidecar.istio.io/includeInboundPorts";
-
-/// Who answers the application's call of that port outside.
-fn out(scene: &mut Scene, port: u16) -> String {
-    let to = scene.address(V4, To::Service(port));
-    scene.app.dial(&Dial::new(V4, to)).outcome().to_owned()
-}
-
-/// Who answers a call of that port of the pod from outside.
-fn inward(scene: &mut Scene, port: u16) -> String {
-    let to = scene.address(V4, To::Own(port));
-    scene.outside.dial(&Dial::new(V4, to)).outcome().to_owned()
-}
-
-fn until_out(daemon: &Daemon, scene: &mut Scene, port: u16, who: &str) {
-    daemon.until(&format!("{port} is answered by {who}"), || {
-        (out(scene, port) == who).then_some(())
-    });
-}
 
 fn only(traffic: &Traffic, who: &str) {
     let [(met, count)] = &traffic.outcomes[..] else {
@@ -317,6 +299,35 @@ fn capture_goes_on_while_the_daemon_is_away_and_when_it_comes_back(#[case] signa
 }
 
 #[rstest]
+fn daemon_of_another_build_takes_over_without_an_uncaptured_moment() {
+    let other = OtherBuild::new();
+    bpffs::private(|| {
+        let mut scene = Scene::new();
+        let mut server = ApiServer::start();
+        server.apply(&object(&scene.pod, &[]));
+        let mut daemon = Daemon::start(&server, &[]);
+        until_out(&daemon, &mut scene, 80, "15001");
+        let socket = daemon.socket().to_owned();
+        let own = scene.address(V4, To::Own(8080));
+        scene.outside.traffic_start(Dial::new(V4, own));
+        // The API is away meanwhile: an upgrade does not wait for it.
+        server.go();
+        for by in [other.redirect(), loader::redirect()] {
+            let before = Objects::pinned();
+            assert!(daemon.end(Signal::SIGTERM).success());
+            daemon = Daemon::start_by(by, &socket, &server, &[]);
+            let after = daemon.until("other programs", || {
+                let now = Objects::pinned();
+                now.programs().is_disjoint(before.programs()).then_some(now)
+            });
+            assert_eq!(after.links(), before.links());
+        }
+        only(&scene.outside.traffic_stop(), "15006");
+        assert_eq!(out(&mut scene, 80), "15001");
+    });
+}
+
+#[rstest]
 fn invalid_annotation_is_told_and_ends_no_capture() {
     let bad = [(EXCLUDE_OUT, "443,http-and-more")];
     bpffs::private(|| {
@@ -370,95 +381,6 @@ fn invalid_annotation_is_told_and_ends_no_capture() {
         }
         daemon.until_metric("redirect_pods{state=\"invalid\"}", 0.0);
         assert_eq!(server.events().len(), 2);
-    });
-}
-
-#[rstest]
-fn daemon_starts_without_the_api_and_keeps_what_is_captured() {
-    bpffs::private(|| {
-        let mut server = ApiServer::away();
-        let mut scene = Scene::new();
-        server.apply(&object(&scene.pod, &[(EXCLUDE_OUT, "443")]));
-        let mut daemon = Daemon::start(&server, &[]);
-        daemon.until("it has tried", || {
-            (daemon.metric("redirect_errors_total{reason=\"watch\"}")? >= 2.0).then_some(())
-        });
-        assert_eq!(daemon.get("/readyz").unwrap().0, 503);
-        assert_eq!(out(&mut scene, 80), "service");
-        server.come();
-        until_out(&daemon, &mut scene, 80, "15001");
-        assert_eq!(daemon.get("/readyz").unwrap().0, 200);
-        // Away again, also for the next daemon, whose resync must not take an unknown pod for one that has gone.
-        server.go();
-        daemon.kill();
-        daemon = Daemon::start(&server, &[]);
-        daemon.until_metric("redirect_pods{state=\"captured\"}", 1.0);
-        thread::sleep(Duration::from_millis(2500));
-        assert_eq!(daemon.get("/readyz").unwrap().0, 503);
-        assert_eq!(out(&mut scene, 80), "15001");
-        assert_eq!(out(&mut scene, 443), "service");
-    });
-}
-
-#[rstest]
-#[case::hangs(Manner::Hang)]
-#[case::talks_nonsense(Manner::Nonsense)]
-#[case::fails(Manner::Fail)]
-#[case::answers_gone(Manner::Gone)]
-fn changes_are_followed_after_the_api_misbehaved(#[case] manner: Manner) {
-    bpffs::private(|| {
-        let server = ApiServer::start();
-        let mut scene = Scene::new();
-        server.apply(&object(&scene.pod, &[]));
-        let daemon = Daemon::start(&server, &[]);
-        until_out(&daemon, &mut scene, 443, "15001");
-        let before = server.asked();
-        server.behave(manner);
-        daemon.until("it asks again", || {
-            let now = server.asked();
-            (now.lists + now.watches > before.lists + before.watches + 1).then_some(())
-        });
-        assert_eq!(out(&mut scene, 443), "15001");
-        server.behave(Manner::Well);
-        server.apply(&object(&scene.pod, &[(EXCLUDE_OUT, "443")]));
-        until_out(&daemon, &mut scene, 443, "service");
-        assert_eq!(out(&mut scene, 80), "15001");
-    });
-}
-
-#[rstest]
-fn watch_goes_on_from_bookmarks_and_lists_again_only_when_history_is_gone() {
-    bpffs::private(|| {
-        let server = ApiServer::start();
-        let mut scene = Scene::new();
-        server.apply(&object(&scene.pod, &[]));
-        let daemon = Daemon::start(&server, &[]);
-        until_out(&daemon, &mut scene, 443, "15001");
-        let first = server.asked();
-        server.bookmark();
-        thread::sleep(Duration::from_millis(300));
-        server.disconnect();
-        server.apply(&object(&scene.pod, &[(EXCLUDE_OUT, "443")]));
-        until_out(&daemon, &mut scene, 443, "service");
-        let resumed = server.asked();
-        assert_eq!(resumed.lists, first.lists);
-        assert!(resumed.watches > first.watches);
-        // A pod goes while nobody watches and nothing tells of it: the new list shows that.
-        let other = Scene::new();
-        let gone = object(&other.pod, &[]);
-        server.apply(&gone);
-        daemon.until_metric("redirect_pods{state=\"captured\"}", 2.0);
-        server.delete(&gone);
-        server.compact();
-        drop(other);
-        daemon.until("it lists again", || {
-            (server.asked().lists > resumed.lists).then_some(())
-        });
-        daemon.until_metric("redirect_pods{state=\"captured\"}", 1.0);
-        daemon.until("one pod is left", || {
-            (loader::status()["pods"].as_array()?.len() == 1).then_some(())
-        });
-        assert_eq!(out(&mut scene, 80), "15001");
     });
 }
 

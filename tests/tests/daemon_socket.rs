@@ -123,6 +123,33 @@ fn sandbox_that_has_been_replaced_does_not_take_its_successor_along() {
 }
 
 #[rstest]
+fn pod_that_the_watch_does_not_know_yet_stays_captured() {
+    bpffs::private(|| {
+        let server = ApiServer::start();
+        let daemon = Daemon::start(&server, &[]);
+        daemon.until_ready();
+        let pod = Pod::new();
+        let mut kubernetes = object(&pod, &[]);
+        // The watch leaves it out, a question for it by name does not.
+        kubernetes["spec"]["nodeName"] = json!("node-2");
+        server.apply(&kubernetes);
+        assert_eq!(
+            daemon.ask(&sandbox("add", "c1", &pod, &kubernetes)),
+            captured()
+        );
+        thread::sleep(Duration::from_millis(2500));
+        let check = sandbox("check", "c1", &pod, &kubernetes);
+        assert_eq!(daemon.ask(&check), captured());
+        // Once it has been known and gone, it is removed at once.
+        kubernetes["spec"]["nodeName"] = json!("node-1");
+        server.apply(&kubernetes);
+        daemon.until_metric("redirect_pods{state=\"captured\"}", 1.0);
+        server.delete(&kubernetes);
+        daemon.until("nothing is left", || bpffs::pins().is_empty().then_some(()));
+    });
+}
+
+#[rstest]
 fn sandboxes_that_are_not_named_are_forgotten() {
     bpffs::private(|| {
         let server = ApiServer::start();

@@ -20,6 +20,7 @@ use super::metrics::Metrics;
 use super::pods::{self, Pods};
 use super::reports::{self, Reports};
 use super::socket::{Server, Socket};
+use crate::observe::mounts;
 
 /// How the daemon runs.
 #[derive(Clone, Debug)]
@@ -56,6 +57,7 @@ pub fn run(settings: Settings) -> Result<()> {
 async fn serve(settings: Settings) -> Result<()> {
     let mut terminated = signal(SignalKind::terminate())?;
     let mut interrupted = signal(SignalKind::interrupt())?;
+    mounts::whole()?;
     let client = client(&settings).await?;
     let listener = TcpListener::bind(settings.metrics)
         .await

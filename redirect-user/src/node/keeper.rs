@@ -3,6 +3,7 @@
 //! One thread does all that touches the kernel, one thing at a time. Requests of the plugin come before everything else:
 //! a pod's start waits for them.
 
+mod observe;
 mod requests;
 mod states;
 
@@ -449,39 +450,6 @@ impl Keeper {
             }
         }
         self.cgroups.1.get(uid).cloned()
-    }
-
-    fn observe(&mut self) {
-        self.observe_traffic();
-        self.count_pods();
-        match status::fill() {
-            Ok(maps) => {
-                for fill in maps {
-                    self.metrics.set_map(fill.map, fill.entries, fill.capacity);
-                }
-            }
-            Err(error) => self.unobserved(&error),
-        }
-    }
-
-    fn observe_traffic(&mut self) {
-        match status::traffic() {
-            Ok(traffic) => {
-                self.tally.look(&traffic, &self.metrics);
-                let missing = |port: usize| {
-                    let capturing = traffic.iter().filter(|pod| pod.capturing);
-                    let count = capturing.filter(|pod| pod.listeners[port] == 0).count();
-                    i64::try_from(count).unwrap_or(i64::MAX)
-                };
-                self.metrics.set_listeners_missing(missing(0), missing(1));
-            }
-            Err(error) => self.unobserved(&error),
-        }
-    }
-
-    fn unobserved(&self, error: &anyhow::Error) {
-        self.metrics.trouble(Trouble::Observe);
-        tracing::warn!("reading the maps: {error:#}");
     }
 }
 

@@ -93,7 +93,7 @@ pub fn recorded_namespace(notes: &Notes) -> Option<NetworkNamespace> {
 
 /// The pods' cgroups, by uid.
 pub fn cgroups() -> Result<std::collections::HashMap<String, PathBuf>> {
-    Ok(node_pods::cgroups(&mounts::mountpoint()?))
+    Ok(node_pods::cgroups(&mounts::whole()?))
 }
 
 /// What the CNI plugin says; else what the pod's processes say; else, while none runs, that of the last time.
@@ -123,6 +123,6 @@ fn below_mountpoint(cgroup: &str) -> Result<PathBuf> {
         !cgroup.is_empty() && relative.components().all(plain),
         "cgroup_parent: {cgroup:?} is not a cgroup: allowed are paths below the cgroup2 mount, without `..`"
     );
-    let mountpoint = mounts::mountpoint().context("cgroup_parent")?;
+    let mountpoint = mounts::whole().context("cgroup_parent")?;
     Ok(mountpoint.join(relative))
 }
