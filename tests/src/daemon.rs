@@ -177,13 +177,15 @@ impl Daemon {
         Some((head.split(' ').nth(1)?.parse().ok()?, body.to_owned()))
     }
 
-    /// Asks one thing on its socket.
+    /// Asks one thing on its socket; again, as the plugin would, if it has too much to do at first.
     pub fn ask(&self, request: &Value) -> Value {
-        let answers = self.say(&format!("{request}\n"));
-        let [answer] = &answers[..] else {
-            panic!("{request}: {answers:?}");
-        };
-        serde_json::from_str(answer).unwrap()
+        self.until("an answer", || {
+            let answers = self.say(&format!("{request}\n"));
+            let [answer] = &answers[..] else {
+                panic!("{request}: {answers:?}");
+            };
+            (!answer.contains("the daemon is busy")).then(|| serde_json::from_str(answer).unwrap())
+        })
     }
 
     /// Says something on its socket, and hears until it has no more to say.

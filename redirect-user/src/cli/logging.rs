@@ -13,7 +13,8 @@ pub(super) fn of_a_command() {
 
 /// For the daemon, which also says what it does.
 pub(super) fn of_the_daemon(format: LogFormat) {
-    start("warn,redirect_user=info", format);
+    // That crate tells each failed call as an error of its own, which is told with its context here.
+    start("warn,redirect_user=info,kube_client=off", format);
 }
 
 fn start(default: &str, format: LogFormat) {

@@ -215,27 +215,42 @@ impl Keeper {
         Some(uid)
     }
 
-    /// Before the API has said anything: what an earlier daemon has attached goes on, with this build's programs and with
-    /// the addresses and listeners of now.
+    /// What an earlier daemon has attached, before the API has said anything.
     fn restore(&mut self) {
         self.read_attached();
         // What was counted before is the earlier daemon's.
         self.observe();
-        for (_, notes) in self.attached.clone().into_values() {
-            let Some(pod) = notes.pod.clone().filter(|_| place::is_alive(&notes)) else {
-                continue;
-            };
-            let policy = notes.policy.clone();
-            let nothing = Told::default();
-            let state = state_after(self.attach(&pod, &pod.uid, &policy, &nothing, Some(&notes)));
-            let name = PodName {
-                namespace: pod.namespace,
-                name: pod.name,
-                uid: Some(pod.uid.clone()),
-            };
-            self.known.insert(pod.uid, Known::new(name, state));
+        for uid in self.attached.keys() {
+            self.due.insert(uid.clone(), Instant::now());
         }
-        self.read_attached();
+    }
+
+    /// While the API has said nothing yet: what is attached goes on, with this build's programs and with the addresses and
+    /// listeners of now.
+    fn hold(&mut self, uid: &str) {
+        let Some((_, notes)) = self.attached.get(uid).cloned() else {
+            return;
+        };
+        let Some(pod) = notes.pod.clone().filter(|_| place::is_alive(&notes)) else {
+            return;
+        };
+        let nothing = Told::default();
+        let attempt = self.attach(&pod, uid, &notes.policy, &nothing, Some(&notes));
+        let name = PodName {
+            namespace: pod.namespace,
+            name: pod.name,
+            uid: Some(pod.uid),
+        };
+        let known = self
+            .known
+            .entry(uid.to_owned())
+            .or_insert_with(|| Known::new(name, State::Captured));
+        known.enter(state_after(attempt));
+        if matches!(known.state, State::Failed(_)) {
+            let after = known.pause(RETRY, RETRY_MAX);
+            self.look_at(uid.to_owned(), after);
+        }
+        self.count_pods();
     }
 
     /// Looks at every pod and at everything that is attached.
@@ -273,8 +288,10 @@ impl Keeper {
 
     /// Makes one pod what it should be.
     fn reconcile(&mut self, uid: &str) {
-        let Some(pod) = self.pods.get(uid).filter(|pod| !pods::is_finished(pod)) else {
-            return self.depart(uid);
+        let pod = match self.pods.get(uid) {
+            Some(pod) if !pods::is_finished(&pod) => pod,
+            None if !self.synced => return self.hold(uid),
+            _ => return self.depart(uid),
         };
         let decision = decide(&pod, &self.rules);
         let state = match &decision {
@@ -396,9 +413,6 @@ impl Keeper {
         let Some((_, notes)) = self.attached.get(uid) else {
             return;
         };
-        if !self.synced {
-            return;
-        }
         if place::is_alive(notes) || self.is_new(uid) {
             self.look_at(uid.to_owned(), LEAVING);
         } else {

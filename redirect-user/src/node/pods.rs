@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::Pod;
+use kube::runtime::utils::Backoff as _;
 use kube::runtime::watcher::{self, Event, watcher};
-use kube::runtime::{WatchStreamExt, utils::Backoff as _};
 use kube::{Api, Client};
 
 use super::api::PodName;
@@ -15,6 +15,9 @@ use super::metrics::{Metrics, Trouble};
 
 /// Copies of the mirror pod of a static pod: kubelet names the cgroup by this, not by the mirror's own uid.
 const MIRROR: &str = "kubernetes.io/config.mirror";
+
+/// After many errors in a row.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// What is known, by UID.
 #[derive(Debug, Default)]
@@ -95,12 +98,15 @@ pub async fn follow(
     let mut backoff = watcher::DefaultBackoff::default();
     loop {
         let api: Api<Pod> = Api::all(client.clone());
-        let mut events = std::pin::pin!(watcher(api, config()).default_backoff());
+        let mut events = std::pin::pin!(watcher(api, config()));
         let mut listed = Vec::new();
         while let Some(event) = events.next().await {
             match event {
                 Ok(event) => {
-                    backoff.reset();
+                    // The beginning of a list is no answer yet.
+                    if !matches!(event, Event::Init) {
+                        backoff.reset();
+                    }
                     if let Some(change) = pods.apply(event, &mut listed) {
                         changed(change);
                     }
@@ -108,13 +114,13 @@ pub async fn follow(
                 Err(error) => {
                     metrics.trouble(Trouble::Watch);
                     tracing::warn!(error = words(&error), "watching the pods of this node");
+                    tokio::time::sleep(backoff.next().unwrap_or(LONGEST_PAUSE)).await;
                     if is_too_old(&error) {
                         break;
                     }
                 }
             }
         }
-        tokio::time::sleep(backoff.next().unwrap_or(Duration::from_secs(30))).await;
     }
 }
 
