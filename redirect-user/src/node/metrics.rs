@@ -311,7 +311,7 @@ impl Default for Metrics {
 fn labels(rule: Rule) -> ConnectionLabels {
     let label = rule.label();
     let direction = match label.split_once('-') {
-        Some((direction @ ("outbound" | "inbound" | "dns"), _)) => direction,
+        Some((direction @ ("outbound" | "inbound"), _)) => direction,
         // Found out when the connection arrives at the proxy's door.
         _ => "any",
     };
