@@ -25,7 +25,7 @@ use crate::observe::routes::{Family, first_global_family, routing_table};
 use crate::options::{Dns, Ipv6, Policy};
 use crate::pins::Pins;
 use crate::programs::{self, Entered, HOOKS, Hook, Need, Programs, SK_LOOKUP, Side};
-use crate::record::{self, Notes};
+use crate::record::{self, KubernetesPod, Notes};
 use crate::settings;
 use crate::sys::bpf;
 use crate::tables::Tables;
@@ -42,6 +42,8 @@ pub struct Request {
     pub netns: NetworkNamespace,
     /// The process that removes it again, if it is not to outlive that one.
     pub run_by: Option<i32>,
+    /// The Kubernetes pod, if the node's daemon attaches it.
+    pub pod: Option<KubernetesPod>,
     /// What is captured.
     pub policy: Policy,
 }
@@ -78,6 +80,7 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         ipv6,
         run_by: request.run_by,
         changes: Vec::new(),
+        pod: request.pod.clone(),
         policy: request.policy.clone(),
     };
     notes.encode()?;

@@ -1,6 +1,8 @@
 //! The command line.
 
+mod daemon;
 mod istio_iptables;
+mod logging;
 mod table;
 
 use std::ffi::OsString;
@@ -12,6 +14,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use self::daemon::DaemonArgs;
 use crate::attach::{self, Outcome, Request};
 use crate::follow::{self, Wanted};
 use crate::kernel::Task;
@@ -45,6 +48,8 @@ enum Subcommands {
     Log(LogArgs),
     /// Run a command with its outbound TCP captured, until it ends
     Run(Box<RunArgs>),
+    /// Capture the pods of this Kubernetes node as they come and go, until SIGTERM; captured pods stay so
+    Daemon(Box<DaemonArgs>),
     /// Capture the pod this runs in, as an init container in the place of istio-iptables
     #[command(after_help = istio_iptables::EXIT_CODES)]
     IstioIptables(Box<IstioIptablesFlags>),
@@ -195,7 +200,12 @@ fn describe(error: &anyhow::Error) -> String {
 
 impl Cli {
     fn execute(self) -> Result<ExitCode> {
+        match &self.command {
+            Subcommands::Daemon(args) => logging::of_the_daemon(args.log_format()),
+            _ => logging::of_a_command(),
+        }
         match self.command {
+            Subcommands::Daemon(args) => args.execute(),
             Subcommands::Attach(args) => args.execute(),
             Subcommands::Detach(args) => args.execute(),
             Subcommands::Status(args) => args.execute(),
@@ -239,6 +249,7 @@ impl AttachArgs {
             proxy_cgroup: None,
             netns,
             run_by: None,
+            pod: None,
             policy,
         })?;
         let what = match outcome {

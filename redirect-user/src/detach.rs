@@ -37,6 +37,16 @@ pub fn detach(cgroup_id: u64) -> Result<bool> {
     Ok(was)
 }
 
+/// Removes pods whose cgroup or network namespace has gone.
+pub fn collect() -> Result<()> {
+    let Some(pins) = Pins::open_existing()? else {
+        return Ok(());
+    };
+    let tables = Tables::open(&pins)?;
+    collect::gone(&pins, &tables)?;
+    finish(&pins, &tables)
+}
+
 /// Detaches everything; answers with the number of pods.
 pub fn detach_all() -> Result<usize> {
     let Some(pins) = Pins::open_any()? else {

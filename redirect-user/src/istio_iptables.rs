@@ -51,6 +51,7 @@ fn attach_own(policy: Policy) -> Result<()> {
         proxy_cgroup: None,
         netns,
         run_by: None,
+        pod: None,
         policy,
     })?;
     let what = match outcome {

@@ -11,6 +11,7 @@ pub mod follow;
 pub mod istio_iptables;
 pub mod kernel;
 pub mod machines;
+pub mod node;
 pub mod observe;
 pub mod options;
 mod passthrough;

@@ -10,6 +10,7 @@ pub mod interfaces;
 pub mod listeners;
 pub mod mounts;
 pub mod netns;
+pub mod node_pods;
 pub mod pod_cgroup;
 pub mod routes;
 

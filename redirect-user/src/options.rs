@@ -32,3 +32,4 @@ pub use names::{Names, SystemNames, tcp_service_in};
 pub use policy::{Ipv6, Policy};
 pub use ranges::{IdRange, PortRange, Scope};
 pub use setting::process_env;
+pub(crate) use switches::boolean;

@@ -34,8 +34,25 @@ pub struct Notes {
     /// What was made in the network namespace, or was about to be, and is to be taken back.
     #[serde(default)]
     pub changes: Vec<Change>,
+    /// The Kubernetes pod, if the node's daemon attached it; None if somebody else did.
+    #[serde(default)]
+    pub pod: Option<KubernetesPod>,
     /// What is captured.
     pub policy: Policy,
+}
+
+/// A pod of Kubernetes that the node's daemon has attached.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KubernetesPod {
+    /// Kubernetes namespace.
+    pub namespace: String,
+    /// Name in it.
+    pub name: String,
+    /// UID, as the API tells it.
+    pub uid: String,
+    /// Id of the sandbox that the CNI plugin told of; None if it did not.
+    #[serde(default)]
+    pub sandbox: Option<String>,
 }
 
 impl Notes {

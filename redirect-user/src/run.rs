@@ -50,6 +50,7 @@ pub fn run(mut policy: Policy, command: &[OsString]) -> Result<ExitStatus> {
         proxy_cgroup: Some(File::open(&mountpoint)?),
         netns,
         run_by: Some(std::process::id() as i32),
+        pod: None,
         policy,
     })?;
     let result = spawn_and_wait(&own, &mountpoint, command, &mut forwarder);

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::Result;
+use aya::maps::MapInfo;
 use redirect_common::listener::ListenerKey;
 use redirect_common::verdict::Rule;
 use serde::Serialize;
@@ -16,7 +17,7 @@ use crate::observe::routes::routing_table;
 use crate::options::Policy;
 use crate::pins::Pins;
 use crate::programs;
-use crate::record::{self, Notes};
+use crate::record::{self, KubernetesPod, Notes};
 use crate::settings;
 use crate::tables::Tables;
 use crate::tproxy;
@@ -43,6 +44,8 @@ pub struct Pod {
     pub netns: String,
     /// Its cookie.
     pub netns_cookie: u64,
+    /// The Kubernetes pod, if the node's daemon attached it.
+    pub pod: Option<KubernetesPod>,
     /// Version of redirect that attached it.
     pub version: String,
     /// Build of the programs attached.
@@ -91,6 +94,94 @@ pub fn status() -> Result<Status> {
     })
 }
 
+/// What the attached pods have done, without asking their namespaces.
+#[derive(Clone, Debug)]
+pub struct Traffic {
+    /// Network namespace cookie.
+    pub netns_cookie: u64,
+    /// False if an attach was interrupted.
+    pub capturing: bool,
+    /// Connections by rule.
+    pub connections: Vec<(Rule, u64)>,
+    /// Sockets known to listen on the outbound and on the inbound port.
+    pub listeners: [usize; 2],
+}
+
+/// How full a map is.
+#[derive(Clone, Copy, Debug)]
+pub struct Fill {
+    /// Name of the map.
+    pub map: &'static str,
+    /// Entries in it.
+    pub entries: usize,
+    /// Entries it can hold.
+    pub capacity: u32,
+}
+
+/// Reads the counters of all pods.
+pub fn traffic() -> Result<Vec<Traffic>> {
+    let Some(pins) = Pins::open_existing()? else {
+        return Ok(Vec::new());
+    };
+    let tables = Tables::open(&pins)?;
+    let known = tables.listeners.keys()?;
+    let mut pods = BTreeMap::new();
+    for (_, notes) in record::all(&tables)? {
+        let cookie = notes.netns_cookie;
+        let per_cpu = tables.counts.get(&cookie)?;
+        let connections = Rule::ALL
+            .iter()
+            .map(|rule| (*rule, per_cpu.iter().map(|cpu| cpu[*rule as usize]).sum()));
+        let on_port = |port| {
+            let here = |key: &&ListenerKey| key.netns_cookie == cookie && key.port == port;
+            known.iter().filter(here).count()
+        };
+        let pod = Traffic {
+            netns_cookie: cookie,
+            capturing: tables.pods.get(&cookie)?.is_some(),
+            connections: connections.collect(),
+            listeners: [notes.policy.outbound_port, notes.policy.inbound_port].map(on_port),
+        };
+        pods.insert(cookie, pod);
+    }
+    Ok(pods.into_values().collect())
+}
+
+/// Reads how full the maps are whose entries come with pods and their connections.
+pub fn fill() -> Result<Vec<Fill>> {
+    let Some(pins) = Pins::open_existing()? else {
+        return Ok(Vec::new());
+    };
+    let tables = Tables::open(&pins)?;
+    [
+        ("PODS", tables.pods.keys()?.len()),
+        ("RECORDS", tables.records.keys()?.len()),
+        ("LISTS", tables.lists.keys()?.len()),
+        ("ROUTES", tables.routes.keys()?.len()),
+        ("DESTINATIONS", tables.destinations.keys()?.len()),
+        ("FLOWS", tables.flows.keys()?.len()),
+        ("LISTENERS", tables.listeners.keys()?.len()),
+    ]
+    .into_iter()
+    .map(|(map, entries)| {
+        let info = MapInfo::from_pin(pins.map(map))?;
+        Ok(Fill {
+            map,
+            entries,
+            capacity: info.max_entries(),
+        })
+    })
+    .collect()
+}
+
+/// The notes on every pod that is attached.
+pub fn attached() -> Result<Vec<(u64, Notes)>> {
+    match Pins::open_existing()? {
+        Some(pins) => record::all(&Tables::open(&pins)?),
+        None => Ok(Vec::new()),
+    }
+}
+
 fn pod(pins: &Pins, tables: &Tables, cgroup_id: u64, notes: Notes) -> Result<Pod> {
     // A map of sockets has keys to list, but no values to read.
     let known = tables.listeners.keys()?;
@@ -113,6 +204,7 @@ fn pod(pins: &Pins, tables: &Tables, cgroup_id: u64, notes: Notes) -> Result<Pod
         cgroup: notes.cgroup,
         netns: notes.netns,
         netns_cookie: notes.netns_cookie,
+        pod: notes.pod,
         version: notes.version,
         build: format!("{:016x}", notes.build),
         ipv6: notes.ipv6,

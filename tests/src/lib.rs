@@ -14,6 +14,7 @@
 //! | [`follower`] | `redirect log` beside a test |
 //! | [`bpffs`] | a BPF file system of a test's own, and what the loader keeps in it |
 //! | [`tracer`] | running the loader call by call, and killing it after any of them |
+//! | [`api_server`], [`daemon`], [`kubernetes`] | a node: the Kubernetes API played, `redirect daemon`, pods as the API tells them |
 //! | [`foreign`] | somebody else's eBPF program on the same hook |
 //! | [`machine`] | a virtual machine behind an interface of a pod |
 //! | [`scene`] | a pod with a proxy, an application and a service, and the check of one connection |
@@ -24,18 +25,21 @@
 )]
 
 pub mod actor;
+pub mod api_server;
 pub mod backend;
 pub mod bpffs;
 pub mod burst;
 pub mod cgroup;
 pub mod conformance;
 pub mod container;
+pub mod daemon;
 pub mod datagram;
 pub mod dial;
 pub mod envoy;
 pub mod follower;
 pub mod foreign;
 pub mod iptables;
+pub mod kubernetes;
 pub mod loader;
 pub mod machine;
 pub mod maps;

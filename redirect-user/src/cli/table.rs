@@ -47,7 +47,11 @@ fn rows(pod: &Pod) -> Vec<(&'static str, String)> {
             .to_string(),
         None => "unknown: the namespace cannot be found".to_owned(),
     };
-    let mut rows = vec![
+    let mut rows = Vec::new();
+    if let Some(pod) = &pod.pod {
+        rows.push(("pod", format!("{}/{}", pod.namespace, pod.name)));
+    }
+    rows.extend([
         ("capture", capture),
         (
             "namespace",
@@ -58,7 +62,7 @@ fn rows(pod: &Pod) -> Vec<(&'static str, String)> {
             "ipv6",
             if pod.ipv6 { "captured" } else { "not captured" }.to_owned(),
         ),
-    ];
+    ]);
     match &pod.virtual_interfaces {
         None => rows.push((
             "machines",

@@ -35,6 +35,17 @@ pub fn mountpoint() -> Result<PathBuf> {
     choose_mountpoint(cgroup2()?).ok_or(Error::NotMounted)
 }
 
+/// Where the cgroups of the whole machine are seen, also from a container that has a cgroup namespace and, besides its own,
+/// the host's mount.
+pub fn whole() -> Result<PathBuf> {
+    let mounts = cgroup2()?;
+    let whole = mounts.iter().find(|mount| mount.is_whole());
+    let point = whole.map(|mount| mount.point.clone());
+    point.ok_or_else(|| Error::NotWhole {
+        mountpoints: mounts.into_iter().map(|mount| mount.point).collect(),
+    })
+}
+
 /// The mount that shows the whole hierarchy, else the first one.
 fn choose_mountpoint(mut mounts: Vec<Mount>) -> Option<PathBuf> {
     let whole = mounts.iter().position(|mount| mount.root == Path::new("/"));

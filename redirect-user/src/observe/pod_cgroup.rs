@@ -65,7 +65,7 @@ fn find_in(own: &str, mounts: &[Mount], pid: u32) -> Result<PathBuf> {
         // The mount point's own name says nothing: it is the mounter's choice.
         let pod = above.ancestors().find(|path| {
             path.file_name()
-                .is_some_and(|name| is_pod(&name.to_string_lossy()))
+                .is_some_and(|name| uid_of(&name.to_string_lossy()).is_some())
         });
         match pod {
             Some(pod) => return Ok(mount.point.join(pod)),
@@ -119,21 +119,18 @@ fn lists(directory: &Path, pid: u32) -> bool {
         .is_ok_and(|pids| pids.lines().any(|line| line.parse() == Ok(pid)))
 }
 
-/// Whether kubelet gives a pod's cgroup that name: `pod<uid>` with the cgroupfs driver; with the systemd driver `-pod<uid>.slice`
-/// behind the names of the slices above, the uid's dashes written as underscores.
-fn is_pod(name: &str) -> bool {
+/// The uid of the pod whose cgroup kubelet gives that name: `pod<uid>` with the cgroupfs driver; with the systemd driver
+/// `-pod<uid>.slice` behind the names of the slices above, the uid's dashes written as underscores.
+pub(super) fn uid_of(name: &str) -> Option<String> {
     let uid = match name.strip_suffix(".slice") {
-        Some(slice) => slice
-            .rsplit('-')
-            .next()
-            .and_then(|pod| pod.strip_prefix("pod")),
-        None => name.strip_prefix("pod"),
+        Some(slice) => slice.rsplit('-').next()?.strip_prefix("pod")?,
+        None => name.strip_prefix("pod")?,
     };
-    uid.is_some_and(|uid| {
-        uid.chars()
-            .all(|c| c.is_ascii_hexdigit() || matches!(c, '-' | '_'))
-            && uid.chars().filter(char::is_ascii_hexdigit).count() >= UID_DIGITS
-    })
+    let is_uid = uid
+        .chars()
+        .all(|c| c.is_ascii_hexdigit() || matches!(c, '-' | '_'))
+        && uid.chars().filter(char::is_ascii_hexdigit).count() >= UID_DIGITS;
+    is_uid.then(|| uid.replace('_', "-"))
 }
 
 fn list(paths: &[PathBuf]) -> String {

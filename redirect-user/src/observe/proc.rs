@@ -21,6 +21,14 @@ pub(crate) fn namespace_inode(pid: i32, kind: &str) -> Option<u64> {
         .map(|metadata| metadata.ino())
 }
 
+/// When the process began, in clock ticks since boot; `None` when it is gone.
+pub(super) fn start_time(pid: i32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // proc_pid_stat(5): field 22; the command, field 2, may contain anything.
+    let (_, behind_command) = stat.rsplit_once(')')?;
+    behind_command.split_whitespace().nth(19)?.parse().ok()
+}
+
 /// The process's `comm` (at most 15 bytes), or `?` when it is gone.
 pub(super) fn command(pid: i32) -> String {
     fs::read_to_string(format!("/proc/{pid}/comm")).map_or_else(

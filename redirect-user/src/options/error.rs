@@ -74,6 +74,37 @@ pub enum OptionError {
 }
 
 impl OptionError {
+    /// Where the value came from: `--flag`, or an environment variable.
+    #[must_use]
+    pub fn origin(&self) -> &str {
+        match self {
+            Self::NotAllowed { origin, .. }
+            | Self::TooMany { origin, .. }
+            | Self::TooManyOwnerGroups { origin, .. }
+            | Self::File { origin, .. }
+            | Self::NotWith { origin, .. } => origin,
+        }
+    }
+
+    /// The same about a value that was given elsewhere, in these words.
+    #[must_use]
+    pub fn given_as(mut self, place: &str, text: &str) -> Self {
+        match &mut self {
+            Self::NotAllowed { origin, fault, .. } => {
+                place.clone_into(origin);
+                text.clone_into(&mut fault.value);
+            }
+            Self::TooMany { origin, value, .. }
+            | Self::TooManyOwnerGroups { origin, value, .. }
+            | Self::NotWith { origin, value, .. } => {
+                place.clone_into(origin);
+                text.clone_into(value);
+            }
+            Self::File { origin, .. } => place.clone_into(origin),
+        }
+        self
+    }
+
     /// Whether istio-iptables' own flag parser would have stopped at it: a boolean or a duration on the command line that is none.
     /// Every other bad value is found later there.
     #[must_use]

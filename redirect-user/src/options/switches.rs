@@ -14,7 +14,7 @@ pub(super) enum Ipv6Choice {
 }
 
 /// Go's `strconv.ParseBool`, and the empty string for false: Istio falls back to that.
-pub(super) fn boolean(text: &str) -> Result<bool, Entry> {
+pub(crate) fn boolean(text: &str) -> Result<bool, Entry> {
     match text.trim() {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
         "" | "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),

@@ -13,6 +13,14 @@ pub enum Error {
         "no cgroup2 file system is mounted: mount one with `mount -t cgroup2 none /sys/fs/cgroup`"
     )]
     NotMounted,
+    /// All mounts of cgroup2 show a part of the tree only.
+    #[error(
+        "no mount of cgroup2 shows the whole machine: mount the host's /sys/fs/cgroup at /sys/fs/cgroup (hostPath); mounted are {mountpoints:?}"
+    )]
+    NotWhole {
+        /// Where cgroup2 is mounted.
+        mountpoints: Vec<PathBuf>,
+    },
     /// `/proc/self/mountinfo` is unreadable.
     #[error("cannot read /proc/self/mountinfo: {0}")]
     Mounts(io::Error),

@@ -1,0 +1,128 @@
+//! Attaching and detaching one pod, wherever on the node it is.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::attach::{self, Outcome, Request, captures_ipv6};
+use crate::observe::cgroup::Cgroup;
+use crate::observe::netns::NetworkNamespace;
+use crate::observe::{mounts, node_pods};
+use crate::options::Policy;
+use crate::record::{KubernetesPod, Notes};
+use crate::{detach, passthrough};
+
+/// Where a pod is, as far as somebody has told.
+#[derive(Clone, Debug, Default)]
+pub struct Told {
+    /// Its network namespace.
+    pub netns: Option<PathBuf>,
+    /// Its cgroup, below the mount point of cgroup2.
+    pub cgroup: Option<String>,
+}
+
+/// What came of an attempt.
+#[derive(Debug)]
+pub enum Attempt {
+    /// Its traffic is captured.
+    Done(Outcome),
+    /// It has not got so far: what is missing.
+    NotYet(&'static str),
+}
+
+/// Attaches a pod. `found` is its cgroup if it has been looked for, `notes` are those of the last time.
+pub fn attach(
+    pod: KubernetesPod,
+    policy: &Policy,
+    told: &Told,
+    found: Option<&Path>,
+    notes: Option<&Notes>,
+) -> Result<Attempt> {
+    let told_cgroup = told.cgroup.as_deref().map(below_mountpoint).transpose()?;
+    let Some(path) = told_cgroup
+        .as_deref()
+        .filter(|path| path.is_dir())
+        .or(found)
+    else {
+        return Ok(Attempt::NotYet("kubelet has not made its cgroup"));
+    };
+    let cgroup = Cgroup::open(path)?;
+    let Some(netns) = namespace(&cgroup, told.netns.as_deref(), notes)? else {
+        return Ok(Attempt::NotYet("no process of it runs"));
+    };
+    ensure!(
+        !netns.is_host()?,
+        "{netns}: this is the host's own network namespace; allowed are those of pods"
+    );
+    if captures_ipv6(policy, &netns)? {
+        passthrough::add(&netns)?;
+    }
+    let request = Request {
+        cgroup,
+        proxy_cgroup: None,
+        netns,
+        run_by: None,
+        pod: Some(pod),
+        policy: policy.clone(),
+    };
+    Ok(Attempt::Done(attach::attach(&request)?))
+}
+
+/// Detaches a pod. False if it was not attached.
+pub fn detach(cgroup_id: u64, notes: &Notes) -> Result<bool> {
+    let was = detach::detach(cgroup_id)?;
+    if let Some(netns) = recorded_namespace(notes).filter(|_| notes.ipv6) {
+        passthrough::remove(&netns)?;
+    }
+    Ok(was)
+}
+
+/// Whether any process of the pod lives, or may live.
+pub fn is_alive(notes: &Notes) -> bool {
+    match Cgroup::open(&notes.cgroup) {
+        Ok(cgroup) => cgroup.is_populated().unwrap_or(true),
+        Err(_) => notes.cgroup.exists(),
+    }
+}
+
+/// The namespace by the path it was attached with, if that still means the same.
+pub fn recorded_namespace(notes: &Notes) -> Option<NetworkNamespace> {
+    let netns = NetworkNamespace::open(notes.netns.as_ref()).ok()?;
+    (netns.inode() == notes.netns_inode).then_some(netns)
+}
+
+/// The pods' cgroups, by uid.
+pub fn cgroups() -> Result<std::collections::HashMap<String, PathBuf>> {
+    Ok(node_pods::cgroups(&mounts::whole()?))
+}
+
+/// What the CNI plugin says; else what the pod's processes say; else, while none runs, that of the last time.
+fn namespace(
+    cgroup: &Cgroup,
+    told: Option<&Path>,
+    notes: Option<&Notes>,
+) -> Result<Option<NetworkNamespace>> {
+    if let Some(path) = told {
+        return Ok(Some(NetworkNamespace::open(path)?));
+    }
+    let recorded = notes.and_then(recorded_namespace);
+    let Some(found) = node_pods::namespace(cgroup)? else {
+        return Ok(recorded);
+    };
+    // Under the path it has been known by, so that nothing changes in the notes.
+    Ok(Some(match recorded {
+        Some(recorded) if recorded.inode() == found.inode() => recorded,
+        _ => found,
+    }))
+}
+
+fn below_mountpoint(cgroup: &str) -> Result<PathBuf> {
+    let relative = Path::new(cgroup.trim_start_matches('/'));
+    let plain = |part| matches!(part, std::path::Component::Normal(_));
+    ensure!(
+        !cgroup.is_empty() && relative.components().all(plain),
+        "cgroup_parent: {cgroup:?} is not a cgroup: allowed are paths below the cgroup2 mount, without `..`"
+    );
+    let mountpoint = mounts::whole().context("cgroup_parent")?;
+    Ok(mountpoint.join(relative))
+}

@@ -1,0 +1,293 @@
+//! `redirect daemon` beside a test.
+
+use std::{
+    env,
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    net::TcpStream,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    process::{self, Child, Command, ExitStatus, Stdio},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::{Value, json};
+
+use crate::{
+    api_server::ApiServer,
+    kubernetes::NODE,
+    loader::redirect,
+    pod::Pod,
+    protocol::{Dial, Family},
+    scene::{Scene, To},
+};
+
+/// What is to happen happens in less, also on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(40);
+
+static DAEMONS: AtomicU32 = AtomicU32::new(0);
+
+/// A running daemon; killed with this value.
+pub struct Daemon {
+    child: Child,
+    socket: PathBuf,
+    metrics: u16,
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+impl Daemon {
+    /// Starts one for [`NODE`] with these arguments besides.
+    pub fn start(server: &ApiServer, arguments: &[&str]) -> Self {
+        let serial = DAEMONS.fetch_add(1, Ordering::Relaxed);
+        let socket = env::temp_dir().join(format!("redirect-daemon-{}-{serial}", process::id()));
+        Self::start_at(&socket, server, arguments)
+    }
+
+    /// Starts one that listens there.
+    pub fn start_at(socket: &Path, server: &ApiServer, arguments: &[&str]) -> Self {
+        Self::start_by(redirect(), socket, server, arguments)
+    }
+
+    /// Starts one by any call of `redirect`.
+    pub fn start_by(
+        redirect: Command,
+        socket: &Path,
+        server: &ApiServer,
+        arguments: &[&str],
+    ) -> Self {
+        let metrics = free_port();
+        let mut child = Self::call(redirect, socket, metrics, server)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let lines = log.clone();
+        thread::spawn(move || {
+            for line in stderr.lines().map_while(Result::ok) {
+                lines
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .push(line);
+            }
+        });
+        let daemon = Self {
+            child,
+            socket: socket.to_owned(),
+            metrics,
+            log,
+        };
+        daemon.until("it serves", || {
+            (daemon.get("/healthz")?.0 == 200).then_some(())
+        });
+        daemon
+    }
+
+    /// The call of it.
+    pub fn command(socket: &Path, metrics: u16, server: &ApiServer) -> Command {
+        Self::call(redirect(), socket, metrics, server)
+    }
+
+    fn call(mut command: Command, socket: &Path, metrics: u16, server: &ApiServer) -> Command {
+        command
+            .arg("daemon")
+            .env("NODE_NAME", NODE)
+            .arg("--kubeconfig")
+            .arg(server.kubeconfig())
+            .arg("--socket")
+            .arg(socket)
+            .args(["--metrics", &format!("127.0.0.1:{metrics}")])
+            .args([
+                "--resync",
+                "1s",
+                "--api-timeout",
+                "2s",
+                "--log-format",
+                "json",
+            ]);
+        command
+    }
+
+    /// Where it listens.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Waits for something of it to come true, and shows its log if it does not.
+    pub fn until<T>(&self, what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(found) = look() {
+                return found;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "not in time: {what}\n{}",
+                self.log().join("\n")
+            );
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Waits until it knows the pods of the node.
+    pub fn until_ready(&self) {
+        self.until("it is ready", || {
+            (self.get("/readyz")?.0 == 200).then_some(())
+        });
+    }
+
+    /// Waits until a metric has that value.
+    pub fn until_metric(&self, name: &str, value: f64) {
+        self.until(&format!("{name} {value}"), || {
+            (self.metric(name)? == value).then_some(())
+        });
+    }
+
+    /// A metric by its name and labels, as they are written; `None` if it is not there.
+    pub fn metric(&self, name: &str) -> Option<f64> {
+        let (_, text) = self.get("/metrics")?;
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))?;
+        line.parse().ok()
+    }
+
+    /// What it answers over HTTP: code and body.
+    pub fn get(&self, path: &str) -> Option<(u16, String)> {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.metrics)).ok()?;
+        stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
+        write!(
+            stream,
+            "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        )
+        .ok()?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).ok()?;
+        let (head, body) = text.split_once("\r\n\r\n")?;
+        Some((head.split(' ').nth(1)?.parse().ok()?, body.to_owned()))
+    }
+
+    /// Asks one thing on its socket; again, as the plugin would, if it has too much to do at first.
+    pub fn ask(&self, request: &Value) -> Value {
+        self.until("an answer", || {
+            let answers = self.say(&format!("{request}\n"));
+            let [answer] = &answers[..] else {
+                panic!("{request}: {answers:?}");
+            };
+            (!answer.contains("the daemon is busy")).then(|| serde_json::from_str(answer).unwrap())
+        })
+    }
+
+    /// Says something on its socket, and hears until it has no more to say.
+    pub fn say(&self, text: &str) -> Vec<String> {
+        let mut stream = UnixStream::connect(&self.socket).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(15)))
+            .unwrap();
+        // It may hang up before it has heard all.
+        let _cut_off = stream.write_all(text.as_bytes());
+        let _hung_up = stream.shutdown(std::net::Shutdown::Write);
+        BufReader::new(stream)
+            .lines()
+            .map_while(Result::ok)
+            .collect()
+    }
+
+    /// Ends it without a chance to tidy up; its socket is removed.
+    pub fn kill(&mut self) {
+        self.end(Signal::SIGKILL);
+        std::fs::remove_file(&self.socket).unwrap();
+    }
+
+    /// Asks it to end, and waits for that.
+    pub fn end(&mut self, signal: Signal) -> ExitStatus {
+        kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "it does not end: {:#?}",
+                self.log()
+            );
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// What it has logged.
+    pub fn log(&self) -> Vec<String> {
+        self.log
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // One that has ended before may have a successor on the same socket.
+        if matches!(self.child.try_wait(), Ok(None)) {
+            let _already_gone = self.child.kill();
+            let _reaped = self.child.wait();
+            let _left_in_tmp = std::fs::remove_file(&self.socket);
+        }
+    }
+}
+
+/// A request about a pod's sandbox.
+pub fn sandbox(op: &str, id: &str, pod: &Pod, object: &Value) -> Value {
+    let metadata = &object["metadata"];
+    let mut request = json!({
+        "version": 1, "op": op, "container_id": id, "netns": pod.netns.path(),
+        "pod": {"namespace": metadata["namespace"], "name": metadata["name"]},
+    });
+    if op == "add" {
+        request["pod"]["uid"] = metadata["uid"].clone();
+    }
+    request
+}
+
+/// A TCP port that was free a moment ago.
+pub fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port()
+}
+
+/// Who answers the application's call of that port outside.
+pub fn out(scene: &mut Scene, port: u16) -> String {
+    let to = scene.address(Family::V4, To::Service(port));
+    scene
+        .app
+        .dial(&Dial::new(Family::V4, to))
+        .outcome()
+        .to_owned()
+}
+
+/// Who answers a call of that port of the pod from outside.
+pub fn inward(scene: &mut Scene, port: u16) -> String {
+    let to = scene.address(Family::V4, To::Own(port));
+    scene
+        .outside
+        .dial(&Dial::new(Family::V4, to))
+        .outcome()
+        .to_owned()
+}
+
+/// Waits until that one answers.
+pub fn until_out(daemon: &Daemon, scene: &mut Scene, port: u16, who: &str) {
+    daemon.until(&format!("{port} is answered by {who}"), || {
+        (out(scene, port) == who).then_some(())
+    });
+}
