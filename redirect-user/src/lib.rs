@@ -5,11 +5,13 @@
 
 pub mod attach;
 pub mod cli;
+pub mod cni;
 mod collect;
 pub mod detach;
 pub mod follow;
 pub mod istio_iptables;
 pub mod kernel;
+pub mod node;
 pub mod observe;
 pub mod options;
 mod passthrough;

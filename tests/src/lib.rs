@@ -10,6 +10,7 @@
 //! | [`protocol`], [`actor`] | a process with a chosen identity that dials and listens on request |
 //! | [`dial`], [`datagram`], [`server`], [`sockopt`] | the code that runs inside such a process |
 //! | [`options`], [`loader`], [`iptables`], [`backend`] | the capture under test and the reference it is compared with |
+//! | [`cni`] | a container runtime's end of the CNI plugin, and a stand-in for the daemon |
 //! | [`envoy`], [`skip`] | a real Envoy in the pod, and what is said where there is none |
 //! | [`follower`] | `redirect log` beside a test |
 //! | [`bpffs`] | a BPF file system of a test's own, and what the loader keeps in it |
@@ -26,6 +27,7 @@ pub mod actor;
 pub mod backend;
 pub mod bpffs;
 pub mod cgroup;
+pub mod cni;
 pub mod conformance;
 pub mod container;
 pub mod datagram;
