@@ -46,12 +46,12 @@ fn add_asks_the_daemon_and_echoes_the_former_result_in_every_version() {
             assert!(called.ok, "{called:?}");
             assert_eq!(called.stdout.trim_end(), result(version));
             assert_eq!(called.stderr, "");
-            let wanted = json!({
-                "version": 1, "op": "add", "container_id": "c-1", "netns": netns.path(),
-                "pod": { "namespace": "shop", "name": "cart-0", "uid": "u-1" },
-            });
-            assert_eq!(daemon.asked(), [wanted]);
         }
+        let wanted = json!({
+            "version": 1, "op": "add", "container_id": "c-1", "netns": netns.path(),
+            "pod": { "namespace": "shop", "name": "cart-0", "uid": "u-1" },
+        });
+        assert_eq!(daemon.asked(), [wanted.clone(), wanted]);
     }
 }
 
