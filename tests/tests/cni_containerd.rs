@@ -1,6 +1,10 @@
 //! The CNI plugin under a real container runtime: what a pod's very first connection meets.
 
-use std::{collections::HashMap, path::Path, process::Command};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use redirect_tests::{
     actor::Actor,
@@ -15,7 +19,7 @@ use redirect_tests::{
     scene::SERVICE,
     skip,
 };
-use serde_json::{Value, json};
+use serde_json::json;
 
 /// The first thing that the pod's first process does.
 const DIAL: &str = "exec 3<>/dev/tcp/203.0.113.10/80 && head -n 1 <&3";
@@ -45,7 +49,7 @@ impl Node {
 
     /// A pod, and its cgroup as a kubelet makes it before the sandbox.
     fn pod(&self, name: &str) -> PodRequest {
-        let cgroup = self.pods.child(&format!("pod{name}"));
+        let cgroup = self.pods.child(&format!("pod{}", uid(name)));
         let below = cgroup.strip_prefix(mount_point()).unwrap();
         PodRequest {
             name: name.to_owned(),
@@ -79,11 +83,17 @@ impl Drop for Node {
     }
 }
 
-/// What a daemon does, in short: captures the pod whose cgroup it is told.
-fn attaching() -> StubDaemon {
-    StubDaemon::new(|request| {
+/// As the harness names them.
+fn uid(pod: &str) -> String {
+    format!("uid-of-{pod}")
+}
+
+/// What a daemon does, in short: finds the pod's cgroup by its UID, which has to be there by then, and attaches to it.
+fn attaching(pods: PathBuf) -> StubDaemon {
+    StubDaemon::new(move |request| {
         let text = |name: &str| request[name].as_str().unwrap_or_default();
-        let cgroup = mount_point().join(text("cgroup_parent").trim_start_matches('/'));
+        let uid = request["pod"]["uid"].as_str().unwrap_or_default();
+        let cgroup = pods.join(format!("pod{uid}"));
         let mut command = redirect();
         let output = match text("op") {
             "add" => finish(
@@ -125,7 +135,7 @@ fn first_connection_of_a_pods_first_process_is_captured() {
     assert_eq!(greeting(&log).who, SERVICE, "control: without the plugin");
     node.containerd.remove(sandbox).unwrap();
 
-    let daemon = attaching();
+    let daemon = attaching(node.pods.path().to_owned());
     node.install(&daemon.socket(), &[]);
     let pod = node.pod("cart-0");
     let cgroup = mount_point().join(pod.cgroup_parent.trim_start_matches('/'));
@@ -135,9 +145,11 @@ fn first_connection_of_a_pods_first_process_is_captured() {
         panic!("{asked:?}");
     };
     assert_eq!(add["op"], "add");
-    let named = json!({ "namespace": "shop", "name": "cart-0", "uid": "uid-of-cart-0" });
+    let named = json!({ "namespace": "shop", "name": "cart-0", "uid": uid("cart-0") });
     assert_eq!(add["pod"], named);
-    assert_eq!(add["cgroup_parent"], Value::from(pod.cgroup_parent.clone()));
+    if let Some(told) = add["cgroup_parent"].as_str() {
+        assert_eq!(told, pod.cgroup_parent);
+    }
     assert_eq!(add["annotations"], json!(pod.annotations));
 
     let netns = Path::new(add["netns"].as_str().unwrap());
