@@ -14,10 +14,7 @@ use std::{
 use tempfile::TempDir;
 use tokio::runtime::{Builder, Runtime};
 
-use crate::{
-    cgroup::Cgroup,
-    namespace::{Namespace, succeed},
-};
+use crate::namespace::{Namespace, succeed};
 use cri::Cri;
 
 /// The image of sandboxes and containers: one program that waits.
@@ -221,17 +218,26 @@ impl Drop for Containerd {
     }
 }
 
-/// Removes what runc leaves of a pod's cgroup in the hierarchies of version 1.
-pub fn remove_v1_cgroups(pods: &Cgroup) {
-    let name = pods.path().file_name().unwrap();
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    for mount in mounts.lines().filter(|line| line.contains(" - cgroup ")) {
-        let point = mount.split(' ').nth(4).unwrap();
-        let mut find = Command::new("find");
-        find.arg(Path::new(point).join(name))
-            .args(["-depth", "-type", "d", "-delete"]);
-        // Most hierarchies have none.
-        let _absent = find.output();
+/// What runc leaves of the pods' cgroup in the hierarchies of version 1; removed with this value, which has to come after the pods.
+pub struct V1Cgroups(String);
+
+impl V1Cgroups {
+    /// Of the cgroup of that name.
+    pub fn of(name: &str) -> Self {
+        Self(name.to_owned())
+    }
+}
+
+impl Drop for V1Cgroups {
+    fn drop(&mut self) {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        for mount in mounts.lines().filter(|line| line.contains(" - cgroup ")) {
+            let point = mount.split(' ').nth(4).unwrap_or_default();
+            let mut find = Command::new("find");
+            find.arg(Path::new(point).join(&self.0));
+            // Most hierarchies have none.
+            let _absent = find.args(["-depth", "-type", "d", "-delete"]).output();
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    fs,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -10,7 +11,7 @@ use redirect_tests::{
     actor::Actor,
     cgroup::{Cgroup, mount_point},
     cni::{NAME, NoDaemon, StubDaemon},
-    containerd::{Containerd, PodRequest, remove_v1_cgroups},
+    containerd::{Containerd, PodRequest, V1Cgroups},
     loader::{detach, finish, redirect},
     namespace::{Namespace, errors},
     options::Options,
@@ -30,6 +31,7 @@ struct Node {
     _outside: Actor,
     _world: Namespace,
     pods: Cgroup,
+    _leftovers: V1Cgroups,
 }
 
 impl Node {
@@ -44,6 +46,7 @@ impl Node {
             _outside: outside,
             _world: world,
             pods: Cgroup::new(&name),
+            _leftovers: V1Cgroups::of(&name),
         }
     }
 
@@ -77,12 +80,6 @@ impl Node {
     }
 }
 
-impl Drop for Node {
-    fn drop(&mut self) {
-        remove_v1_cgroups(&self.pods);
-    }
-}
-
 /// As the harness names them.
 fn uid(pod: &str) -> String {
     format!("uid-of-{pod}")
@@ -94,6 +91,13 @@ fn attaching(pods: PathBuf) -> StubDaemon {
         let text = |name: &str| request[name].as_str().unwrap_or_default();
         let uid = request["pod"]["uid"].as_str().unwrap_or_default();
         let cgroup = pods.join(format!("pod{uid}"));
+        let has_containers = fs::read_dir(&cgroup).is_ok_and(|entries| {
+            let mut kinds = entries.flatten().flat_map(|entry| entry.file_type());
+            kinds.any(|kind| kind.is_dir())
+        });
+        if text("op") == "add" && has_containers {
+            return "{\"error\":\"a container came first\",\"retry\":false}\n".to_owned();
+        }
         let mut command = redirect();
         let output = match text("op") {
             "add" => finish(
@@ -156,7 +160,7 @@ fn first_connection_of_a_pods_first_process_is_captured() {
     let mut proxy = Actor::start(
         netns,
         Some(cgroup.join("proxy-of-test")).inspect(|path| {
-            std::fs::create_dir(path).unwrap();
+            fs::create_dir(path).unwrap();
         }),
         Identity::PROXY,
     );
@@ -173,12 +177,19 @@ fn first_connection_of_a_pods_first_process_is_captured() {
     let log = node.containerd.script(&sandbox, "without-proxy", DIAL);
     assert!(log.contains("Connection refused"), "{log}");
 
+    // The runtime makes the pod's cgroup only with its first container: at ADD there is what the kubelet has made.
+    let stray = node.pod("stray");
+    fs::remove_dir(node.pods.path().join(format!("pod{}", uid("stray")))).unwrap();
+    let error = node.containerd.run(&stray).unwrap_err();
+    assert!(
+        error.contains("cgroup") && error.contains("does not exist"),
+        "{error}"
+    );
+
     node.containerd.remove(sandbox).unwrap();
     let ops: Vec<_> = daemon.asked().iter().map(|one| one["op"].clone()).collect();
-    assert!(
-        !ops.is_empty() && ops.iter().all(|op| op == "del"),
-        "{ops:?}"
-    );
+    assert_eq!(ops.iter().filter(|op| *op == "add").count(), 1, "{ops:?}");
+    assert!(ops.iter().any(|op| op == "del"), "{ops:?}");
     assert!(detach(&cgroup).status.success());
 }
 

@@ -3,11 +3,21 @@
 use std::{
     collections::BTreeSet,
     fs,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown},
     path::{Path, PathBuf},
+    process::Command,
 };
 
-use redirect_tests::{loader, skip};
+use redirect_tests::{
+    loader,
+    namespace::errors,
+    options::Options,
+    protocol::{Family, Identity},
+    scene::{Lands, Scene, To, out},
+    skip,
+};
 use serde_json::Value;
+use tempfile::TempDir;
 
 fn deploy() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy")
@@ -262,6 +272,84 @@ fn every_mount_has_its_volume_and_no_container_is_privileged() {
     for resource in list(&kustomization, "/resources") {
         assert!(!manifest(&format!("kustomize/base/{}", resource.as_str().unwrap())).is_empty());
     }
+}
+
+/// The program as root with only the capabilities that the manifest gives to that container.
+fn as_container(name: &str) -> Command {
+    let base = manifest("kustomize/base/daemonset.yaml").remove(0);
+    let container = containers(&base).find(|one| one["name"] == name).unwrap();
+    let added = list(container, "/securityContext/capabilities/add").iter();
+    let added: Vec<String> = added
+        .map(|name| format!("+{}", name.as_str().unwrap().to_lowercase()))
+        .collect();
+    as_root_with(&added.join(","))
+}
+
+fn as_root_with(added: &str) -> Command {
+    let program = loader::redirect();
+    let mut command = Command::new("setpriv");
+    let set = ["-all", added].join(",");
+    command.args([
+        "--inh-caps=-all",
+        "--no-new-privs",
+        "--bounding-set",
+        set.trim_end_matches(','),
+    ]);
+    command.arg(program.get_program());
+    command
+}
+
+#[test]
+fn capabilities_of_the_daemon_are_enough_to_capture_a_pod_whose_proxy_runs() {
+    let mut scene = Scene::new();
+    let connection = out(Identity::APP, To::Service(80), Lands::Outbound);
+    let attach = |command: &mut Command| {
+        command
+            .arg("attach")
+            .arg("--cgroup")
+            .arg(scene.pod.cgroup.path());
+        command.arg("--netns").arg(scene.pod.netns.path());
+        loader::finish(command.args(Options::ISTIO.arguments()))
+    };
+    assert!(!attach(&mut as_root_with("")).status.success());
+    let output = attach(&mut as_container("daemon"));
+    assert!(output.status.success(), "{}", errors(&output));
+    assert_eq!(errors(&output), "", "no listener of the proxy is missed");
+    scene.adopt(&Options::ISTIO);
+    scene.attempt(Family::V4, &connection).unwrap();
+    scene.detach();
+    scene.attempt(Family::V4, &connection).unwrap_err();
+}
+
+#[test]
+fn capabilities_of_the_installer_are_enough_where_files_belong_to_others() {
+    let directory = TempDir::new().unwrap();
+    let (conf, bin) = (directory.path().join("net.d"), directory.path().join("bin"));
+    for path in [&conf, &bin] {
+        fs::create_dir(path).unwrap();
+    }
+    let file = conf.join("10-a.conflist");
+    fs::write(
+        &file,
+        r#"{"cniVersion":"1.0.0","name":"n","plugins":[{"type":"a"}]}"#,
+    )
+    .unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+    for path in [&file, &conf, &bin] {
+        chown(path, Some(1000), Some(1000)).unwrap();
+    }
+    let install = |command: &mut Command| {
+        command
+            .args(["cni", "install", "--cni-conf-dir"])
+            .arg(&conf);
+        loader::finish(command.arg("--cni-bin-dir").arg(&bin))
+    };
+    assert!(!install(&mut as_root_with("")).status.success());
+    let output = install(&mut as_container("cni"));
+    assert!(output.status.success(), "{}", errors(&output));
+    let metadata = fs::metadata(&file).unwrap();
+    assert_eq!((metadata.uid(), metadata.mode() & 0o777), (1000, 0o600));
+    assert!(fs::read_to_string(&file).unwrap().contains("redirect-cni"));
 }
 
 #[test]
