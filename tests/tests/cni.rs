@@ -1,4 +1,8 @@
 //! The CNI plugin as a container runtime calls it, against a daemon that answers as each test says.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test panics where it fails, also in its helpers"
+)]
 
 use std::{
     fs,

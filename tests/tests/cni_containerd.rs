@@ -1,4 +1,8 @@
 //! The CNI plugin under a real container runtime: what a pod's very first connection meets.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test panics where it fails, also in its helpers"
+)]
 
 use std::{
     collections::HashMap,

@@ -1,4 +1,8 @@
 //! `redirect cni install` and `uninstall`: what they leave in a node's CNI directories.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test panics where it fails, also in its helpers"
+)]
 
 use std::{
     collections::BTreeMap,
@@ -336,6 +340,30 @@ fn program_can_be_left_for_pods_that_were_there_before() {
         fs::read_to_string(node.file("10-a.conflist")).unwrap(),
         LIST
     );
+}
+
+#[test]
+fn program_stays_where_the_entry_cannot_be_taken_out() {
+    let node = Node::new(&[("10-a.conflist", LIST)]);
+    node.installed(&[]);
+    let before = node.listing();
+    // Root without capabilities cannot write there, and can remove the program.
+    chown(node.conf(), Some(1000), Some(1000)).unwrap();
+    let uninstall = node.command("uninstall");
+    let mut restricted = Command::new("setpriv");
+    restricted.args(["--inh-caps=-all", "--bounding-set=-all"]);
+    restricted
+        .arg(uninstall.get_program())
+        .args(uninstall.get_args());
+    let output = finish(&mut restricted);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        errors(&output).contains("10-a.conflist"),
+        "{}",
+        errors(&output)
+    );
+    assert_eq!(node.listing(), before);
+    assert!(node.program().exists());
 }
 
 #[test]

@@ -1,4 +1,8 @@
 //! The files in `deploy/`: they can be read, agree with each other, and call the program by words that it knows.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test panics where it fails, also in its helpers"
+)]
 
 use std::{
     collections::BTreeSet,
