@@ -46,6 +46,8 @@ pub struct Containerd {
 pub struct PodRequest {
     /// In the namespace `shop`.
     pub name: String,
+    /// As Kubernetes tells pods of one name apart.
+    pub uid: String,
     /// Below the cgroup2 mount.
     pub cgroup_parent: String,
     /// Kubernetes annotations.

@@ -60,6 +60,7 @@ impl Node {
         let below = cgroup.strip_prefix(mount_point()).unwrap();
         PodRequest {
             name: name.to_owned(),
+            uid: uid(name),
             cgroup_parent: Path::new("/").join(below).display().to_string(),
             annotations: HashMap::from([("sidecar.istio.io/status".to_owned(), "{}".to_owned())]),
         }
@@ -84,9 +85,20 @@ impl Node {
     }
 }
 
-/// As the harness names them.
+/// One that Kubernetes might give to the pod of that name in this run.
 fn uid(pod: &str) -> String {
-    format!("uid-of-{pod}")
+    let mut digits = format!("{:08x}", std::process::id());
+    digits.extend(pod.bytes().map(|byte| format!("{byte:02x}")));
+    digits += &"0".repeat(32);
+    let digit = |range| &digits[range];
+    [
+        digit(0..8),
+        digit(8..12),
+        digit(12..16),
+        digit(16..20),
+        digit(20..32),
+    ]
+    .join("-")
 }
 
 /// What a daemon does, in short: finds the pod's cgroup by its UID, which has to be there by then, and attaches to it.

@@ -162,7 +162,7 @@ impl PodSandboxConfig {
         Self {
             metadata: Some(PodSandboxMetadata {
                 name: pod.name.clone(),
-                uid: format!("uid-of-{}", pod.name),
+                uid: pod.uid.clone(),
                 namespace: "shop".to_owned(),
             }),
             log_directory: log_directory.display().to_string(),
