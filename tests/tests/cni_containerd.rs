@@ -13,6 +13,7 @@ use std::{
 
 use redirect_tests::{
     actor::Actor,
+    bpffs,
     cgroup::{Cgroup, mount_point},
     cni::{NAME, NoDaemon, StubDaemon},
     containerd::{Containerd, PodRequest, V1Cgroups},
@@ -147,6 +148,10 @@ fn first_connection_of_a_pods_first_process_is_captured() {
     if let Some(missing) = Containerd::missing() {
         skip!("{missing}");
     }
+    bpffs::private(first_connection);
+}
+
+fn first_connection() {
     let mut node = Node::new(1);
 
     let before = node.pod("before");

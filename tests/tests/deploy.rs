@@ -13,7 +13,7 @@ use std::{
 };
 
 use redirect_tests::{
-    loader,
+    bpffs, loader,
     namespace::errors,
     options::Options,
     protocol::{Family, Identity},
@@ -305,6 +305,10 @@ fn as_root_with(added: &str) -> Command {
 
 #[test]
 fn capabilities_of_the_daemon_are_enough_to_capture_a_pod_whose_proxy_runs() {
+    bpffs::private(attach_by_capabilities_of_the_daemon);
+}
+
+fn attach_by_capabilities_of_the_daemon() {
     let mut scene = Scene::new();
     let connection = out(Identity::APP, To::Service(80), Lands::Outbound);
     let attach = |command: &mut Command| {
