@@ -1,5 +1,6 @@
 //! The command line.
 
+mod cni;
 mod daemon;
 mod istio_iptables;
 mod logging;
@@ -53,6 +54,9 @@ enum Subcommands {
     /// Capture the pod this runs in, as an init container in the place of istio-iptables
     #[command(after_help = istio_iptables::EXIT_CODES)]
     IstioIptables(Box<IstioIptablesFlags>),
+    /// Tell the node's daemon about pods, as a CNI plugin
+    #[command(after_help = cni::ABOUT)]
+    Cni(cni::CniArgs),
 }
 
 #[derive(Debug, Args)]
@@ -136,7 +140,7 @@ struct RunArgs {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
-    let arguments = istio_iptables::by_name(std::env::args_os().collect());
+    let arguments = cni::by_name(istio_iptables::by_name(std::env::args_os().collect()));
     let codes = if istio_iptables::is_called(&arguments) {
         istio_iptables::CODES
     } else {
@@ -212,6 +216,7 @@ impl Cli {
             Subcommands::Log(args) => args.execute(),
             Subcommands::Run(args) => args.execute(),
             Subcommands::IstioIptables(flags) => istio_iptables::execute(&flags),
+            Subcommands::Cni(args) => args.execute(),
         }
     }
 }

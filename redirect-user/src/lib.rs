@@ -5,6 +5,7 @@
 
 pub mod attach;
 pub mod cli;
+pub mod cni;
 mod collect;
 pub mod detach;
 pub mod follow;

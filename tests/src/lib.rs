@@ -10,6 +10,8 @@
 //! | [`protocol`], [`actor`] | a process with a chosen identity that dials and listens on request |
 //! | [`dial`], [`datagram`], [`burst`], [`server`], [`sockopt`] | the code that runs inside such a process |
 //! | [`options`], [`loader`], [`iptables`], [`backend`] | the capture under test and the reference it is compared with |
+//! | [`cni`] | a container runtime's end of the CNI plugin, and a stand-in for the daemon |
+//! | [`containerd`] | a real container runtime, driven as a kubelet does it |
 //! | [`envoy`], [`skip`] | a real Envoy in the pod, and what is said where there is none |
 //! | [`follower`] | `redirect log` beside a test |
 //! | [`bpffs`] | a BPF file system of a test's own, and what the loader keeps in it |
@@ -30,8 +32,10 @@ pub mod backend;
 pub mod bpffs;
 pub mod burst;
 pub mod cgroup;
+pub mod cni;
 pub mod conformance;
 pub mod container;
+pub mod containerd;
 pub mod daemon;
 pub mod datagram;
 pub mod dial;

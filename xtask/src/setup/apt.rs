@@ -17,6 +17,9 @@ const NEEDED: &[(&str, &str)] = &[
     ("setpriv", "util-linux"),
     ("nsenter", "util-linux"),
     ("cc", "gcc"),
+    ("containerd", "containerd"),
+    ("runc", "runc"),
+    ("/usr/lib/cni/ptp", "containernetworking-plugins"),
 ];
 
 pub fn run() -> Result<Done> {
@@ -28,7 +31,8 @@ pub fn run() -> Result<Done> {
     packages.dedup();
     if packages.is_empty() {
         return Ok(Done::Already(
-            "ip, iptables, setpriv, nsenter and cc are there".to_owned(),
+            "ip, iptables, setpriv, nsenter, cc, containerd, runc and CNI plugins are there"
+                .to_owned(),
         ));
     }
     install(&packages)?;
