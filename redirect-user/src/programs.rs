@@ -36,7 +36,8 @@ pub struct Hook {
     pub program: &'static str,
     /// Where it is attached.
     pub side: Side,
-    attach_type: bpf_attach_type,
+    /// The kernel's name of the hook.
+    pub attach_type: bpf_attach_type,
 }
 
 /// The cgroup hooks, in the order in which they are attached: `connect` comes last, when all that
