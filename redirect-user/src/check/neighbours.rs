@@ -46,10 +46,9 @@ fn look(cgroup: Option<&Cgroup>) -> Result<Vec<Finding>> {
     let programs: HashMap<u32, String> = aya::programs::loaded_programs()
         .flatten()
         .map(|program| {
-            (
-                program.id(),
-                program.name_as_str().unwrap_or("?").to_owned(),
-            )
+            let name = program.name_as_str().filter(|name| !name.is_empty());
+            let nameless = || format!("program {}", program.id());
+            (program.id(), name.map_or_else(nameless, str::to_owned))
         })
         .collect();
     let mut findings = Vec::new();
@@ -61,7 +60,7 @@ fn look(cgroup: Option<&Cgroup>) -> Result<Vec<Finding>> {
             let names: Vec<&str> = attached
                 .program_ids
                 .iter()
-                .map(|id| programs.get(id).map_or("?", String::as_str))
+                .filter_map(|id| programs.get(id).map(String::as_str))
                 .filter(|name| !name.starts_with(OWN))
                 .collect();
             if !names.is_empty() {
