@@ -42,6 +42,7 @@ const PROGRAMS: &[&str] = &[
     "setpriv",
     "setsid",
     "sleep",
+    "ss",
     "stat",
     "sysctl",
     "tail",

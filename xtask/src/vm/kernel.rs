@@ -51,6 +51,20 @@ pub struct Kernel {
 }
 
 impl Kernel {
+    /// As `uname -r` tells it, if its modules do.
+    pub fn release(&self) -> Option<String> {
+        let name = self.modules.as_deref()?.file_name()?;
+        Some(name.to_string_lossy().into_owned())
+    }
+
+    /// Major and minor version, from the release.
+    pub fn version(&self) -> Option<(u32, u32)> {
+        let release = self.release()?;
+        let (major, rest) = release.split_once('.')?;
+        let minor = rest.split(|c: char| !c.is_ascii_digit()).next()?;
+        Some((major.parse().ok()?, minor.parse().ok()?))
+    }
+
     /// Its name, as a part of a path.
     pub fn file_name(&self) -> String {
         self.name.replace('/', "_")
@@ -246,6 +260,18 @@ mod tests {
             ]
         );
         assert!(parts(names, "linux-image-6.12.9+deb13-cloud-amd64").is_empty());
+    }
+
+    #[test]
+    fn version_is_that_of_the_modules() {
+        let kernel = |modules: Option<&str>| Kernel {
+            name: String::new(),
+            image: PathBuf::new(),
+            modules: modules.map(PathBuf::from),
+        };
+        let folder = "/lib/modules/6.12.41+deb13-cloud-amd64";
+        assert_eq!(kernel(Some(folder)).version(), Some((6, 12)));
+        assert_eq!(kernel(None).version(), None);
     }
 
     #[test]

@@ -129,17 +129,21 @@ fn qemu(kernel: &Kernel, accelerator: Accelerator, size: Size) -> Result<Command
     command.args(["-smp", &size.cpus.to_string()]);
     command.args(match accelerator {
         Accelerator::Kvm => ["-accel", "kvm", "-cpu", "host"],
-        // Five levels of page tables are only slower to emulate; and qemu 7.2 garbles the flags of an
-        // unlocked cmpxchg16b, with which the kernel's allocator now and then ends in a double fault.
-        Accelerator::Tcg => [
-            "-accel",
-            "tcg,thread=multi",
-            "-cpu",
-            "max,la57=off,cx16=off",
-        ],
+        Accelerator::Tcg => ["-accel", "tcg,thread=multi", "-cpu", emulated_cpu(kernel)],
     });
     command.arg("-kernel").arg(&kernel.image);
     Ok(command)
+}
+
+/// Five levels of page tables are only slower to emulate. And qemu 7.2 garbles the flags of an unlocked cmpxchg16b, on
+/// which the kernel's allocator was built until Linux 7.0: now and then it ended in a double fault. Since then socket
+/// storage cannot be allocated without that instruction.
+fn emulated_cpu(kernel: &Kernel) -> &'static str {
+    if kernel.version().is_some_and(|version| version >= (7, 0)) {
+        "max,la57=off"
+    } else {
+        "max,la57=off,cx16=off"
+    }
 }
 
 /// A guest to be booted.

@@ -180,13 +180,9 @@ fn row(
     verdict: Verdict,
     took: std::time::Duration,
 ) -> Row {
-    let release = kernel
-        .modules
-        .as_deref()
-        .and_then(|folder| folder.file_name());
     Row {
         kernel: kernel.name.clone(),
-        release: release.map_or_else(String::new, |name| name.to_string_lossy().into_owned()),
+        release: kernel.release().unwrap_or_default(),
         loads,
         tally: output.tally,
         skipped: output.skipped,
