@@ -190,8 +190,3 @@ fn folder() -> Result<PathBuf> {
         .with_context(|| format!("cannot make {}", folder.display()))?;
     Ok(folder)
 }
-
-/// A path of this workspace.
-fn in_workspace(path: &str) -> Result<PathBuf> {
-    Ok(cargo::workspace()?.root.join(path))
-}

@@ -117,7 +117,9 @@ fn qemu(kernel: &Kernel, accelerator: Accelerator, size: Size) -> Result<Command
     let Some(program) = find_program(&name) else {
         bail!("no {name}: install it (Debian: `apt-get install qemu-system-x86`)");
     };
-    let mut command = Command::new(program);
+    // A killed xtask must not leave a guest behind.
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--"]).arg(program);
     command.args([
         "-nodefaults",
         "-no-user-config",

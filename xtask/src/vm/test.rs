@@ -32,11 +32,24 @@ pub struct Options {
     /// How many tests of a program run at once
     #[arg(long, value_name = "N", default_value_t = 2)]
     threads: usize,
-    /// Write the results into docs/kernel-support.md
+    /// Write these kernels' lines into docs/kernel-support.md
     #[arg(long)]
     table: bool,
     /// Only tests whose name contains this
     filter: Option<String>,
+}
+
+impl Options {
+    fn chosen(&self) -> String {
+        let programs = match self.tests.join(", ") {
+            all if all.is_empty() => "all".to_owned(),
+            some => some,
+        };
+        match &self.filter {
+            Some(filter) => format!("{programs}: `{filter}`"),
+            None => programs,
+        }
+    }
 }
 
 /// What the job wrote.
@@ -132,7 +145,7 @@ fn one(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Row> {
             verdict = Verdict::Failed(failed.join(", "));
         }
     }
-    Ok(row(kernel, &ended, output, loads, verdict, took))
+    Ok(row(options, kernel, &ended, output, loads, verdict, took))
 }
 
 /// A kernel that is too old is refused, by one line, and has nothing attached or pinned afterwards.
@@ -149,7 +162,15 @@ fn refusal(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Ro
         (Verdict::Passed, _) => Verdict::Failed("not refused as it should be".to_owned()),
         (other, _) => other,
     };
-    Ok(row(kernel, &ended, output, Some(false), verdict, took))
+    Ok(row(
+        options,
+        kernel,
+        &ended,
+        output,
+        Some(false),
+        verdict,
+        took,
+    ))
 }
 
 fn boot(
@@ -173,6 +194,7 @@ fn boot(
 }
 
 fn row(
+    options: &Options,
     kernel: &Kernel,
     ended: &Ended,
     output: Output,
@@ -185,6 +207,7 @@ fn row(
         release: kernel.release().unwrap_or_default(),
         loads,
         tally: output.tally,
+        chosen: options.chosen(),
         skipped: output.skipped,
         verdict,
         boot: ended.boot,
