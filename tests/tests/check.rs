@@ -29,15 +29,18 @@ fn check(pod: &Pod) -> (bool, Vec<Value>) {
     let output = finish(&mut command);
     let report: Value = serde_json::from_slice(&output.stdout)
         .unwrap_or_else(|error| panic!("{error}: {}", errors(&output)));
-    let ready = report["ready"].as_bool().unwrap();
+    let ready = report["ready"].as_bool().expect("ready");
     // The exit code says the same.
     assert_eq!(output.status.code(), Some(i32::from(!ready)));
-    (ready, report["findings"].as_array().unwrap().clone())
+    (
+        ready,
+        report["findings"].as_array().expect("findings").clone(),
+    )
 }
 
 /// Findings that are not `ok`, as "level what: detail".
 fn complaints(findings: &[Value]) -> Vec<String> {
-    let text = |finding: &Value, field: &str| finding[field].as_str().unwrap().to_owned();
+    let text = |finding: &Value, field: &str| finding[field].as_str().expect(field).to_owned();
     findings
         .iter()
         .map(|finding| {

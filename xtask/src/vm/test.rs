@@ -88,12 +88,13 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         };
         anstream::println!("{}: {}", row.kernel, row.verdict);
         rows.push(row);
+        // Each time: a run of many kernels is long, and may be broken off.
+        if options.table {
+            report::write_document(&rows)?;
+        }
     }
     ui::heading("kernels");
     report::print(&rows);
-    if options.table {
-        report::write_document(&rows)?;
-    }
     let good = rows.iter().all(|row| row.verdict.is_good());
     Ok(if good {
         ExitCode::SUCCESS
