@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use indicatif::ProgressBar;
 
 use super::console::Console;
@@ -17,7 +17,7 @@ use super::job::Mark;
 use super::kernel::Kernel;
 use crate::cargo;
 use crate::preflight::find_program;
-use crate::ui;
+use crate::{setup, ui};
 
 /// What runs the guest's instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -114,9 +114,11 @@ fn kvm_works(kernel: &Kernel) -> Result<bool> {
 
 fn qemu(kernel: &Kernel, accelerator: Accelerator, size: Size) -> Result<Command> {
     let name = format!("qemu-system-{}", std::env::consts::ARCH);
-    let Some(program) = find_program(&name) else {
-        bail!("no {name}: install it (Debian: `apt-get install qemu-system-x86`)");
-    };
+    if find_program(&name).is_none() && std::env::consts::ARCH == "x86_64" {
+        setup::install_packages(&["qemu-system-x86"])?;
+    }
+    let program = find_program(&name)
+        .with_context(|| format!("no {name}: install it with this system's package manager"))?;
     // A killed xtask must not leave a guest behind.
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "--"]).arg(program);
