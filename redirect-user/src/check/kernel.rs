@@ -1,7 +1,6 @@
 //! What the kernel offers, by asking it: a version number says little about a distribution's kernel.
 
 use std::fs;
-use std::path::Path;
 
 use aya::maps::MapType;
 use aya::programs::ProgramType;
@@ -129,22 +128,28 @@ fn set_retval() -> Finding {
 
 /// In confidentiality mode `bpf_probe_read_kernel` is off, which tells who created a socket.
 fn lockdown() -> Finding {
-    let mode = fs::read_to_string("/sys/kernel/security/lockdown").ok();
-    let modules = fs::read_to_string("/sys/kernel/security/lsm").ok();
-    let modules = modules.as_deref().map_or("unknown", str::trim);
-    let chosen = mode.as_deref().and_then(chosen);
-    let level = match chosen {
-        Some("confidentiality") => Level::Bad,
-        None if !Path::new("/sys/kernel/security").exists() => Level::Warning,
-        _ => Level::Ok,
-    };
-    let detail = match chosen {
-        Some("confidentiality") => {
+    const FOLDER: &str = "/sys/kernel/security";
+    let read = |name: &str| fs::read_to_string(format!("{FOLDER}/{name}")).ok();
+    let (modes, modules) = (read("lockdown"), read("lsm"));
+    let modules = modules.as_deref().map(str::trim);
+    let (level, detail) = match (modes.as_deref().and_then(chosen), modules) {
+        (Some("confidentiality"), _) => (
+            Level::Bad,
             "lockdown=confidentiality forbids reading who created a socket: boot with lockdown=integrity or none"
-                .to_owned()
-        }
-        Some(mode) => format!("lockdown={mode}; security modules: {modules}"),
-        None => format!("no lockdown; security modules: {modules}"),
+                .to_owned(),
+        ),
+        (None, None) => (
+            Level::Note,
+            format!("cannot be told, nothing is mounted at {FOLDER}; the rehearsal shows what is in the way"),
+        ),
+        (mode, modules) => (
+            Level::Ok,
+            format!(
+                "{}; security modules: {}",
+                mode.map_or_else(|| "no lockdown".to_owned(), |mode| format!("lockdown={mode}")),
+                modules.unwrap_or("unknown")
+            ),
+        ),
     };
     Finding::new("lockdown", level, detail)
 }
