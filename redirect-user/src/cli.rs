@@ -1,5 +1,6 @@
 //! The command line.
 
+mod check;
 mod cni;
 mod daemon;
 mod istio_iptables;
@@ -44,6 +45,8 @@ enum Subcommands {
     Detach(DetachArgs),
     /// Show what is attached and what it has done
     Status(StatusArgs),
+    /// Tell whether this node can capture pods, and what is in the way; changes nothing
+    Check(check::CheckArgs),
     /// Follow what happens: connections that are refused and, with --decisions, what becomes of
     /// each connection and by which rule; until Ctrl-C
     Log(LogArgs),
@@ -213,6 +216,7 @@ impl Cli {
             Subcommands::Attach(args) => args.execute(),
             Subcommands::Detach(args) => args.execute(),
             Subcommands::Status(args) => args.execute(),
+            Subcommands::Check(args) => args.execute(),
             Subcommands::Log(args) => args.execute(),
             Subcommands::Run(args) => args.execute(),
             Subcommands::IstioIptables(flags) => istio_iptables::execute(&flags),

@@ -116,15 +116,26 @@ pub enum Task {
 
 /// Refuses a kernel or a process that cannot do it, naming what is missing.
 pub fn require(task: Task) -> Result<()> {
+    require_version()?;
+    if !Path::new(BTF).exists() {
+        bail!("this kernel has no BTF at {BTF}: redirect needs CONFIG_DEBUG_INFO_BTF=y");
+    }
+    require_rights(task)
+}
+
+/// Refuses a kernel that is too old.
+pub fn require_version() -> Result<()> {
     let (major, minor) = version()?;
     if (major, minor) < (5, 15) {
         bail!(
             "Linux {major}.{minor} is too old: redirect needs 5.15 or later (network namespace cookies in sockops and sockopt programs)"
         );
     }
-    if !Path::new(BTF).exists() {
-        bail!("this kernel has no BTF at {BTF}: redirect needs CONFIG_DEBUG_INFO_BTF=y");
-    }
+    Ok(())
+}
+
+/// Refuses a process that lacks capabilities, or has them in a user namespace of its own only.
+pub fn require_rights(task: Task) -> Result<()> {
     if std::fs::metadata("/proc/self/ns/user")
         .context("/proc/self/ns/user")?
         .ino()

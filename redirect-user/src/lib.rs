@@ -4,6 +4,7 @@
 //! both into map entries, [`attach`] puts them in place.
 
 pub mod attach;
+pub mod check;
 pub mod cli;
 pub mod cni;
 mod collect;

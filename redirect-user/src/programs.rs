@@ -51,7 +51,8 @@ pub struct Hook {
     pub side: Side,
     /// When it is attached. Once there it stays until the pod is detached.
     pub need: Need,
-    attach_type: bpf_attach_type,
+    /// The kernel's name of the hook.
+    pub attach_type: bpf_attach_type,
 }
 
 /// The cgroup hooks, in the order in which they are attached: `connect` comes last, when all that

@@ -9,6 +9,7 @@ use anyhow::Result;
 
 use crate::ui::{self, Mark};
 
+pub use apt::install as install_packages;
 pub use envoy::binary as envoy_binary;
 
 /// What a step found or did, in words for its line.

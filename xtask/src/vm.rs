@@ -50,6 +50,9 @@ pub struct Run {
     /// The kernel: a version that Debian packages, such as 6.12, or the path of an image
     #[arg(long, value_name = "KERNEL", default_value = DEFAULT_KERNEL)]
     kernel: Wanted,
+    /// Carry the kernel-level tests too, in /vm/deps
+    #[arg(long)]
+    tests: bool,
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<String>,
@@ -62,6 +65,9 @@ pub struct Shell {
     /// The kernel: a version that Debian packages, such as 6.12, or the path of an image
     #[arg(long, value_name = "KERNEL", default_value = DEFAULT_KERNEL)]
     kernel: Wanted,
+    /// Carry the kernel-level tests too, in /vm/deps
+    #[arg(long)]
+    tests: bool,
 }
 
 /// What the guest runs on.
@@ -94,7 +100,7 @@ impl Run {
         let job = Job {
             commands: vec![GuestCommand::new("command", &self.command)],
         };
-        let programs = Programs::build()?;
+        let programs = Programs::build(self.tests)?;
         let kernel = self.kernel.get()?;
         let ended = self
             .machine
@@ -116,7 +122,7 @@ impl Shell {
                 &["bash".to_owned(), "-i".to_owned()],
             )],
         };
-        let programs = Programs::build()?;
+        let programs = Programs::build(self.tests)?;
         let kernel = self.kernel.get()?;
         self.machine
             .with_guest(&kernel, Image::new()?, &job, &programs, |guest| {
@@ -183,9 +189,4 @@ fn folder() -> Result<PathBuf> {
     std::fs::create_dir_all(&folder)
         .with_context(|| format!("cannot make {}", folder.display()))?;
     Ok(folder)
-}
-
-/// A path of this workspace.
-fn in_workspace(path: &str) -> Result<PathBuf> {
-    Ok(cargo::workspace()?.root.join(path))
 }

@@ -152,6 +152,55 @@ pub fn link_create(
     unsafe { bpf_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr) }
 }
 
+/// Programs attached to one cgroup on one hook.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attached {
+    /// In the order in which they run.
+    pub program_ids: Vec<u32>,
+    /// `BPF_F_ALLOW_…`.
+    pub flags: u32,
+}
+
+impl Attached {
+    /// `BPF_F_ALLOW_OVERRIDE`.
+    pub const OVERRIDE: u32 = 1 << 0;
+    /// `BPF_F_ALLOW_MULTI`.
+    pub const MULTI: u32 = 1 << 1;
+
+    /// Nothing may be attached beside or below.
+    pub fn is_exclusive(&self) -> bool {
+        self.flags & (Self::OVERRIDE | Self::MULTI) == 0
+    }
+
+    /// What is attached below takes its place.
+    pub fn is_overridable(&self) -> bool {
+        self.flags & Self::OVERRIDE != 0
+    }
+}
+
+/// What is attached to a cgroup itself, whoever did it and however.
+pub fn attached(cgroup: BorrowedFd<'_>, hook: bpf_attach_type) -> io::Result<Attached> {
+    /// The kernel's limit (`BPF_CGROUP_MAX_PROGS`).
+    const MOST: usize = 64;
+    let mut program_ids = vec![0_u32; MOST];
+    let mut attr = empty();
+    attr.query.__bindgen_anon_1.target_fd = cgroup.as_raw_fd() as u32;
+    attr.query.attach_type = hook as u32;
+    attr.query.prog_ids = program_ids.as_mut_ptr() as u64;
+    attr.query.__bindgen_anon_2.prog_cnt = MOST as u32;
+    // SAFETY: there is room for `prog_cnt` ids.
+    unsafe { bpf(bpf_cmd::BPF_PROG_QUERY, &mut attr) }?;
+    // SAFETY: the command answers in these members, which are integers.
+    let (count, flags) = unsafe {
+        (
+            attr.query.__bindgen_anon_2.prog_cnt,
+            attr.query.attach_flags,
+        )
+    };
+    program_ids.truncate(count as usize);
+    Ok(Attached { program_ids, flags })
+}
+
 /// Replaces a link's program in one step.
 pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     let mut attr = empty();

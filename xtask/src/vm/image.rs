@@ -42,6 +42,7 @@ const PROGRAMS: &[&str] = &[
     "setpriv",
     "setsid",
     "sleep",
+    "ss",
     "stat",
     "sysctl",
     "tail",
@@ -218,4 +219,31 @@ impl Image {
 
 fn relative(path: &Path) -> &Path {
     path.strip_prefix("/").unwrap_or(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn link_is_carried_with_what_it_leads_to() {
+        let folder = tempfile::tempdir().unwrap();
+        let here = fs::canonicalize(folder.path()).unwrap();
+        fs::write(here.join("script"), "#!/bin/sh\n").unwrap();
+        std::os::unix::fs::symlink("script", here.join("link")).unwrap();
+        let mut image = Image {
+            entries: BTreeMap::new(),
+        };
+        image.add(&here.join("link")).unwrap();
+        let entry = |path: PathBuf| image.entries.get(relative(&path));
+        assert!(
+            matches!(entry(here.join("link")), Some(Entry::Link(to)) if to == Path::new("script"))
+        );
+        assert!(matches!(entry(here.join("script")), Some(Entry::Copy(_))));
+        // And the directories on the way, which the kernel does not make by itself.
+        assert!(
+            here.ancestors()
+                .all(|path| path == Path::new("/") || entry(path.to_owned()).is_some())
+        );
+    }
 }

@@ -51,6 +51,20 @@ pub struct Kernel {
 }
 
 impl Kernel {
+    /// As `uname -r` tells it, if its modules do.
+    pub fn release(&self) -> Option<String> {
+        let name = self.modules.as_deref()?.file_name()?;
+        Some(name.to_string_lossy().into_owned())
+    }
+
+    /// Major and minor version, from the release.
+    pub fn version(&self) -> Option<(u32, u32)> {
+        let release = self.release()?;
+        let (major, rest) = release.split_once('.')?;
+        let minor = rest.split(|c: char| !c.is_ascii_digit()).next()?;
+        Some((major.parse().ok()?, minor.parse().ok()?))
+    }
+
     /// Its name, as a part of a path.
     pub fn file_name(&self) -> String {
         self.name.replace('/', "_")
@@ -108,23 +122,21 @@ fn fetch(major: u32, minor: u32, folder: &Path) -> Result<()> {
     for part in parts(&names_of_parts(&apt)?, package) {
         tree = apt.fetch(&part)?;
     }
-    // Only these two: a package has its documentation too.
-    let kept = tree.with_file_name("kept");
-    fs::create_dir(&kept)?;
-    fs::create_dir(kept.join("boot"))?;
-    let image = fs::read_dir(tree.join("boot"))?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .find(|path| {
-            path.file_name()
-                .is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz"))
-        })
-        .with_context(|| format!("{package} has no vmlinuz"))?;
-    fs::rename(&image, kept.join("boot/vmlinuz"))?;
     let modules = ["usr/lib/modules", "lib/modules"]
         .map(|path| tree.join(path))
         .into_iter()
         .find(|path| path.is_dir())
         .with_context(|| format!("{package} has no modules"))?;
+    // In older packages it is in /boot, in newer ones with its modules.
+    let image = [tree.join("boot"), only_entry(&modules)?]
+        .iter()
+        .find_map(|folder| image_in(folder))
+        .with_context(|| format!("{package} has no vmlinuz"))?;
+    // Only these two: a package has its documentation too.
+    let kept = tree.with_file_name("kept");
+    fs::create_dir(&kept)?;
+    fs::create_dir(kept.join("boot"))?;
+    fs::rename(&image, kept.join("boot/vmlinuz"))?;
     fs::create_dir(kept.join("lib"))?;
     fs::rename(modules, kept.join("lib/modules"))?;
     debian::put_in_place(&kept, folder)?;
@@ -134,6 +146,16 @@ fn fetch(major: u32, minor: u32, folder: &Path) -> Result<()> {
         &format!("{package}, from Debian {}", apt.suite()),
     );
     Ok(())
+}
+
+fn image_in(folder: &Path) -> Option<PathBuf> {
+    fs::read_dir(folder)
+        .ok()?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .find(|path| {
+            path.file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz"))
+        })
 }
 
 /// Newer kernels are split: the image is in `linux-binary-…`, its modules in `linux-modules-…`.
@@ -238,6 +260,18 @@ mod tests {
             ]
         );
         assert!(parts(names, "linux-image-6.12.9+deb13-cloud-amd64").is_empty());
+    }
+
+    #[test]
+    fn version_is_that_of_the_modules() {
+        let kernel = |modules: Option<&str>| Kernel {
+            name: String::new(),
+            image: PathBuf::new(),
+            modules: modules.map(PathBuf::from),
+        };
+        let folder = "/lib/modules/6.12.41+deb13-cloud-amd64";
+        assert_eq!(kernel(Some(folder)).version(), Some((6, 12)));
+        assert_eq!(kernel(None).version(), None);
     }
 
     #[test]

@@ -47,8 +47,16 @@ pub struct Programs {
 }
 
 impl Programs {
-    /// Builds redirect.
-    pub fn build() -> Result<Self> {
+    /// Builds redirect, and all kernel-level tests if wanted.
+    pub fn build(with_tests: bool) -> Result<Self> {
+        if with_tests {
+            Self::build_with_tests(&[])
+        } else {
+            Self::build_redirect()
+        }
+    }
+
+    fn build_redirect() -> Result<Self> {
         cargo::build(false)?;
         let programs = Self {
             folder: tempfile::tempdir_in(super::folder()?)?,
@@ -64,7 +72,7 @@ impl Programs {
 
     /// The same, with those of the kernel-level tests that are wanted; all, if none is named.
     pub fn build_with_tests(wanted: &[String]) -> Result<Self> {
-        let mut programs = Self::build()?;
+        let mut programs = Self::build_redirect()?;
         let mut command = cargo::at_root()?;
         command.args(["test", "--no-run", "--package=redirect-tests"]);
         ui::command(&command);

@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use indicatif::ProgressBar;
 
 use super::console::Console;
@@ -17,7 +17,7 @@ use super::job::Mark;
 use super::kernel::Kernel;
 use crate::cargo;
 use crate::preflight::find_program;
-use crate::ui;
+use crate::{setup, ui};
 
 /// What runs the guest's instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -114,10 +114,14 @@ fn kvm_works(kernel: &Kernel) -> Result<bool> {
 
 fn qemu(kernel: &Kernel, accelerator: Accelerator, size: Size) -> Result<Command> {
     let name = format!("qemu-system-{}", std::env::consts::ARCH);
-    let Some(program) = find_program(&name) else {
-        bail!("no {name}: install it (Debian: `apt-get install qemu-system-x86`)");
-    };
-    let mut command = Command::new(program);
+    if find_program(&name).is_none() && std::env::consts::ARCH == "x86_64" {
+        setup::install_packages(&["qemu-system-x86"])?;
+    }
+    let program = find_program(&name)
+        .with_context(|| format!("no {name}: install it with this system's package manager"))?;
+    // A killed xtask must not leave a guest behind.
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--"]).arg(program);
     command.args([
         "-nodefaults",
         "-no-user-config",
@@ -129,17 +133,21 @@ fn qemu(kernel: &Kernel, accelerator: Accelerator, size: Size) -> Result<Command
     command.args(["-smp", &size.cpus.to_string()]);
     command.args(match accelerator {
         Accelerator::Kvm => ["-accel", "kvm", "-cpu", "host"],
-        // Five levels of page tables are only slower to emulate; and qemu 7.2 garbles the flags of an
-        // unlocked cmpxchg16b, with which the kernel's allocator now and then ends in a double fault.
-        Accelerator::Tcg => [
-            "-accel",
-            "tcg,thread=multi",
-            "-cpu",
-            "max,la57=off,cx16=off",
-        ],
+        Accelerator::Tcg => ["-accel", "tcg,thread=multi", "-cpu", emulated_cpu(kernel)],
     });
     command.arg("-kernel").arg(&kernel.image);
     Ok(command)
+}
+
+/// Five levels of page tables are only slower to emulate. And qemu 7.2 garbles the flags of an unlocked cmpxchg16b, on
+/// which the kernel's allocator was built until Linux 7.0: now and then it ended in a double fault. Since then socket
+/// storage cannot be allocated without that instruction.
+fn emulated_cpu(kernel: &Kernel) -> &'static str {
+    if kernel.version().is_some_and(|version| version >= (7, 0)) {
+        "max,la57=off"
+    } else {
+        "max,la57=off,cx16=off"
+    }
 }
 
 /// A guest to be booted.

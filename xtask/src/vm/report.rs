@@ -1,5 +1,6 @@
 //! What became of each kernel, for people on the terminal and in the documentation.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
 use std::time::Duration;
@@ -8,8 +9,8 @@ use anyhow::{Context as _, Result};
 use comfy_table::Table;
 
 use super::console::Disaster;
-use super::in_workspace;
 use super::qemu::{End, Ended};
+use crate::cargo;
 use crate::test::Tally;
 
 /// One for every kernel.
@@ -83,6 +84,8 @@ pub struct Row {
     /// Whether every program loaded and attached; None if that was not seen.
     pub loads: Option<bool>,
     pub tally: Tally,
+    /// Which of all tests were to run.
+    pub chosen: String,
     pub skipped: usize,
     pub verdict: Verdict,
     pub boot: Option<Duration>,
@@ -108,7 +111,7 @@ impl Row {
         let tests = if self.tally.found_nothing() {
             "none run".to_owned()
         } else {
-            self.tally.to_string()
+            format!("{} ({})", self.tally, self.chosen)
         };
         [
             self.kernel.clone(),
@@ -141,32 +144,43 @@ const DOCUMENT: &str = "docs/kernel-support.md";
 const BEGIN: &str = "<!-- written by `cargo xtask vm test --table` -->\n";
 const END: &str = "<!-- end -->\n";
 
-/// Replaces the table in the documentation.
+/// Replaces these kernels' lines of the table in the documentation.
 pub fn write_document(rows: &[Row]) -> Result<()> {
-    let path = in_workspace(DOCUMENT)?;
+    let path = cargo::workspace()?.root.join(DOCUMENT);
     let text = fs::read_to_string(&path).with_context(|| format!("cannot read {DOCUMENT}"))?;
-    let text = replace(&text, &markdown(rows))
+    let lines = rows.iter().map(|row| line(&row.cells())).collect();
+    let text = replace(&text, lines)
         .with_context(|| format!("{DOCUMENT} has no place for the table: {BEGIN}{END}"))?;
     fs::write(&path, text).with_context(|| format!("cannot write {DOCUMENT}"))
 }
 
-fn markdown(rows: &[Row]) -> String {
-    let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
-    let mut text = line(&HEADER.map(str::to_owned));
-    text += &line(&HEADER.map(|_| "---".to_owned()));
-    for row in rows {
-        text += &line(
-            &row.cells()
-                .map(|cell| cell.replace('|', "\\|").replace('\n', " ")),
-        );
-    }
-    text
+fn line(cells: &[String]) -> String {
+    let cells: Vec<String> = cells
+        .iter()
+        .map(|cell| cell.replace('|', "\\|").replace('\n', " "))
+        .collect();
+    format!("| {} |\n", cells.join(" | "))
 }
 
-fn replace(text: &str, table: &str) -> Option<String> {
+fn replace(text: &str, lines: Vec<String>) -> Option<String> {
     let (before, rest) = text.split_once(BEGIN)?;
-    let (_, after) = rest.split_once(END)?;
+    let (old, after) = rest.split_once(END)?;
+    let old = old.lines().skip(2).map(|line| format!("{line}\n"));
+    let mut by_kernel: BTreeMap<Vec<u32>, String> = BTreeMap::new();
+    for line in old.chain(lines) {
+        by_kernel.insert(kernel_of(&line), line);
+    }
+    let mut table = line(&HEADER.map(str::to_owned)) + &line(&HEADER.map(|_| "---".to_owned()));
+    table.extend(by_kernel.into_values());
     Some(format!("{before}{BEGIN}{table}{END}{after}"))
+}
+
+/// The numbers of a line's first cell, which order lines.
+fn kernel_of(line: &str) -> Vec<u32> {
+    let cell = line.split('|').nth(1).unwrap_or_default();
+    cell.split(|c: char| !c.is_ascii_digit())
+        .filter_map(|digits| digits.parse().ok())
+        .collect()
 }
 
 #[cfg(test)]
@@ -211,12 +225,22 @@ mod tests {
     }
 
     #[test]
-    fn only_the_table_of_a_document_is_replaced() {
-        let text = format!("a\n{BEGIN}old\n{END}b\n");
+    fn lines_of_a_document_are_replaced_by_kernel_and_others_stay() {
+        let table = |lines: &[&str]| {
+            let header =
+                line(&HEADER.map(str::to_owned)) + &line(&HEADER.map(|_| "---".to_owned()));
+            format!("a\n{BEGIN}{header}{}{END}b\n", lines.concat())
+        };
+        let old = table(&["| 6.1 | x |\n", "| 6.12 | y |\n"]);
+        let new = vec!["| 6.12 | z |\n".to_owned(), "| 5.10 | w |\n".to_owned()];
         assert_eq!(
-            replace(&text, "new\n"),
-            Some(format!("a\n{BEGIN}new\n{END}b\n"))
+            replace(&old, new),
+            Some(table(&[
+                "| 5.10 | w |\n",
+                "| 6.1 | x |\n",
+                "| 6.12 | z |\n"
+            ]))
         );
-        assert_eq!(replace("no place", "new"), None);
+        assert_eq!(replace("no place", Vec::new()), None);
     }
 }

@@ -32,11 +32,24 @@ pub struct Options {
     /// How many tests of a program run at once
     #[arg(long, value_name = "N", default_value_t = 2)]
     threads: usize,
-    /// Write the results into docs/kernel-support.md
+    /// Write these kernels' lines into docs/kernel-support.md
     #[arg(long)]
     table: bool,
     /// Only tests whose name contains this
     filter: Option<String>,
+}
+
+impl Options {
+    fn chosen(&self) -> String {
+        let programs = match self.tests.join(", ") {
+            all if all.is_empty() => "all".to_owned(),
+            some => some,
+        };
+        match &self.filter {
+            Some(filter) => format!("{programs}: `{filter}`"),
+            None => programs,
+        }
+    }
 }
 
 /// What the job wrote.
@@ -75,12 +88,13 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         };
         anstream::println!("{}: {}", row.kernel, row.verdict);
         rows.push(row);
+        // Each time: a run of many kernels is long, and may be broken off.
+        if options.table {
+            report::write_document(&rows)?;
+        }
     }
     ui::heading("kernels");
     report::print(&rows);
-    if options.table {
-        report::write_document(&rows)?;
-    }
     let good = rows.iter().all(|row| row.verdict.is_good());
     Ok(if good {
         ExitCode::SUCCESS
@@ -132,7 +146,7 @@ fn one(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Row> {
             verdict = Verdict::Failed(failed.join(", "));
         }
     }
-    Ok(row(kernel, &ended, output, loads, verdict, took))
+    Ok(row(options, kernel, &ended, output, loads, verdict, took))
 }
 
 /// A kernel that is too old is refused, by one line, and has nothing attached or pinned afterwards.
@@ -149,7 +163,15 @@ fn refusal(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Ro
         (Verdict::Passed, _) => Verdict::Failed("not refused as it should be".to_owned()),
         (other, _) => other,
     };
-    Ok(row(kernel, &ended, output, Some(false), verdict, took))
+    Ok(row(
+        options,
+        kernel,
+        &ended,
+        output,
+        Some(false),
+        verdict,
+        took,
+    ))
 }
 
 fn boot(
@@ -173,6 +195,7 @@ fn boot(
 }
 
 fn row(
+    options: &Options,
     kernel: &Kernel,
     ended: &Ended,
     output: Output,
@@ -180,15 +203,12 @@ fn row(
     verdict: Verdict,
     took: std::time::Duration,
 ) -> Row {
-    let release = kernel
-        .modules
-        .as_deref()
-        .and_then(|folder| folder.file_name());
     Row {
         kernel: kernel.name.clone(),
-        release: release.map_or_else(String::new, |name| name.to_string_lossy().into_owned()),
+        release: kernel.release().unwrap_or_default(),
         loads,
         tally: output.tally,
+        chosen: options.chosen(),
         skipped: output.skipped,
         verdict,
         boot: ended.boot,

@@ -1,0 +1,98 @@
+//! The one probe that leaves no doubt: loading every program and attaching it, to a cgroup and a network namespace that
+//! are made for it, with pins in a BPF file system that nobody else sees.
+
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::thread;
+
+use anyhow::{Context, Result, anyhow};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+
+use super::{Finding, Level};
+use crate::observe::mounts;
+use crate::observe::netns::NetworkNamespace;
+use crate::pins::Pins;
+use crate::programs::{self, Entered, HOOKS, Programs};
+
+const WHAT: &str = "rehearsal";
+
+pub(super) fn finding() -> Finding {
+    // On a thread: its namespaces end with it.
+    let outcome = thread::spawn(rehearse)
+        .join()
+        .unwrap_or_else(|_| Err(anyhow!("the rehearsal ended too early")));
+    match outcome {
+        Ok(()) => Finding::new(WHAT, Level::Ok, "every program loads and attaches"),
+        Err(error) => Finding::new(WHAT, Level::Bad, describe(&error)),
+    }
+}
+
+/// The verifier's log is long; what it found comes last.
+fn describe(error: &anyhow::Error) -> String {
+    const LINES: usize = 6;
+    let text = format!("{error:#}");
+    let lines: Vec<&str> = text.lines().collect();
+    if lines.len() <= 2 * LINES {
+        return text;
+    }
+    let (first, last) = (lines[0], &lines[lines.len() - LINES..]);
+    format!("{first}\n…\n{}", last.join("\n"))
+}
+
+fn rehearse() -> Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET).context("making namespaces")?;
+    let nothing = None::<&str>;
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(nothing, "/", nothing, private, nothing).context("keeping mounts to itself")?;
+    let flags = MsFlags::empty();
+    mount(Some("bpf"), "/sys/fs/bpf", Some("bpf"), flags, nothing)
+        .context("mounting a BPF file system")?;
+    let pins = Pins::open()?;
+    let loaded = Programs::open_or_load(&pins)?;
+    let netns = NetworkNamespace::own()?;
+    let entry = loaded.load_entry(&pins, netns.cookie()?, Entered::SkLookup)?;
+    let _steering = programs::attach_sk_lookup(&entry, &netns)?;
+    let place = Place::new()?;
+    let cgroup = File::open(&place.0).with_context(|| format!("opening {}", place.0.display()))?;
+    let _links = (0..HOOKS.len())
+        .map(|hook| loaded.attach(hook, &cgroup))
+        .collect::<Result<Vec<_>>>()?;
+    Ok(())
+}
+
+/// A cgroup without processes, directly below the mount point. It is removed with this value.
+struct Place(PathBuf);
+
+impl Place {
+    fn new() -> Result<Self> {
+        let name = format!("redirect-check-{}", std::process::id());
+        let path = mounts::mountpoint()?.join(name);
+        fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // It is empty; if it stays nevertheless it does no harm.
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn end_of_a_verifier_log_is_kept() {
+        let log: Vec<String> = (0..100).map(|line| format!("line {line}")).collect();
+        let text = describe(&anyhow!("loading program x: {}", log.join("\n")));
+        assert!(
+            text.starts_with("loading program x: line 0\n…\nline 94"),
+            "{text}"
+        );
+        assert!(text.ends_with("line 99"), "{text}");
+        assert_eq!(describe(&anyhow!("short")), "short");
+    }
+}

@@ -1,0 +1,75 @@
+//! `redirect check`.
+
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+use comfy_table::{Table, presets};
+use owo_colors::OwoColorize as _;
+
+use super::Format;
+use crate::check::{Level, Report, Subject, check};
+use crate::observe::cgroup::Cgroup;
+use crate::observe::netns::NetworkNamespace;
+
+#[derive(Debug, Args)]
+pub(super) struct CheckArgs {
+    /// A pod's cgroup, to look for other programs on the way to it
+    #[arg(long, value_name = "DIR")]
+    cgroup: Option<PathBuf>,
+    /// A pod's network namespace, to look for Istio's iptables rules in
+    #[arg(long, value_name = "PATH", conflicts_with = "pid")]
+    netns: Option<PathBuf>,
+    /// A process of the pod: its network namespace and, without --cgroup, its cgroup
+    #[arg(long, value_name = "PID")]
+    pid: Option<i32>,
+    /// A table for people, or JSON for programs
+    #[arg(short, long, value_enum, default_value_t = Format::Table)]
+    output: Format,
+}
+
+impl CheckArgs {
+    pub(super) fn execute(self) -> Result<ExitCode> {
+        let cgroup = match (&self.cgroup, self.pid) {
+            (Some(path), _) => Some(Cgroup::open(path).context("--cgroup")?),
+            (None, Some(pid)) => Some(Cgroup::of_process(pid).context("--pid")?),
+            (None, None) => None,
+        };
+        let netns = match (&self.netns, self.pid) {
+            (Some(path), _) => Some(NetworkNamespace::open(path).context("--netns")?),
+            (None, Some(pid)) => Some(NetworkNamespace::of_process(pid).context("--pid")?),
+            (None, None) => None,
+        };
+        let report = check(&Subject { cgroup, netns });
+        match self.output {
+            Format::Json => println!("{}", serde_json::to_string_pretty(&report)?),
+            Format::Table => print(&report)?,
+        }
+        Ok(ExitCode::from(u8::from(!report.ready)))
+    }
+}
+
+fn print(report: &Report) -> Result<()> {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING);
+    for finding in &report.findings {
+        let level = match finding.level {
+            Level::Ok => "ok".green().to_string(),
+            Level::Note => "note".to_owned(),
+            Level::Warning => "warning".yellow().to_string(),
+            Level::Bad => "BAD".red().to_string(),
+        };
+        table.add_row([level, finding.what.clone(), finding.detail.clone()]);
+    }
+    let mut out = anstream::stdout();
+    writeln!(out, "{table}")?;
+    let verdict = if report.ready {
+        "pods can be captured here"
+    } else {
+        "pods cannot be captured here as it is"
+    };
+    writeln!(out, "{verdict}")?;
+    Ok(())
+}
