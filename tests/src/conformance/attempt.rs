@@ -137,7 +137,7 @@ pub fn attempts(setting: &Setting) -> impl Strategy<Value = Attempt> + use<> {
         5 => (identities().prop_map(Some), family(), to, sources(SOURCES)),
         2 => (Just(None), family(), select(POD), sources(PEER_SOURCES)),
     ];
-    let udp = if dns { 4 } else { 1 };
+    let udp = if dns { 7 } else { 1 };
     let transport = prop_oneof![
         10 => Just(Transport::Tcp),
         udp => Just(Transport::ConnectedUdp),

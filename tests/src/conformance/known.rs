@@ -244,6 +244,17 @@ pub const KNOWN: &[Known] = &[
                 && !own.contains(&case.attempt.to)
         },
     },
+    Known {
+        kind: Kind::Gap,
+        name: "IPv4-mapped sockets that query 0.0.0.0",
+        explanation: "are captured as if they had asked `::1`. With iptables the destination is 127.0.0.1.",
+        applies: |case, _| {
+            case.setting.options.redirect_dns
+                && case.attempt.family == Family::Mapped
+                && case.attempt.to == Place::Any
+                && case.attempt.port == 53
+        },
+    },
 ];
 
 /// Address and port of what a line shows, without the IPv4-in-IPv6 mapping; a port that the kernel drew has no number.
