@@ -155,13 +155,21 @@ pub const KNOWN: &[Known] = &[
     Known {
         kind: Kind::Deliberate,
         name: "Without an agent,",
-        explanation: "a connected UDP socket gets `ECONNREFUSED`; with iptables it waits in vain.",
+        explanation: "a connected UDP socket gets `ECONNREFUSED`; with iptables it waits in vain. One that is not connected waits, also if it asked to be told of errors (`IP_RECVERR`); with iptables it is told.",
         applies: |case, line| {
             line.what == OUTCOME
-                && case.attempt.transport == Transport::ConnectedUdp
                 && case.setting.agent == Agent::Nowhere
-                && line.iptables == "connected, then EAGAIN"
-                && line.redirect == "connected, then ECONNREFUSED"
+                && match case.attempt.transport {
+                    Transport::Tcp => false,
+                    Transport::ConnectedUdp => {
+                        line.iptables == "connected, then EAGAIN"
+                            && line.redirect == "connected, then ECONNREFUSED"
+                    }
+                    Transport::Udp => {
+                        line.iptables == "connected, then ECONNREFUSED"
+                            && line.redirect == "connected, then EAGAIN"
+                    }
+                }
         },
     },
     Known {
