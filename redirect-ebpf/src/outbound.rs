@@ -113,10 +113,12 @@ pub fn judge(
 pub fn meant(destination: Address, bound: &Address) -> Address {
     if !destination.is_unspecified() {
         destination
-    } else if destination.is_v4() && !bound.is_unspecified() {
-        *bound
-    } else {
+    } else if !destination.is_v4() {
         bound.loopback_of_family()
+    } else if bound.is_unspecified() {
+        destination.loopback_of_family()
+    } else {
+        *bound
     }
 }
 

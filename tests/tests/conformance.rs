@@ -13,6 +13,7 @@ use redirect_tests::{
     options::Options,
     skip,
 };
+use rstest::rstest;
 
 /// `cargo xtask conformance` makes twenty times as many.
 const ATTEMPTS: u64 = 1000;
@@ -35,8 +36,14 @@ fn random_connections_end_as_with_iptables() {
     println!("{report}");
     assert!(report.agrees(), "{report}");
     // Agreement about nothing but failures would be worth nothing.
-    for (who, least) in [("15001", 30), ("15006", 30), ("app", 100), ("service", 50)] {
-        let met = report.outcomes.get(&format!("TCP {who}"));
+    for (who, least) in [
+        ("TCP 15001", 30),
+        ("TCP 15006", 30),
+        ("TCP app", 100),
+        ("TCP service", 50),
+        ("UDP dns", 5),
+    ] {
+        let met = report.outcomes.get(who);
         assert!(
             met.is_some_and(|met| *met >= least),
             "{who} answered {met:?} times:\n{report}"
@@ -79,13 +86,43 @@ fn an_option_that_only_redirect_has_is_found_and_made_small() {
         options.exclude_outbound,
         options.owner_groups_exclude,
         options.loopback_cidr,
+        options.exclude_interfaces,
     ] {
         assert_eq!(given, "", "an option is left that plays no part: {report}");
     }
+    assert!(!options.tproxy && !options.redirect_dns, "{report}");
     assert!(
         found.attempt.source.is_none() && found.attempt.mark == 0,
         "{report}"
     );
+}
+
+/// Negative control: redirect is not given what the rules are, and the smallest case has that option alone.
+#[rstest]
+#[case::dns(|options| Options { redirect_dns: false, ..options }, |options: &Options| options.redirect_dns)]
+#[case::tproxy(|options| Options { tproxy: false, ..options }, |options: &Options| options.tproxy)]
+#[case::interface(
+    |options| Options { exclude_interfaces: "", ..options },
+    |options: &Options| !options.exclude_interfaces.is_empty()
+)]
+fn an_option_that_redirect_lacks_is_found(
+    #[case] distortion: fn(Options) -> Options,
+    #[case] has: fn(&Options) -> bool,
+) {
+    let Some(plan) = plan(SEED, ATTEMPTS) else {
+        skip!("neither iptables-nft nor iptables-legacy works");
+    };
+    let report = run(&Plan { distortion, ..plan }, &mut |report: &Report| {
+        if report.agrees() {
+            ControlFlow::Continue(())
+        } else {
+            ControlFlow::Break(())
+        }
+    });
+    assert!(!report.differences.is_empty(), "not noticed: {report}");
+    for found in &report.differences {
+        assert!(has(&found.setting.options), "{report}");
+    }
 }
 
 /// The documentation has the list of the code, in its order and its words.

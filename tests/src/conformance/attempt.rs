@@ -118,6 +118,8 @@ pub fn attempts(setting: &Setting) -> impl Strategy<Value = Attempt> + use<> {
         let named: Vec<u16> = named.into_iter().collect();
         prop_oneof![2 => select(PORTS.to_vec()), 1 => select(named)].boxed()
     };
+    // A query that is captured tells more than other datagrams.
+    let dns = setting.options.redirect_dns;
     let before = if setting.fresh { 0.05 } else { 0.0 };
     let family = || {
         prop_oneof![
@@ -135,18 +137,21 @@ pub fn attempts(setting: &Setting) -> impl Strategy<Value = Attempt> + use<> {
         5 => (identities().prop_map(Some), family(), to, sources(SOURCES)),
         2 => (Just(None), family(), select(POD), sources(PEER_SOURCES)),
     ];
+    let udp = if dns { 7 } else { 1 };
     let transport = prop_oneof![
         10 => Just(Transport::Tcp),
-        1 => Just(Transport::ConnectedUdp),
-        1 => Just(Transport::Udp),
+        udp => Just(Transport::ConnectedUdp),
+        udp => Just(Transport::Udp),
     ];
+    let query = prop::bool::weighted(if dns { 0.5 } else { 0.0 });
+    let marked = if setting.options.tproxy { 4 } else { 1 };
     let extras = (
-        prop_oneof![9 => Just(0), 1 => select(MARKS)],
+        prop_oneof![9 => Just(0), marked => select(MARKS)],
         prop_oneof![4 => Just(None), 1 => select(LENGTHS).prop_map(Some)],
         prop::bool::weighted(before),
     );
-    (ends, transport, port, extras).prop_map(
-        |((from, family, to, source), transport, port, (mark, length, before))| {
+    (ends, transport, (port, query), extras).prop_map(
+        |((from, family, to, source), transport, (port, query), (mark, length, before))| {
             let tcp = transport == Transport::Tcp;
             Attempt {
                 from,
@@ -158,7 +163,7 @@ pub fn attempts(setting: &Setting) -> impl Strategy<Value = Attempt> + use<> {
                 },
                 family,
                 to,
-                port,
+                port: if query { 53 } else { port },
                 source,
                 mark,
                 // Datagrams have no connection to ask about or to look at again.

@@ -1,16 +1,21 @@
 //! Where redirect differs from iptables and is known to. docs/behaviour.md has the same list, and a test compares the two.
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
 use super::{
     attempt::Attempt,
     observe::{
         CLIENT_LOCAL, CLIENT_ORIGINAL, CLIENT_ORIGINAL6, CLIENT_PEER, LATER, LATER_ECHO, Line,
-        OUTCOME, SERVER_LOCAL, SERVER_PEER, SERVER_SIZED, SERVER_SIZED6,
+        OUTCOME, REPLIED, SERVER_LOCAL, SERVER_PEER, SERVER_SIZED, SERVER_SIZED6,
     },
     place::Place,
-    setting::{Proxy, Setting},
+    setting::{AGENT, Agent, Proxy, Setting},
     world::LATER_LINE,
 };
-use crate::protocol::{Family, Transport};
+use crate::{
+    options::{DNS_PROXY_PORT, TPROXY_MARK},
+    protocol::{Family, Transport},
+};
 
 /// An attempt and all that was seen of it.
 #[derive(Clone, Copy)]
@@ -48,12 +53,13 @@ pub struct Known {
 pub const KNOWN: &[Known] = &[
     Known {
         name: "Established connections",
-        explanation: "are never reset by attach, by a change of options, or by detach. With iptables conntrack begins or ceases to look at them, and resets them.",
+        explanation: "are never reset by attach, by a change of options, or by detach. With iptables conntrack begins or ceases to look at them, and resets them; with TPROXY their packets may be dropped.",
         applies: |case, line| {
             let kept = case.redirect(LATER_ECHO) == LATER_LINE;
-            let reset = case
-                .line(LATER_ECHO)
-                .is_some_and(|line| line.iptables == "ECONNRESET");
+            let reset = case.line(LATER_ECHO).is_some_and(|line| {
+                line.iptables == "ECONNRESET"
+                    || case.setting.options.tproxy && line.iptables == "EAGAIN"
+            });
             case.attempt.before && LATER.contains(&line.what) && kept && reset
         },
     },
@@ -91,6 +97,74 @@ pub const KNOWN: &[Known] = &[
         },
     },
     Known {
+        name: "The agent sees a slot address",
+        explanation: "in place of the pod's as the sender of a query from a UDP socket that is not connected. It answers there as to any other.",
+        applies: |case, line| {
+            let (shown, port) = endpoint(&line.redirect);
+            line.what == SERVER_PEER
+                && case.attempt.transport == Transport::Udp
+                && is_slot(shown)
+                && port == endpoint(&line.iptables).1
+        },
+    },
+    Known {
+        name: "The agent sees a loopback address",
+        explanation: "in place of the pod's as the sender of a query from a UDP socket that the client has bound to a port and connected.",
+        applies: |case, line| {
+            let (shown, port) = endpoint(&line.redirect);
+            line.what == SERVER_PEER
+                && case.attempt.transport == Transport::ConnectedUdp
+                && case.redirect(OUTCOME) == AGENT
+                && !case.attempt.has_ephemeral_port()
+                && ["127.0.0.1", "::1"].contains(&shown)
+                && port == endpoint(&line.iptables).1
+        },
+    },
+    Known {
+        name: "The agent may be anybody,",
+        explanation: "and bind the wildcard address. With iptables its UDP answers are found only if it has a proxy id and answers from loopback.",
+        applies: |case, line| {
+            let lost = case.line(OUTCOME).is_some_and(|line| {
+                line.redirect == AGENT && line.iptables == "connected, then EAGAIN"
+            });
+            let untranslated =
+                line.what == REPLIED && endpoint(&line.iptables).1 == DNS_PROXY_PORT.to_string();
+            case.attempt.transport != Transport::Tcp
+                && !case.setting.agent_has_proxy_id()
+                && (lost || untranslated)
+        },
+    },
+    Known {
+        name: "Without an agent,",
+        explanation: "a connected UDP socket gets `ECONNREFUSED`; with iptables it waits in vain. One that is not connected waits, also if it asked to be told of errors (`IP_RECVERR`); with iptables it is told.",
+        applies: |case, line| {
+            line.what == OUTCOME
+                && case.setting.agent == Agent::Nowhere
+                && match case.attempt.transport {
+                    Transport::Tcp => false,
+                    Transport::ConnectedUdp => {
+                        line.iptables == "connected, then EAGAIN"
+                            && line.redirect == "connected, then ECONNREFUSED"
+                    }
+                    Transport::Udp => {
+                        line.iptables == "connected, then ECONNREFUSED"
+                            && line.redirect == "connected, then EAGAIN"
+                    }
+                }
+        },
+    },
+    Known {
+        name: "TPROXY connections without a listener",
+        explanation: "that would be captured are refused at once, if the kernel finds no listener. With iptables their packets are dropped.",
+        applies: |case, line| {
+            line.what == OUTCOME
+                && case.setting.options.tproxy
+                && case.attempt.transport == Transport::Tcp
+                && line.iptables == "TimedOut"
+                && line.redirect == "ECONNREFUSED"
+        },
+    },
+    Known {
         name: "Connections from outside to one of several addresses of the pod",
         explanation: "reach a proxy on any of them, and its `getsockname` shows the one that was called. With iptables both are about the first address of the interface.",
         applies: |case, line| {
@@ -102,14 +176,31 @@ pub const KNOWN: &[Known] = &[
             };
             let another = [Place::Own, Place::Second, Place::Other].contains(&case.attempt.to)
                 && case.attempt.to != first;
+            let dropped = case.setting.options.tproxy
+                && case
+                    .line(OUTCOME)
+                    .is_some_and(|line| line.iptables == "TimedOut");
             let bound = case.setting.proxy == Proxy::PodAddress
                 && case
                     .line(OUTCOME)
-                    .is_some_and(|line| line.iptables == "ECONNREFUSED");
+                    .is_some_and(|line| line.iptables == "ECONNREFUSED" || dropped);
             let shown = line.what == SERVER_LOCAL
                 && endpoint(&line.redirect).0 == endpoint(case.redirect(CLIENT_PEER)).0
                 && endpoint(&line.redirect).1 == endpoint(&line.iptables).1;
             case.attempt.from.is_none() && another && (bound || shown)
+        },
+    },
+    Known {
+        name: "Marked connections that leave the pod in TPROXY mode",
+        explanation: "are routed as unmarked ones are: with the mark of `-t` they get no answer, or another one. With iptables the route of `-r` makes the destination local.",
+        applies: |case, _| {
+            let own = [Place::Own, Place::Second, Place::Other, Place::Any];
+            let options = &case.setting.options;
+            options.tproxy
+                && !options.include_inbound.is_empty()
+                && case.attempt.from.is_some()
+                && case.attempt.mark == TPROXY_MARK
+                && !own.contains(&case.attempt.to)
         },
     },
 ];
@@ -119,6 +210,18 @@ fn endpoint(text: &str) -> (&str, &str) {
     let (address, port) = text.rsplit_once(':').unwrap_or((text, ""));
     let address = address.trim_matches(['[', ']']);
     (address.strip_prefix("::ffff:").unwrap_or(address), port)
+}
+
+/// Whether an address is one of 127.128.0.0/20 or 100::/116, each of which stands for a socket and a server.
+fn is_slot(address: &str) -> bool {
+    match address.parse() {
+        Ok(IpAddr::V4(ip)) => u32::from(ip) >> 12 == u32::from(Ipv4Addr::new(127, 128, 0, 0)) >> 12,
+        Ok(IpAddr::V6(ip)) => {
+            let first = Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 0);
+            u128::from(ip) >> 12 == u128::from(first) >> 12
+        }
+        Err(_) => false,
+    }
 }
 
 /// The difference that accounts for a line, if one does.

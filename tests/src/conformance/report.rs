@@ -152,12 +152,14 @@ impl fmt::Display for Difference {
         let Setting {
             options,
             proxy,
+            agent,
             late,
             ..
         } = &self.setting;
         writeln!(f, "  options  {}", command_line(options))?;
         let when = if *late { ", only after attach" } else { "" };
         writeln!(f, "  proxy    listens on {}{when}", proxy.words())?;
+        writeln!(f, "  agent    listens on {}{when}", agent.words())?;
         writeln!(f, "  attempt  {}", self.words)?;
         let rows: Vec<[&str; 3]> = std::iter::once(["", "iptables", "redirect"])
             .chain(

@@ -2,14 +2,19 @@
 
 use std::{
     collections::BTreeSet,
-    net::SocketAddr,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{Mutex, PoisonError},
 };
 
 use proptest::{collection::vec, prelude::*, sample::select};
 
 use super::place::{Place, address};
-use crate::{options::Options, pod::Pod, protocol::Listen, scene::wildcards};
+use crate::{
+    options::{DNS_PROXY_PORT, Options, or},
+    pod::Pod,
+    protocol::{Identity, Listen},
+    scene::wildcards,
+};
 
 /// One pod's options and proxy.
 #[derive(Clone, Copy, Debug)]
@@ -18,6 +23,8 @@ pub struct Setting {
     pub options: Options,
     /// Where the proxy listens.
     pub proxy: Proxy,
+    /// Where the proxy's DNS agent listens.
+    pub agent: Agent,
     /// Whether the proxy begins to listen only after attach.
     pub late: bool,
     /// Whether the pod was detached before, rather than having its options changed.
@@ -81,6 +88,75 @@ impl Proxy {
     }
 }
 
+/// Where the proxy's DNS agent listens.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Agent {
+    /// On 127.0.0.1 and `::1`, as Istio's.
+    Loopback,
+    /// On 0.0.0.0 and on `::`.
+    Wildcards,
+    /// Nowhere.
+    Nowhere,
+}
+
+impl Agent {
+    /// In words.
+    pub const fn words(self) -> &'static str {
+        match self {
+            Self::Loopback => "127.0.0.1 and ::1",
+            Self::Wildcards => "0.0.0.0 and ::",
+            Self::Nowhere => "nothing",
+        }
+    }
+
+    /// Its listeners, TCP and UDP.
+    pub fn listeners(self) -> Vec<Listen> {
+        let at = match self {
+            Self::Loopback => vec![
+                (Ipv4Addr::LOCALHOST, DNS_PROXY_PORT).into(),
+                (Ipv6Addr::LOCALHOST, DNS_PROXY_PORT).into(),
+            ],
+            Self::Wildcards => wildcards(DNS_PROXY_PORT).to_vec(),
+            Self::Nowhere => Vec::new(),
+        };
+        let listen = |at| [Listen::new(AGENT, at), Listen::new(AGENT, at).udp()];
+        at.into_iter().flat_map(listen).collect()
+    }
+}
+
+/// The name of the agent's listeners.
+pub const AGENT: &str = "dns";
+
+/// Which queries are captured: `--redirect-dns`, `--capture-all-dns` and `--resolv-conf`.
+const DNS: &[(bool, bool, &str)] = &[
+    (false, false, ""),
+    (true, false, SERVICE_RESOLVES),
+    (true, true, ""),
+    (
+        true,
+        false,
+        concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/src/conformance/resolv/pod.conf"
+        ),
+    ),
+    (
+        true,
+        false,
+        concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/src/conformance/resolv/ipv4.conf"
+        ),
+    ),
+    (true, true, SERVICE_RESOLVES),
+    (false, true, ""),
+];
+const SERVICE_RESOLVES: &str = concat!(
+    env!("CARGO_MANIFEST_DIR"),
+    "/src/conformance/resolv/service.conf"
+);
+/// One that the pod has not is among them.
+const INTERFACES: &[&str] = &["eth1", "eth0", "net1", "eth1,net1"];
 const PROXY_PORTS: &[&str] = &["", "15101", "61001"];
 const INBOUND_PORTS: &[&str] = &["", "15106", "15001"];
 const TUNNEL_PORTS: &[&str] = &["", "15108", "80"];
@@ -182,6 +258,11 @@ pub fn settings() -> impl Strategy<Value = Setting> {
         mostly("", select(LOOPBACK_CIDRS)),
         prop_oneof![3 => Just(true), 1 => Just(false)],
     );
+    let capture = (
+        prop_oneof![2 => Just(DNS[0]), 3 => select(DNS)],
+        prop::bool::weighted(0.25),
+        prop_oneof![4 => Just(""), 1 => select(INTERFACES)],
+    );
     let around = (
         prop_oneof![
             6 => Just(Proxy::Wildcards),
@@ -192,11 +273,16 @@ pub fn settings() -> impl Strategy<Value = Setting> {
             1 => Just(Proxy::Ipv4Only),
             1 => Just(Proxy::Nowhere),
         ],
+        prop_oneof![
+            3 => Just(Agent::Loopback),
+            3 => Just(Agent::Wildcards),
+            1 => Just(Agent::Nowhere),
+        ],
         prop::bool::weighted(0.3),
         any::<bool>(),
     );
-    (ports, ids, inbound, outbound, groups, around).prop_map(
-        |(ports, ids, inbound, outbound, groups, around)| Setting {
+    (ports, ids, inbound, outbound, groups, capture, around).prop_map(
+        |(ports, ids, inbound, outbound, groups, capture, around)| Setting {
             options: Options {
                 proxy_port: ports.0,
                 inbound_port: ports.1,
@@ -213,11 +299,17 @@ pub fn settings() -> impl Strategy<Value = Setting> {
                 owner_groups_exclude: kept(groups.1),
                 loopback_cidr: groups.2,
                 ipv6: groups.3,
+                redirect_dns: capture.0.0,
+                capture_all_dns: capture.0.1,
+                resolv_conf: capture.0.2,
+                tproxy: capture.1,
+                exclude_interfaces: capture.2,
                 ..Options::BARE
             },
             proxy: around.0,
-            late: around.1,
-            fresh: around.2,
+            agent: around.1,
+            late: around.2,
+            fresh: around.3,
         },
     )
 }
@@ -264,6 +356,21 @@ impl Setting {
             self.options.inbound_listener(),
         ]
         .into()
+    }
+
+    /// Whether `-u` or `-g` names the agent's user or group.
+    pub fn agent_has_proxy_id(&self) -> bool {
+        let Identity { euid, egid, .. } = Identity::PROXY;
+        let uids = or(self.options.uids, "1337");
+        let gids = or(self.options.gids, uids);
+        let names = |list: &str, id: u32| {
+            list.split(',').any(|item| {
+                let (first, last) = item.split_once('-').unwrap_or((item, item));
+                let bound = |text: &str| text.parse::<u32>().unwrap();
+                (bound(first)..=bound(last)).contains(&id)
+            })
+        };
+        names(uids, euid) || names(gids, egid)
     }
 
     /// Every port that the options name, and those on both sides of a range's ends.

@@ -10,7 +10,7 @@ use super::{
     attempt::Attempt,
     observe::{Line, OUTCOME, Seen, compare},
     place::{self, Place},
-    setting::Setting,
+    setting::{AGENT, Setting},
 };
 use crate::{
     actor::Actor,
@@ -230,7 +230,7 @@ fn first_attempts() -> Vec<Attempt> {
 struct Side {
     dialers: BTreeMap<(Option<Identity>, bool), Actor>,
     proxy: Actor,
-    proxy_ports: Vec<u16>,
+    proxy_names: Vec<String>,
     _app: Actor,
     _service: Actor,
     pod: Pod,
@@ -242,7 +242,13 @@ impl Side {
         let inside = |role: &str, identity: Identity| {
             Actor::start(&pod.netns.path(), Some(pod.cgroup.child(role)), identity)
         };
-        let mut proxy = inside("proxy", Identity::PROXY);
+        let proxy = Actor::start_as(Start {
+            cgroup: Some(pod.cgroup.child("proxy")),
+            netns: pod.netns.path(),
+            // For transparent listeners.
+            net_admin: true,
+            identity: Identity::PROXY,
+        });
         let mut app = inside("app", Identity::APP);
         let mut service = Actor::start(&pod.peer.path(), None, Identity::ROOT);
         let open = |actor: &mut Actor, name: &str, port: u16| {
@@ -258,11 +264,10 @@ impl Side {
         for port in PROXY_PORTS.into_iter().chain(MORE_PROXY_PORTS) {
             open(&mut service, SERVICE, port);
         }
-        open(&mut proxy, "dns", DNS_PROXY_PORT);
         Self {
             dialers: BTreeMap::new(),
             proxy,
-            proxy_ports: Vec::new(),
+            proxy_names: Vec::new(),
             _app: app,
             _service: service,
             pod,
@@ -271,16 +276,22 @@ impl Side {
 
     fn open_proxy(&mut self, setting: &Setting) {
         for port in setting.proxy_ports() {
-            for listen in setting.proxy.listeners(&self.pod, port) {
+            for mut listen in setting.proxy.listeners(&self.pod, port) {
+                // iptables' TPROXY reaches only such ones.
+                listen.transparent = setting.options.tproxy;
                 self.proxy.listen(listen);
             }
-            self.proxy_ports.push(port);
+            self.proxy_names.push(port.to_string());
         }
+        for listen in setting.agent.listeners() {
+            self.proxy.listen(listen);
+        }
+        self.proxy_names.push(AGENT.to_owned());
     }
 
     fn close_proxy(&mut self) {
-        for port in self.proxy_ports.drain(..) {
-            self.proxy.unlisten(&port.to_string());
+        for name in self.proxy_names.drain(..) {
+            self.proxy.unlisten(&name);
         }
     }
 

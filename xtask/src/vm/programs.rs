@@ -18,7 +18,12 @@ const PROGRAMS: &[&str] = &["redirect", "actor"];
 /// This program, as the guest's first process.
 const INIT: &str = "xtask";
 /// What a test reads of the workspace, at the same path as here.
-const FILES: &[&str] = &["docs/behaviour.md"];
+const FILES: &[&str] = &[
+    "docs/behaviour.md",
+    "tests/src/conformance/resolv/ipv4.conf",
+    "tests/src/conformance/resolv/pod.conf",
+    "tests/src/conformance/resolv/service.conf",
+];
 
 /// One of cargo's messages, as far as it is of use here.
 #[derive(Deserialize)]
