@@ -155,13 +155,16 @@ pub const KNOWN: &[Known] = &[
     },
     Known {
         name: "TPROXY connections without a listener",
-        explanation: "that would be captured are refused at once, if the kernel finds no listener. With iptables their packets are dropped.",
-        applies: |case, line| {
-            line.what == OUTCOME
-                && case.setting.options.tproxy
+        explanation: "that would be captured are refused at once, if the kernel finds no listener. With iptables their packets are dropped, also if the proxy listens on `::1`: its calls to its own pod are looked for at `::6`.",
+        applies: |case, _| {
+            let at_loopback = case.setting.proxy == Proxy::Loopback
+                && case.attempt.from.is_some()
+                && !case.attempt.family.is_ipv4();
+            case.setting.options.tproxy
                 && case.attempt.transport == Transport::Tcp
-                && line.iptables == "TimedOut"
-                && line.redirect == "ECONNREFUSED"
+                && case.line(OUTCOME).is_some_and(|line| {
+                    line.iptables == "TimedOut" && (line.redirect == "ECONNREFUSED" || at_loopback)
+                })
         },
     },
     Known {
