@@ -22,7 +22,7 @@ pub const SPARE_PORT_FIRST: u16 = STEERED_PORT_FIRST + STEERED_PORTS;
 /// How many there are.
 pub const SPARE_PORTS: u16 = u16::MAX - SPARE_PORT_FIRST;
 /// How many of them are tried for a socket that is bound to a port.
-pub const SPARE_PORT_TRIES: u32 = 32;
+pub const SPARE_PORT_TRIES: u32 = 12;
 
 /// True if `port` is one that captured connections are sent to.
 #[inline(always)]
