@@ -311,12 +311,12 @@ impl Default for Metrics {
 fn labels(rule: Rule) -> ConnectionLabels {
     let label = rule.label();
     let direction = match label.split_once('-') {
-        Some((direction @ ("outbound" | "inbound"), _)) => direction,
+        Some((direction @ ("outbound" | "inbound" | "machine"), _)) => direction,
         // Found out when the connection arrives at the proxy's door.
         _ => "any",
     };
     let verdict = match (rule, rule.action()) {
-        (Rule::NoRoute | Rule::NoListener | Rule::FlowLost, _) => "refused",
+        (Rule::NoRoute | Rule::NoListener | Rule::FlowLost | Rule::MachineDropped, _) => "refused",
         (_, Action::Pass) => "passed",
         _ => "captured",
     };
@@ -410,9 +410,12 @@ mod tests {
     fn every_rule_has_a_direction_and_a_verdict() {
         for rule in Rule::ALL {
             let labels = labels(*rule);
-            let refused = matches!(rule, Rule::NoRoute | Rule::NoListener | Rule::FlowLost);
+            let refused = matches!(
+                rule,
+                Rule::NoRoute | Rule::NoListener | Rule::FlowLost | Rule::MachineDropped
+            );
             assert_eq!(labels.verdict == "refused", refused, "{labels:?}");
-            let any = matches!(rule, Rule::NoListener | Rule::FlowLost);
+            let any = matches!(rule, Rule::NoListener | Rule::FlowLost | Rule::NoDnsSlot);
             assert_eq!(labels.direction == "any", any, "{labels:?}");
         }
         assert_eq!(labels(Rule::IncludedPort).verdict, "captured");
