@@ -27,6 +27,8 @@ use Family::{Mapped, V4, V6};
 
 /// More calls than this are sampled, but for the first and last of each kind in a row.
 const MOST: usize = 120;
+/// How often a call may end before the point at which it was to be killed.
+const MOST_ENDED_EARLY: usize = 5;
 
 const DIAL_COUNT: usize = 7;
 
@@ -201,6 +203,8 @@ impl Cast {
 struct Case<'a> {
     /// The pods; the first is the one that the call is about.
     casts: Vec<Cast>,
+    /// How often the call has ended before it could be killed.
+    ended_early: usize,
     /// Brings the machine from the rest state to the old one.
     prepare: &'a dyn Fn(&[Cast]),
     /// The call that is killed.
@@ -273,8 +277,11 @@ impl Case<'_> {
             establish(&mut cast.scene);
         }
         let traced = tracer::run(&(self.command)(&self.casts), Some(point));
-        if traced.code.is_some() {
-            return Err(format!("it ended: {:?} {}", traced.code, traced.errors));
+        match traced.code {
+            None => {}
+            // Connections of its run left fewer entries to remove than those of the run that was counted.
+            Some(0) if self.ended_early < MOST_ENDED_EARLY => self.ended_early += 1,
+            code => return Err(format!("it ended: {code:?} {}", traced.errors)),
         }
         self.meet("killed", |cast| vec![cast.old, cast.new])?;
         self.converse("killed")?;
@@ -336,6 +343,7 @@ fn first_attach_ever() {
     bpffs::private(|| {
         Case {
             casts: vec![Cast::new(DIRECT, ISTIO, ISTIO)],
+            ended_early: 0,
             prepare: &|_| (),
             command: &attach_istio,
             kills: EVERYWHERE,
@@ -358,6 +366,7 @@ fn attach_of_a_second_pod(#[case] repaired: Ends, #[case] repair: fn(&[Cast]) ->
         run(&mut attach(&casts[1].scene, &OTHER_OPTIONS));
         Case {
             casts,
+            ended_early: 0,
             prepare: &|_| (),
             command: &attach_istio,
             kills: EVERYWHERE,
@@ -376,6 +385,7 @@ fn change_of_policy() {
         run(&mut attach(&casts[1].scene, &THIRD_OPTIONS));
         Case {
             casts,
+            ended_early: 0,
             prepare: &|casts| run(&mut attach_istio(casts)),
             command: &attach_other,
             kills: EVERYWHERE,
@@ -393,6 +403,7 @@ fn detach_of_one_pod() {
         run(&mut attach(&casts[1].scene, &Options::ISTIO));
         Case {
             casts,
+            ended_early: 0,
             prepare: &|casts| run(&mut attach_other(casts)),
             command: &detach_first,
             kills: EVERYWHERE,
@@ -415,6 +426,7 @@ fn detach_of_the_last_pod(
     bpffs::private(|| {
         Case {
             casts: vec![Cast::new(ISTIO, DIRECT, repaired)],
+            ended_early: 0,
             prepare: &|casts| run(&mut attach_istio(casts)),
             command: &detach_first,
             kills,
@@ -439,6 +451,7 @@ fn upgrade() {
         };
         Case {
             casts,
+            ended_early: 0,
             prepare: &|casts| run(&mut attach_istio(casts)),
             command: &upgrade,
             kills: EVERYWHERE,
@@ -456,6 +469,7 @@ fn collection_of_a_pod_that_vanished() {
         run(&mut attach_other(&casts));
         Case {
             casts,
+            ended_early: 0,
             prepare: &|_| vanish(),
             command: &attach_other,
             kills: EVERYWHERE,
