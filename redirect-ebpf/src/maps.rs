@@ -12,7 +12,7 @@ use redirect_common::dns::{DnsSlot, DnsSlotKey};
 use redirect_common::listener::ListenerKey;
 use redirect_common::lists::{LIST_PREFIX_BITS, List, ListKey, Lists};
 use redirect_common::log::{self, Follower};
-use redirect_common::pod::{FLAG_TPROXY, PodConfig};
+use redirect_common::pod::PodConfig;
 use redirect_common::record::Record;
 use redirect_common::route::{ROUTE_LOCAL, ROUTE_PREFIX_BITS, RouteInfo, RouteKey};
 use redirect_common::verdict::{COUNTERS, Rule};
