@@ -112,12 +112,13 @@ impl Objects {
             } else if name.starts_with("programs-") {
                 let info = aya::programs::ProgramInfo::from_pin(&path).unwrap();
                 objects.programs.insert(info.id());
-            } else {
+            } else if name.starts_with("pods/") {
                 let link = PinnedLink::from_pin(&path).unwrap();
                 let info = FdLink::from(link).info().unwrap();
                 objects.links.insert(info.id());
                 objects.programs.insert(info.program_id());
             }
+            // What is left is being staged: programs as well as links.
         }
         for program in loaded_programs().flatten() {
             if objects.programs.contains(&program.id()) {
