@@ -77,7 +77,7 @@ pub fn judge(
     let refused = if wanted.action() == Action::Pass {
         None
     } else {
-        error(found, bound, local)
+        error(found, &sock.source(), local)
     };
     let rule = if refused.is_some() {
         Rule::NoRoute
