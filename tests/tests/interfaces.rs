@@ -197,15 +197,16 @@ fn socket_bound_to_a_device_leaves_by_it(
     ));
     scene.attach(backend, &EXCLUDED);
     let to = scene.address(family, To::Service(80));
-    let unbound = Dial::new(family, to).timeout_ms(800);
+    let unbound = Dial::new(family, to);
+    let on_eth0 = unbound.clone().device("eth0");
     // What iptables redirects to 127.0.0.1 gets no answer on a socket that is bound to eth0.
-    let on_eth0 = match backend {
-        Redirect => "15001",
-        Iptables => "EINPROGRESS",
+    let (on_eth0, at_eth0) = match backend {
+        Redirect => (on_eth0, "15001"),
+        Iptables => (on_eth0.timeout_ms(800), "EINPROGRESS"),
     };
     for (dial, who) in [
         (unbound.clone(), "15001"),
-        (unbound.clone().device("eth0"), on_eth0),
+        (on_eth0, at_eth0),
         (unbound.device("net1"), "service"),
     ] {
         assert_eq!(scene.app.dial(&dial).outcome(), who, "{dial:?}");
