@@ -59,6 +59,17 @@ pub enum Outcome {
     Unchanged,
 }
 
+impl Outcome {
+    /// In one word, for people and for metrics.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Attached => "attached",
+            Self::Changed => "changed",
+            Self::Unchanged => "unchanged",
+        }
+    }
+}
+
 /// Attaches, or brings what is attached up to date.
 pub fn attach(request: &Request) -> Result<Outcome> {
     let ipv6 = captures_ipv6(&request.policy, &request.netns)?;

@@ -17,7 +17,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use self::daemon::DaemonArgs;
-use crate::attach::{self, Outcome, Request};
+use crate::attach::{self, Request};
 use crate::follow::{self, Wanted};
 use crate::kernel::Task;
 use crate::observe::cgroup::Cgroup;
@@ -261,12 +261,7 @@ impl AttachArgs {
             pod: None,
             policy,
         })?;
-        let what = match outcome {
-            Outcome::Attached => "attached",
-            Outcome::Changed => "changed",
-            Outcome::Unchanged => "unchanged",
-        };
-        println!("{what} {name}");
+        println!("{} {name}", outcome.label());
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -7,7 +7,7 @@ use std::fs;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::attach::{self, Outcome, Request, captures_ipv6};
+use crate::attach::{self, Request, captures_ipv6};
 use crate::detach;
 use crate::kernel::{self, Task};
 use crate::observe::cgroup::Cgroup;
@@ -54,12 +54,7 @@ fn attach_own(policy: Policy) -> Result<()> {
         pod: None,
         policy,
     })?;
-    let what = match outcome {
-        Outcome::Attached => "attached",
-        Outcome::Changed => "changed",
-        Outcome::Unchanged => "unchanged",
-    };
-    println!("{what} {name}");
+    println!("{} {name}", outcome.label());
     Ok(())
 }
 

@@ -228,11 +228,7 @@ impl Metrics {
 
     /// A pod was attached.
     pub fn attached(&self, outcome: Outcome, took: Duration) {
-        let outcome = match outcome {
-            Outcome::Attached => "attached",
-            Outcome::Changed => "changed",
-            Outcome::Unchanged => "unchanged",
-        };
+        let outcome = outcome.label();
         self.attaches.get_or_create(&Attach { outcome }).inc();
         self.attach_seconds.observe(took.as_secs_f64());
     }

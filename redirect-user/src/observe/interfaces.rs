@@ -6,11 +6,11 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
+use netlink_packet_route::address::{AddressFlags, AddressMessage};
 use netlink_packet_route::link::{LinkAttribute, LinkLayerType, LinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 
-use super::netlink::Netlink;
+use super::netlink::{Netlink, own_address};
 use super::netns::{self, NetworkNamespace};
 
 /// Result of this module.
@@ -125,19 +125,10 @@ fn interface_of(link: &LinkMessage) -> Option<Interface> {
 
 /// None for an IPv6 address that the kernel does not use yet (`nf_nat_redirect_ipv6_usable`).
 fn usable_address(message: &AddressMessage) -> Option<IpAddr> {
-    let (mut local, mut peer) = (None, None);
-    let mut flags = AddressFlags::from_bits_retain(u32::from(message.header.flags.bits()));
-    for attribute in &message.attributes {
-        match attribute {
-            AddressAttribute::Local(address) => local = Some(*address),
-            AddressAttribute::Address(address) => peer = Some(*address),
-            AddressAttribute::Flags(all) => flags |= *all,
-            _ => {}
-        }
-    }
+    let (address, flags) = own_address(message)?;
     let waits =
         flags.contains(AddressFlags::Tentative) && !flags.contains(AddressFlags::Optimistic);
-    local.or(peer).filter(|_| !waits)
+    (!waits).then_some(address)
 }
 
 #[cfg(test)]

@@ -1,11 +1,13 @@
 //! One blocking netlink request at a time.
 
 use std::io;
+use std::net::IpAddr;
 
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader,
     NetlinkMessage, NetlinkPayload, NetlinkSerializable,
 };
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_sys::{Socket, SocketAddr};
 
 /// How often a dump is repeated when the table changes under it.
@@ -99,4 +101,21 @@ impl Netlink {
             }
         }
     }
+}
+
+/// The namespace's own address in an answer, and all of its flags.
+pub(crate) fn own_address(message: &AddressMessage) -> Option<(IpAddr, AddressFlags)> {
+    let (mut local, mut peer) = (None, None);
+    // The header has the low eight flags, the attribute all of them.
+    let mut flags = AddressFlags::from_bits_retain(u32::from(message.header.flags.bits()));
+    for attribute in &message.attributes {
+        match attribute {
+            AddressAttribute::Local(address) => local = Some(*address),
+            AddressAttribute::Address(address) => peer = Some(*address),
+            AddressAttribute::Flags(all) => flags |= *all,
+            _ => {}
+        }
+    }
+    // On a point-to-point interface IFA_ADDRESS is the other end.
+    Some((local.or(peer)?, flags))
 }

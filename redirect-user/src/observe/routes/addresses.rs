@@ -4,9 +4,9 @@ use std::io;
 use std::net::IpAddr;
 
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
+use netlink_packet_route::address::{AddressFlags, AddressMessage};
 
-use crate::observe::netlink::Netlink;
+use crate::observe::netlink::{Netlink, own_address};
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Address {
@@ -28,20 +28,9 @@ pub(super) fn read_addresses(netlink: &Netlink) -> io::Result<Vec<Address>> {
 }
 
 fn address_of(message: &AddressMessage) -> Option<Address> {
-    let (mut local, mut peer) = (None, None);
-    // The header has the low eight flags, the attribute all of them.
-    let mut flags = AddressFlags::from_bits_retain(u32::from(message.header.flags.bits()));
-    for attribute in &message.attributes {
-        match attribute {
-            AddressAttribute::Local(address) => local = Some(*address),
-            AddressAttribute::Address(address) => peer = Some(*address),
-            AddressAttribute::Flags(all) => flags |= *all,
-            _ => {}
-        }
-    }
+    let (address, flags) = own_address(message)?;
     Some(Address {
-        // On a point-to-point interface IFA_ADDRESS is the other end.
-        address: local.or(peer)?,
+        address,
         interface: message.header.index,
         tentative: flags.contains(AddressFlags::Tentative)
             && !flags.intersects(AddressFlags::Dadfailed | AddressFlags::Optimistic),
