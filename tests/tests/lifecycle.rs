@@ -552,8 +552,9 @@ fn silent_destination_is_answered_by_the_proxy(#[values(Redirect, Iptables)] bac
     let mut scene = Scene::new();
     scene.pod.peer.ip("route add blackhole 192.0.2.0/24");
     let to: SocketAddr = "192.0.2.77:80".parse().unwrap();
-    let dial = Dial::new(V4, to).timeout_ms(300);
-    assert_ne!(scene.app.dial(&dial).outcome(), "15001");
+    let dial = Dial::new(V4, to);
+    let unheard = scene.app.dial(&dial.clone().timeout_ms(300));
+    assert_ne!(unheard.outcome(), "15001");
     scene.attach(backend, &Options::ISTIO);
     let dialed = scene.app.dial(&dial);
     assert_eq!(dialed.outcome(), "15001");
