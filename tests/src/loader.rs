@@ -193,6 +193,17 @@ pub fn status() -> serde_json::Value {
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
+/// What `redirect status` says about an attached pod.
+pub fn status_of(pod: &Pod) -> serde_json::Value {
+    let status = status();
+    let path = pod.cgroup.path().to_str().unwrap();
+    let mut pods = status["pods"].as_array().unwrap().iter();
+    let found = pods.find(|pod| pod["cgroup"] == path);
+    found
+        .unwrap_or_else(|| panic!("{path} is not in {status}"))
+        .clone()
+}
+
 /// Whether the status mentions the pod's cgroup anywhere.
 pub fn status_mentions(pod: &Pod) -> bool {
     status()

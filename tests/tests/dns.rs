@@ -27,7 +27,6 @@ use redirect_tests::{
     scene::{APP as APP_NAME, SERVICE, Scene, To, wildcards},
 };
 use rstest::rstest;
-use serde_json::Value;
 
 use Backend::{Iptables, Redirect};
 use Family::{Mapped, V4, V6};
@@ -127,15 +126,6 @@ fn dial(
     let mut dial = Dial::new(family, scene.address(family, to)).timeout_ms(2000);
     dial.transport = transport;
     scene.actor(from).dial(&dial)
-}
-
-/// What `redirect status` says about the pod.
-fn status_of(scene: &Scene) -> Value {
-    let cgroup = scene.pod.cgroup.path().to_str().unwrap();
-    let status = loader::status();
-    let pods = status["pods"].as_array().unwrap();
-    let pod = pods.iter().find(|pod| pod["cgroup"] == cgroup).unwrap();
-    pod.clone()
 }
 
 /// Who answers one query, and whether what both ends see is what iptables shows.
@@ -543,7 +533,7 @@ fn agent_that_listens_before_or_after_attach_is_found() {
         if !early {
             open_agent(&mut scene.proxy);
         }
-        let status = status_of(&scene);
+        let status = loader::status_of(&scene.pod);
         let listeners = &status["listeners"];
         assert_eq!(listeners[DNS_PROXY_PORT.to_string()], 2, "{listeners}");
         for family in [V4, V6, Mapped] {
@@ -564,7 +554,7 @@ fn pod_that_asks_too_many_servers_is_still_answered_and_it_is_counted() {
     });
     let burst = Burst::new(V4, servers.collect()).lockstep();
     assert_each_by_its_server(&mut scene, &burst);
-    let status = status_of(&scene);
+    let status = loader::status_of(&scene.pod);
     let connections = &status["connections"];
     assert_eq!(connections["outbound-dns"], 6000, "{connections}");
     let without = connections["no-dns-slot"].as_u64();

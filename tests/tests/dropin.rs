@@ -14,7 +14,7 @@ use redirect_tests::{
     actor::Actor,
     backend::Backend::Redirect,
     container::{Container, Isolation},
-    loader::{status, status_mentions},
+    loader::{status_mentions, status_of},
     namespace::{errors, succeed},
     options::Options,
     pod::Pod,
@@ -322,11 +322,7 @@ fn dry_run_says_what_it_would_do_and_leaves_nothing(
 
 /// What the node's status says about the addresses of a pod.
 fn addresses(pod: &Pod) -> Option<bool> {
-    let status = status();
-    let pods = status["pods"].as_array().unwrap();
-    let path = pod.cgroup.path().to_str().unwrap();
-    let pod = pods.iter().find(|pod| pod["cgroup"] == path).unwrap();
-    pod["routes_current"].as_bool()
+    status_of(pod)["routes_current"].as_bool()
 }
 
 #[rstest]

@@ -244,14 +244,8 @@ fn address_of_another_interface_does_not_matter(#[values(Redirect, Iptables)] ba
 fn interface_that_comes_or_is_renamed_counts_after_the_next_attach() {
     let mut scene = Scene::with(Pod::new(), &EXCLUDED);
     let current = |scene: &Scene| {
-        let path = scene.pod.cgroup.path().display().to_string();
-        let status = loader::status();
-        let pods = status["pods"].as_array().unwrap();
-        let pod = pods
-            .iter()
-            .find(|pod| pod["cgroup"] == path.as_str())
-            .unwrap();
-        pod["routes_current"].as_bool().unwrap()
+        let status = loader::status_of(&scene.pod);
+        status["routes_current"].as_bool().unwrap()
     };
     scene.attach(Redirect, &EXCLUDED);
     assert!(current(&scene));

@@ -31,11 +31,8 @@ fn ports(cookie: u64) -> Vec<u16> {
 }
 
 fn cookie(scene: &Scene) -> u64 {
-    let status = loader::status();
-    let cgroup = scene.pod.cgroup.path().to_str().unwrap();
-    let pods = status["pods"].as_array().unwrap();
-    let pod = pods.iter().find(|pod| pod["cgroup"] == cgroup).unwrap();
-    pod["netns_cookie"].as_u64().unwrap()
+    let status = loader::status_of(&scene.pod);
+    status["netns_cookie"].as_u64().unwrap()
 }
 
 #[rstest]

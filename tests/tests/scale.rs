@@ -150,11 +150,8 @@ fn listen(scene: &mut Scene, manner: Manner) {
 
 /// How many connections the pod's counters call captured.
 fn captured(scene: &Scene) -> u64 {
-    let status = loader::status();
-    let pods = status["pods"].as_array().unwrap();
-    let cgroup = scene.pod.cgroup.path().to_str().unwrap();
-    let pod = pods.iter().find(|pod| pod["cgroup"] == cgroup).unwrap();
-    pod["connections"]["outbound-captured"].as_u64().unwrap()
+    let status = loader::status_of(&scene.pod);
+    status["connections"]["outbound-captured"].as_u64().unwrap()
 }
 
 /// How many TCP sockets the pod has, of each family.

@@ -163,11 +163,8 @@ fn somebody_elses_changes_since_are_respected() {
     // Taken away by hand: the next attach mends it, and a detach in between does not mind.
     assert!(netns.try_ip("-4 rule del fwmark 1337 lookup 133"));
     let current = || {
-        let path = scene.pod.cgroup.path().display().to_string();
-        let status = loader::status();
-        let pods = status["pods"].as_array().unwrap();
-        let pod = pods.iter().find(|pod| pod["cgroup"] == path.as_str());
-        pod.unwrap()["routes_current"].as_bool().unwrap()
+        let status = loader::status_of(&scene.pod);
+        status["routes_current"].as_bool().unwrap()
     };
     let broken = state(netns);
     assert!(!current());

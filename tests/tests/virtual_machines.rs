@@ -64,19 +64,9 @@ fn direct(scene: &Scene, machine: &mut Machine, family: Family, to: To, who: &st
     machine.check(family, &Dial::new(family, to), who, None);
 }
 
-/// What `redirect status` says about the pod.
-fn status(scene: &Scene) -> serde_json::Value {
-    let path = scene.pod.cgroup.path().display().to_string();
-    let status = loader::status();
-    let mut pods = status["pods"].as_array().unwrap().iter();
-    pods.find(|pod| pod["cgroup"] == path.as_str())
-        .unwrap()
-        .clone()
-}
-
 /// How often a rule has decided.
 fn count(scene: &Scene, rule: &str) -> u64 {
-    status(scene)["connections"][rule]
+    loader::status_of(&scene.pod)["connections"][rule]
         .as_u64()
         .unwrap_or_default()
 }
@@ -625,7 +615,7 @@ fn detach_leaves_nothing_and_takes_nothing_of_others() {
 #[rstest]
 fn attach_again_mends_what_is_missing() {
     let mut scene = Scene::new();
-    let patterns = |scene: &Scene| status(scene)["virtual_interfaces"].to_string();
+    let patterns = |scene: &Scene| loader::status_of(&scene.pod)["virtual_interfaces"].to_string();
     let output = loader::attach(&scene.pod, &MACHINES);
     assert!(
         errors(&output).contains("no interface vm0"),
