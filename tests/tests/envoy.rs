@@ -170,6 +170,23 @@ fn request_to_oneself_passes_both_listeners(#[values(Redirect, Iptables)] backen
     assert_eq!(inbound[4], greeting.peer.to_string());
 }
 
+/// Sends a lot over one connection out of the pod and one into it.
+fn talk_long(scene: &mut Scene, family: Family) {
+    let (service, own) = (
+        scene.address(family, To::Service(80)),
+        scene.address(family, To::Own(8080)),
+    );
+    let out = Dial::new(family, service).keep("out");
+    assert_eq!(scene.app.dial(&out).outcome(), "service");
+    let inward = Dial::new(family, own).keep("in");
+    assert_eq!(scene.outside.dial(&inward).outcome(), "app");
+    let long = "x".repeat(100_000);
+    for _ in 0..20 {
+        assert_eq!(scene.app.ask("out", &long).as_deref(), Ok(&*long));
+        assert_eq!(scene.outside.ask("in", &long).as_deref(), Ok(&*long));
+    }
+}
+
 #[rstest]
 fn connections_flow_through_envoy_for_as_long_as_they_like(
     #[values(Redirect, Iptables)] backend: Backend,
@@ -178,26 +195,7 @@ fn connections_flow_through_envoy_for_as_long_as_they_like(
         Ok(sidecar) => sidecar,
         Err(probe) => skip!("{probe}"),
     };
-    let (service, own) = (
-        scene.address(V4, To::Service(80)),
-        scene.address(V4, To::Own(8080)),
-    );
-    assert_eq!(
-        scene
-            .app
-            .dial(&Dial::new(V4, service).keep("out"))
-            .outcome(),
-        "service"
-    );
-    assert_eq!(
-        scene.outside.dial(&Dial::new(V4, own).keep("in")).outcome(),
-        "app"
-    );
-    let long = "x".repeat(100_000);
-    for _ in 0..20 {
-        assert_eq!(scene.app.ask("out", &long).as_deref(), Ok(&*long));
-        assert_eq!(scene.outside.ask("in", &long).as_deref(), Ok(&*long));
-    }
+    talk_long(&mut scene, V4);
 }
 
 #[rstest]
@@ -261,17 +259,5 @@ fn connections_flow_through_a_transparent_envoy(
         Ok(sidecar) => sidecar,
         Err(probe) => skip!("{probe}"),
     };
-    let (service, own) = (
-        scene.address(family, To::Service(80)),
-        scene.address(family, To::Own(8080)),
-    );
-    let out = Dial::new(family, service).keep("out");
-    assert_eq!(scene.app.dial(&out).outcome(), "service");
-    let inward = Dial::new(family, own).keep("in");
-    assert_eq!(scene.outside.dial(&inward).outcome(), "app");
-    let long = "x".repeat(100_000);
-    for _ in 0..20 {
-        assert_eq!(scene.app.ask("out", &long).as_deref(), Ok(&*long));
-        assert_eq!(scene.outside.ask("in", &long).as_deref(), Ok(&*long));
-    }
+    talk_long(&mut scene, family);
 }

@@ -117,13 +117,20 @@ fn accepted_connection_keeps_its_answers_while_attached(#[values(V4, V6, Mapped)
     );
 }
 
-/// Lets somebody dial while `change` happens, over and over, for a while.
+/// Lets the application dial the service, or the peer the application, while `change` happens over and over for a while.
 fn under_traffic(
     scene: &mut Scene,
-    dial: Dial,
+    family: Family,
     inward: bool,
     mut change: impl FnMut(&Pod, u32),
 ) -> Traffic {
+    scene.attach(Redirect, &Options::ISTIO);
+    let to = if inward {
+        To::Own(8080)
+    } else {
+        To::Service(80)
+    };
+    let dial = Dial::new(family, scene.address(family, to));
     let actor = if inward {
         &mut scene.outside
     } else {
@@ -142,12 +149,13 @@ fn under_traffic(
         round += 1;
         thread::sleep(Duration::from_millis(20));
     }
-    let actor = if inward {
-        &mut scene.outside
-    } else {
-        &mut scene.app
-    };
     actor.traffic_stop()
+}
+
+/// The other options in even rounds, Istio's in odd ones.
+fn alternate(pod: &Pod, round: u32, options: &Options) {
+    let options = [options, &Options::ISTIO][round as usize % 2];
+    loader::attach(pod, options);
 }
 
 fn only(traffic: &Traffic, allowed: &[&str]) {
@@ -170,16 +178,7 @@ fn options_change_without_an_uncaptured_moment(
     #[case] who: &str,
 ) {
     let mut scene = Scene::new();
-    scene.attach(Redirect, &Options::ISTIO);
-    let to = scene.address(
-        family,
-        if inward {
-            To::Own(8080)
-        } else {
-            To::Service(80)
-        },
-    );
-    let traffic = under_traffic(&mut scene, Dial::new(family, to), inward, |pod, round| {
+    let traffic = under_traffic(&mut scene, family, inward, |pod, round| {
         let changed = Options {
             exclude_outbound: "443",
             exclude_inbound: "9090",
@@ -187,14 +186,7 @@ fn options_change_without_an_uncaptured_moment(
             include_cidrs: "203.0.113.0/24,2001:db8::/32",
             ..Options::ISTIO
         };
-        loader::attach(
-            pod,
-            if round % 2 == 0 {
-                &changed
-            } else {
-                &Options::ISTIO
-            },
-        );
+        alternate(pod, round, &changed);
     });
     only(&traffic, &[who]);
 }
@@ -202,21 +194,12 @@ fn options_change_without_an_uncaptured_moment(
 #[rstest]
 fn options_that_end_capture_never_break_a_connection(#[values(V4, V6)] family: Family) {
     let mut scene = Scene::new();
-    scene.attach(Redirect, &Options::ISTIO);
-    let to = scene.address(family, To::Service(80));
-    let traffic = under_traffic(&mut scene, Dial::new(family, to), false, |pod, round| {
+    let traffic = under_traffic(&mut scene, family, false, |pod, round| {
         let without = Options {
             exclude_outbound: "80",
             ..Options::ISTIO
         };
-        loader::attach(
-            pod,
-            if round % 2 == 0 {
-                &without
-            } else {
-                &Options::ISTIO
-            },
-        );
+        alternate(pod, round, &without);
     });
     only(&traffic, &["15001", "service"]);
 }
@@ -230,16 +213,7 @@ fn attach_and_detach_never_break_a_connection(
     #[case] allowed: &[&str],
 ) {
     let mut scene = Scene::new();
-    scene.attach(Redirect, &Options::ISTIO);
-    let to = scene.address(
-        family,
-        if inward {
-            To::Own(8080)
-        } else {
-            To::Service(80)
-        },
-    );
-    let traffic = under_traffic(&mut scene, Dial::new(family, to), inward, |pod, round| {
+    let traffic = under_traffic(&mut scene, family, inward, |pod, round| {
         if round % 2 == 0 {
             Redirect.detach(pod);
         } else {
@@ -252,9 +226,7 @@ fn attach_and_detach_never_break_a_connection(
 #[rstest]
 fn attach_again_changes_nothing() {
     let mut scene = Scene::new();
-    scene.attach(Redirect, &Options::ISTIO);
-    let to = scene.address(V4, To::Service(80));
-    let traffic = under_traffic(&mut scene, Dial::new(V4, to), false, |pod, _| {
+    let traffic = under_traffic(&mut scene, V4, false, |pod, _| {
         loader::attach(pod, &Options::ISTIO);
     });
     only(&traffic, &["15001"]);
