@@ -103,16 +103,14 @@ pub fn attach(request: &Request) -> Result<Outcome> {
     refuse_overlap(&tables, request, &notes, &config)?;
 
     let cgroup_id = request.cgroup.id();
-    if Notes::read(&tables, cgroup_id)
-        .ok()
-        .flatten()
+    if Notes::read(&tables, cgroup_id)?
         .is_some_and(|attached| attached.netns_cookie != notes.netns_cookie)
     {
         // The cgroup has moved to another network namespace: `sk_lookup` hangs on the old one.
         detach::one(&pins, &tables, cgroup_id)?;
     }
     let known = pins.pod(cgroup_id).is_dir();
-    let attached = Notes::read(&tables, cgroup_id).ok().flatten();
+    let attached = Notes::read(&tables, cgroup_id)?;
     let made = changes_made(&tables, cgroup_id, &notes)?;
     notes.changes = tproxy::plan(&request.netns, &request.policy, ipv6, &made)?;
     let obsolete: Vec<_> = made
@@ -223,7 +221,7 @@ fn changes_made(tables: &Tables, cgroup_id: u64, notes: &Notes) -> Result<Vec<Ch
 /// notes stays as it was: nothing else has changed yet.
 fn note_changes(tables: &Tables, cgroup_id: u64, notes: &Notes, obsolete: &[Change]) -> Result<()> {
     let changes = notes.with_also(obsolete).changes;
-    let known = Notes::read(tables, cgroup_id).ok().flatten();
+    let known = Notes::read(tables, cgroup_id)?;
     if known
         .as_ref()
         .map(|known| &known.changes)

@@ -3,23 +3,24 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::os::fd::AsFd;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
 use anyhow::{Context, Result};
 
 use crate::detach;
-use crate::pins::Pins;
+use crate::pins::{self, Pins};
 use crate::programs::{self, SK_LOOKUP};
 use crate::record::{self, Notes};
-use crate::sys::bpf;
+use crate::sys::bpf::{self, LinkTarget};
 use crate::tables::Tables;
 
 /// Removes pods whose cgroup or network namespace has gone, and notes without links.
 pub(crate) fn gone(pins: &Pins, tables: &Tables) -> Result<()> {
     let linked = pins.pods()?;
     for cgroup_id in &linked {
-        if is_gone(pins, *cgroup_id) || is_left_over(tables, *cgroup_id) {
+        if is_gone(pins, *cgroup_id)? || is_left_over(tables, *cgroup_id)? {
             detach::one(pins, tables, *cgroup_id)?;
         }
     }
@@ -31,26 +32,31 @@ pub(crate) fn gone(pins: &Pins, tables: &Tables) -> Result<()> {
     Ok(())
 }
 
-/// True if the kernel has cut the links off, or they are incomplete.
-fn is_gone(pins: &Pins, cgroup_id: u64) -> bool {
+/// True if the kernel has cut the links off, or they are incomplete. An error is no answer: the pod may well be there.
+fn is_gone(pins: &Pins, cgroup_id: u64) -> Result<bool> {
     let directory = pins.pod(cgroup_id);
-    let target = |name: &str| bpf::open_pinned(&directory.join(name));
-    let cgroup = target("connect4").and_then(|link| bpf::cgroup_link(link.as_fd()));
-    let netns = target(SK_LOOKUP).and_then(|link| bpf::netns_link(link.as_fd()));
-    !matches!((cgroup, netns), (Ok(cgroup), Ok(netns)) if cgroup.target != 0 && netns.target != 0)
+    let is_cut_off = |name: &str, read: fn(BorrowedFd<'_>) -> io::Result<LinkTarget>| {
+        let path = directory.join(name);
+        let Some(link) = pins::open(&path)? else {
+            return Ok(true);
+        };
+        let link = read(link.as_fd()).with_context(|| format!("reading {}", path.display()))?;
+        Ok::<_, anyhow::Error>(link.target == 0)
+    };
+    Ok(is_cut_off("connect4", bpf::cgroup_link)? || is_cut_off(SK_LOOKUP, bpf::netns_link)?)
 }
 
 /// True for a command whose `redirect run` was killed, once the command itself has ended. Its empty
 /// cgroup goes too.
-fn is_left_over(tables: &Tables, cgroup_id: u64) -> bool {
-    let Ok(Some(notes)) = Notes::read(tables, cgroup_id) else {
-        return false;
+fn is_left_over(tables: &Tables, cgroup_id: u64) -> Result<bool> {
+    let Some(notes) = Notes::read(tables, cgroup_id)? else {
+        return Ok(false);
     };
     let Some(pid) = notes.run_by else {
-        return false;
+        return Ok(false);
     };
     // Only an empty cgroup can be removed.
-    !Path::new("/proc").join(pid.to_string()).exists() && fs::remove_dir(&notes.cgroup).is_ok()
+    Ok(!Path::new("/proc").join(pid.to_string()).exists() && fs::remove_dir(&notes.cgroup).is_ok())
 }
 
 /// Removes lists of policies that no pod has, once no program reads them any more.

@@ -71,10 +71,7 @@ pub fn detach_all() -> Result<usize> {
 
 /// Detaches a cgroup while holding the lock. Can be repeated after a kill at any point.
 pub(crate) fn one(pins: &Pins, tables: &Tables, cgroup_id: u64) -> Result<()> {
-    let notes = Notes::read(tables, cgroup_id).unwrap_or_else(|error| {
-        tracing::warn!("{error:#}");
-        None
-    });
+    let notes = Notes::read(tables, cgroup_id)?;
     let shared = match &notes {
         Some(notes) => record::all(tables)?
             .iter()
@@ -82,6 +79,7 @@ pub(crate) fn one(pins: &Pins, tables: &Tables, cgroup_id: u64) -> Result<()> {
         None => false,
     };
     let directory = pins.pod(cgroup_id);
+    let namespace_is_gone = namespace_is_gone(&directory)?;
     if let Some(notes) = notes.as_ref().filter(|_| !shared) {
         tables
             .pods
@@ -95,16 +93,13 @@ pub(crate) fn one(pins: &Pins, tables: &Tables, cgroup_id: u64) -> Result<()> {
     // both programs.
     for name in HOOKS.iter().rev().map(|hook| hook.name).chain([SK_LOOKUP]) {
         let path = directory.join(name);
-        if let Ok(link) = bpf::open_pinned(&path) {
+        if let Some(link) = pins::open(&path)? {
             // Fails if its cgroup or namespace has gone, and with it the attachment.
             let _ = bpf::link_detach(link.as_fd());
             let _ = fs::remove_file(&path);
         }
     }
-    if let Some(notes) = notes
-        .as_ref()
-        .filter(|_| !shared && !namespace_is_gone(&directory))
-    {
+    if let Some(notes) = notes.as_ref().filter(|_| !shared && !namespace_is_gone) {
         tproxy::take_back_noted(notes)?;
     }
     pins::remove(&directory)?;
@@ -116,10 +111,16 @@ pub(crate) fn one(pins: &Pins, tables: &Tables, cgroup_id: u64) -> Result<()> {
 }
 
 /// True if the kernel has cut the link to the network namespace off.
-fn namespace_is_gone(directory: &Path) -> bool {
-    bpf::open_pinned(&directory.join(SK_LOOKUP))
-        .and_then(|link| bpf::netns_link(link.as_fd()))
-        .is_ok_and(|link| link.target == 0)
+fn namespace_is_gone(directory: &Path) -> Result<bool> {
+    let path = directory.join(SK_LOOKUP);
+    let Some(link) = pins::open(&path)? else {
+        return Ok(false);
+    };
+    let link = bpf::netns_link(link.as_fd());
+    Ok(link
+        .with_context(|| format!("reading {}", path.display()))?
+        .target
+        == 0)
 }
 
 /// Removes what no pod uses any more.

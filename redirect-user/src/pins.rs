@@ -8,6 +8,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
@@ -17,6 +18,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{FsType, statfs};
 use redirect_common::LAYOUT_VERSION;
 
+use crate::sys::bpf;
 use crate::tables;
 
 const BPFFS: &str = "/sys/fs/bpf";
@@ -161,6 +163,15 @@ pub fn open_maps_directory() -> Result<Option<File>> {
     let path = root().join("maps");
     match File::open(&path) {
         Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).with_context(|| format!("opening {}", path.display())),
+    }
+}
+
+/// Opens a pinned object; None if there is no such pin.
+pub fn open(path: &Path) -> Result<Option<OwnedFd>> {
+    match bpf::open_pinned(path) {
+        Ok(object) => Ok(Some(object)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error).with_context(|| format!("opening {}", path.display())),
     }

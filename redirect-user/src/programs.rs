@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use aya::programs::Program;
-use aya::{Ebpf, EbpfLoader};
+use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use aya_obj::generated::bpf_attach_type;
 
 use crate::kernel::{self, Offsets};
@@ -261,6 +261,8 @@ impl Programs {
         let has_set_retval = u32::from(kernel::version()? >= (5, 18));
         let mut object = EbpfLoader::new();
         object
+            // What it found, but not the walk to it: that fills megabytes, on which loading itself can fail.
+            .verifier_log_level(VerifierLogLevel::STATS)
             .override_global("OFFSET_SOCK_SOCKET", &offsets.sock_socket, true)
             .override_global("OFFSET_SOCKET_FILE", &offsets.socket_file, true)
             .override_global("OFFSET_FILE_CRED", &offsets.file_cred, true)

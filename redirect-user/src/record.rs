@@ -56,11 +56,16 @@ pub struct KubernetesPod {
 }
 
 impl Notes {
-    /// Reads the notes on a cgroup.
+    /// Reads the notes on a cgroup. None if there are none, and, with a warning, if they are corrupt.
     pub fn read(tables: &Tables, cgroup_id: u64) -> Result<Option<Self>> {
-        let Some(record) = tables.records.get(&cgroup_id)? else {
+        let Some(record) = tables.records.get(&cgroup_id).context("reading RECORDS")? else {
             return Ok(None);
         };
+        let notes = Self::decode(cgroup_id, &record);
+        Ok(notes.inspect_err(|error| tracing::warn!("{error:#}")).ok())
+    }
+
+    fn decode(cgroup_id: u64, record: &Record) -> Result<Self> {
         let json = record.json.get(..record.length as usize).with_context(|| {
             format!(
                 "record of cgroup {cgroup_id}: length {} is too large",
@@ -69,7 +74,6 @@ impl Notes {
         })?;
         serde_json::from_slice(json)
             .with_context(|| format!("record of cgroup {cgroup_id} is corrupt"))
-            .map(Some)
     }
 
     /// These notes, with more to be taken back.
@@ -98,12 +102,8 @@ impl Notes {
 /// The notes on every attached pod, by cgroup id. A corrupt record is passed over with a warning.
 pub fn all(tables: &Tables) -> Result<Vec<(u64, Notes)>> {
     let mut all = Vec::new();
-    for cgroup_id in tables.records.keys()? {
-        match Notes::read(tables, cgroup_id) {
-            Ok(Some(notes)) => all.push((cgroup_id, notes)),
-            Ok(None) => {}
-            Err(error) => tracing::warn!("{error:#}"),
-        }
+    for cgroup_id in tables.records.keys().context("reading RECORDS")? {
+        all.extend(Notes::read(tables, cgroup_id)?.map(|notes| (cgroup_id, notes)));
     }
     Ok(all)
 }

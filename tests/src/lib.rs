@@ -15,7 +15,8 @@
 //! | [`envoy`], [`skip`] | a real Envoy in the pod, and what is said where there is none |
 //! | [`follower`] | `redirect log` beside a test |
 //! | [`bpffs`] | a BPF file system of a test's own, and what the loader keeps in it |
-//! | [`tracer`] | running the loader call by call, and killing it after any of them |
+//! | [`tracer`] | running the loader call by call, and killing it after any of them, or refusing it |
+//! | [`faults`] | what a loader leaves that was killed or refused a call |
 //! | [`api_server`], [`daemon`], [`kubernetes`] | a node: the Kubernetes API played, `redirect daemon`, pods as the API tells them |
 //! | [`foreign`] | somebody else's eBPF program on the same hook |
 //! | [`machine`] | a virtual machine behind an interface of a pod |
@@ -40,6 +41,7 @@ pub mod daemon;
 pub mod datagram;
 pub mod dial;
 pub mod envoy;
+pub mod faults;
 pub mod follower;
 pub mod foreign;
 pub mod iptables;

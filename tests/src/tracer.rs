@@ -1,9 +1,10 @@
-//! Running a program call by call, and killing it right after any call that changes something outside it.
+//! Running a program call by call: it is killed right after any call that changes something outside it, or the kernel seems to
+//! refuse that call.
 
 use std::{
     collections::BTreeMap,
     fs,
-    io::{Read as _, Write as _},
+    io::{IoSliceMut, Read as _, Write as _},
     os::unix::process::CommandExt as _,
     process::{Child, Command, Stdio},
     sync::mpsc::{RecvTimeoutError, channel},
@@ -16,6 +17,7 @@ use nix::{
     sys::{
         ptrace::{self, Options},
         signal::{Signal, kill},
+        uio::{RemoteIoVec, process_vm_readv},
         wait::{WaitPidFlag, WaitStatus, waitpid},
     },
     unistd::Pid,
@@ -27,10 +29,27 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Waits for the go-ahead, so that no call is made before the tracer is there.
 const GATE: &str = "read -r go && exec \"$@\"";
 
+/// What happens to a traced program.
+#[derive(Clone, Copy, Debug)]
+pub enum Fault {
+    /// It gets SIGKILL when so many calls have been made.
+    Kill {
+        /// How many.
+        after: usize,
+    },
+    /// That call, counted from 1, is not made: the program is told the error instead.
+    Refuse {
+        /// Which.
+        call: usize,
+        /// What the program is told.
+        error: Errno,
+    },
+}
+
 /// What came of a traced run.
 #[derive(Debug)]
 pub struct Traced {
-    /// The calls that change something outside the process, in order.
+    /// The calls that make a kernel object or change something outside the process, in order.
     pub calls: Vec<String>,
     /// The exit code, if it was not killed.
     pub code: Option<i32>,
@@ -38,10 +57,10 @@ pub struct Traced {
     pub errors: String,
 }
 
-/// Runs `command` with all its threads traced. With `kill_after`, it gets SIGKILL when that many calls have been made.
+/// Runs `command` with all its threads traced.
 ///
 /// Only variables that were set explicitly are passed on.
-pub fn run(command: &Command, kill_after: Option<usize>) -> Traced {
+pub fn run(command: &Command, fault: Option<Fault>) -> Traced {
     let mut child = start(command);
     let leader = Pid::from_raw(i32::try_from(child.id()).unwrap());
     let options = Options::PTRACE_O_TRACESYSGOOD
@@ -59,7 +78,7 @@ pub fn run(command: &Command, kill_after: Option<usize>) -> Traced {
         }
         late
     });
-    let (calls, code) = follow(leader, kill_after);
+    let (calls, code) = follow(leader, fault);
     // Reaped already, with its threads.
     let _no_child = child.wait();
     drop(ended);
@@ -99,23 +118,42 @@ fn start(command: &Command) -> Child {
         .unwrap()
 }
 
+/// A call that a thread has begun.
+struct Begun {
+    name: String,
+    refused: Option<Errno>,
+}
+
 /// Lets the threads run from call to call until all have ended.
-fn follow(leader: Pid, kill_after: Option<usize>) -> (Vec<String>, Option<i32>) {
+fn follow(leader: Pid, fault: Option<Fault>) -> (Vec<String>, Option<i32>) {
     let group = Pid::from_raw(-leader.as_raw());
     let (mut calls, mut code) = (Vec::new(), None);
-    let mut pending: BTreeMap<Pid, String> = BTreeMap::new();
+    let mut pending: BTreeMap<Pid, Begun> = BTreeMap::new();
     loop {
         let (thread, signal) = match waitpid(group, Some(WaitPidFlag::__WALL)) {
             Ok(WaitStatus::PtraceSyscall(thread)) => {
-                if let Some(call) = pending.remove(&thread) {
-                    calls.push(call);
-                    if kill_after == Some(calls.len()) {
+                if let Some(begun) = pending.remove(&thread) {
+                    if let Some(error) = begun.refused {
+                        answer(thread, error);
+                    }
+                    calls.push(begun.name);
+                    if let Some(Fault::Kill { after }) = fault
+                        && after == calls.len()
+                    {
                         let _already_gone = kill(leader, Signal::SIGKILL);
                     }
                 } else if is_entry(thread)
-                    && let Some(call) = lasting(thread)
+                    && let Some(name) = lasting(thread)
                 {
-                    pending.insert(thread, call);
+                    let number = calls.len() + pending.len() + 1;
+                    let refused = match fault {
+                        Some(Fault::Refuse { call, error }) if call == number => Some(error),
+                        _ => None,
+                    };
+                    if refused.is_some() {
+                        skip(thread);
+                    }
+                    pending.insert(thread, Begun { name, refused });
                 }
                 (thread, None)
             }
@@ -146,7 +184,21 @@ fn is_entry(thread: Pid) -> bool {
     ptrace::syscall_info(thread).is_ok_and(|info| info.op == PTRACE_SYSCALL_INFO_ENTRY)
 }
 
-/// The name of the call that the thread is about to make, if what it does can outlast the process.
+/// Has the kernel make no call where the thread was about to make one.
+fn skip(thread: Pid) {
+    let mut registers = ptrace::getregs(thread).unwrap();
+    registers.orig_rax = u64::MAX;
+    ptrace::setregs(thread, registers).unwrap();
+}
+
+/// What the thread takes for the kernel's answer.
+fn answer(thread: Pid, error: Errno) {
+    let mut registers = ptrace::getregs(thread).unwrap();
+    registers.rax = i64::from(-(error as i32)).cast_unsigned();
+    ptrace::setregs(thread, registers).unwrap();
+}
+
+/// The name of the call that the thread is about to make, if it makes a kernel object or what it does can outlast the process.
 fn lasting(thread: Pid) -> Option<String> {
     // proc_pid_syscall(5): the number in decimal, then six arguments in hexadecimal.
     let text = fs::read_to_string(format!("/proc/{thread}/syscall")).ok()?;
@@ -159,6 +211,7 @@ fn lasting(thread: Pid) -> Option<String> {
         libc::SYS_bpf => return bpf_command(*arguments.first()?),
         libc::SYS_openat if arguments.get(2)? & O_CREAT != 0 => "openat",
         libc::SYS_write if is_kernel_file(thread, *arguments.first()?) => "write",
+        libc::SYS_sendto if changes_network(thread, &arguments) => "netlink",
         libc::SYS_mkdirat => "mkdirat",
         libc::SYS_renameat | libc::SYS_renameat2 => "rename",
         libc::SYS_unlinkat => "unlinkat",
@@ -181,15 +234,25 @@ fn lasting(thread: Pid) -> Option<String> {
 
 const O_CREAT: u64 = libc::O_CREAT as u64;
 
-/// Commands that only make an object, such as `BPF_PROG_LOAD`, are left out: until it is pinned or attached it goes with
-/// its descriptor, so being killed there is the same as being killed after the call before.
+/// Calls that only make an object: until it is pinned or attached it goes with its descriptor.
+pub const MAKING: [&str; 4] = [
+    "bpf MAP_CREATE",
+    "bpf PROG_LOAD",
+    "bpf BTF_LOAD",
+    "bpf OBJ_GET",
+];
+
 fn bpf_command(command: u64) -> Option<String> {
     let name = match command {
+        0 => "MAP_CREATE",
         2 => "MAP_UPDATE_ELEM",
         3 => "MAP_DELETE_ELEM",
+        5 => "PROG_LOAD",
         6 => "OBJ_PIN",
+        7 => "OBJ_GET",
         8 => "PROG_ATTACH",
         9 => "PROG_DETACH",
+        18 => "BTF_LOAD",
         21 => "MAP_LOOKUP_AND_DELETE_ELEM",
         26 => "MAP_UPDATE_BATCH",
         27 => "MAP_DELETE_BATCH",
@@ -205,4 +268,34 @@ fn bpf_command(command: u64) -> Option<String> {
 fn is_kernel_file(thread: Pid, descriptor: u64) -> bool {
     fs::read_link(format!("/proc/{thread}/fd/{descriptor}"))
         .is_ok_and(|path| path.starts_with("/sys") || path.starts_with("/proc"))
+}
+
+/// Whether `sendto` is a request to netlink that changes something.
+fn changes_network(thread: Pid, arguments: &[u64]) -> bool {
+    // linux/netlink.h: struct nlmsghdr has a 32-bit length, then the type. linux/rtnetlink.h: kinds of four, the third reads.
+    const LENGTH: usize = 6;
+    const GET: u16 = 2;
+    const RTM_BASE: u16 = 16;
+    const SOCK_DIAG_BY_FAMILY: u16 = 20;
+    let &[descriptor, buffer, length, ..] = arguments else {
+        return false;
+    };
+    let is_netlink = fs::read_link(format!("/proc/{thread}/fd/{descriptor}"))
+        .ok()
+        .and_then(|path| {
+            let inode = path.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?;
+            let table = fs::read_to_string(format!("/proc/{thread}/net/netlink")).ok()?;
+            Some(table.lines().any(|line| line.ends_with(inode)))
+        });
+    if is_netlink != Some(true) || length < LENGTH as u64 {
+        return false;
+    }
+    let mut header = [0; LENGTH];
+    let remote = RemoteIoVec {
+        base: usize::try_from(buffer).unwrap(),
+        len: LENGTH,
+    };
+    process_vm_readv(thread, &mut [IoSliceMut::new(&mut header)], &[remote]).unwrap();
+    let kind = u16::from_ne_bytes([header[4], header[5]]);
+    kind >= RTM_BASE && kind % 4 != GET && kind != SOCK_DIAG_BY_FAMILY
 }

@@ -1,0 +1,385 @@
+//! What a call of the loader leaves when it does not end as it should: killed after any call to the kernel that changes something, or
+//! refused any of them. Connections meet the old state or the new one, and the next call puts everything right.
+
+use std::process::Command;
+
+use nix::errno::Errno;
+
+use crate::{
+    bpffs::{Objects, State},
+    loader::{attach_command, finish, redirect},
+    namespace::errors,
+    options::Options,
+    protocol::{Dial, Family, Identity, Listen, canonical},
+    scene::{Scene, To, wildcards},
+    tracer::{self, Fault, MAKING, Traced},
+};
+
+use Family::{Mapped, V4, V6};
+
+/// More calls than this are sampled, but for the first and last of each kind in a row.
+const MOST: usize = 120;
+/// How often a call may end before the point at which it was to be killed.
+const MOST_ENDED_EARLY: usize = 5;
+
+const DIAL_COUNT: usize = 7;
+
+/// Connections whose ends tell the policy: who dials (`None` is outside), how, and where to.
+const DIALS: [(Option<Identity>, Family, To); DIAL_COUNT] = [
+    (Some(Identity::APP), V4, To::Service(80)),
+    (Some(Identity::APP), V6, To::Service(80)),
+    (Some(Identity::APP), Mapped, To::Service(443)),
+    (Some(Identity::PROXY), V4, To::Service(80)),
+    (Some(Identity::PROXY), V4, To::Own(8080)),
+    (None, V4, To::Own(8080)),
+    (None, V6, To::Own(8080)),
+];
+
+/// Who answers a fixed set of connections: five from the pod, by the application and the proxy, and two from outside.
+pub type Ends = [&'static str; DIAL_COUNT];
+
+/// Without capture.
+pub const DIRECT: Ends = [
+    "service", "service", "service", "service", "app", "app", "app",
+];
+/// Under [`Options::ISTIO`].
+pub const ISTIO: Ends = [
+    "15001", "15001", "15001", "service", "15006", "15006", "15006",
+];
+/// Under [`OTHER_OPTIONS`].
+pub const OTHER: Ends = [
+    "16001", "16001", "service", "service", "16006", "16006", "16006",
+];
+
+/// Another policy in every respect: ports, lists and what is captured.
+pub const OTHER_OPTIONS: Options = Options {
+    proxy_port: "16001",
+    inbound_port: "16006",
+    exclude_outbound: "443",
+    exclude_cidrs: "192.0.2.0/24,198.18.0.0/15",
+    ..Options::ISTIO
+};
+
+/// Under [`THIRD_OPTIONS`].
+pub const THIRD: Ends = [
+    "15001", "15001", "service", "service", "15006", "15006", "15006",
+];
+/// What a third pod has.
+pub const THIRD_OPTIONS: Options = Options {
+    exclude_outbound: "443",
+    ..Options::ISTIO
+};
+
+/// A pod whose proxy listens where both policies say.
+fn scene() -> Scene {
+    let mut scene = Scene::new();
+    for port in [16001, 16006] {
+        for at in wildcards(port) {
+            scene.proxy.listen(Listen::new(&port.to_string(), at));
+        }
+    }
+    scene
+}
+
+/// Who answers now. What both ends see has to fit it.
+fn ends(scene: &mut Scene) -> Result<Vec<String>, String> {
+    DIALS
+        .iter()
+        .map(|(from, family, to)| {
+            let to = scene.address(*family, *to);
+            let dial = Dial::new(*family, to);
+            let dialed = match from {
+                Some(identity) => scene.actor(identity).dial(&dial),
+                None => scene.outside.dial(&dial),
+            };
+            let who = dialed.outcome().to_owned();
+            let Some(greeting) = &dialed.greeting else {
+                return Err(format!("{to}: {who}"));
+            };
+            let original = if to.is_ipv4() {
+                &greeting.original
+            } else {
+                &greeting.original6
+            };
+            let captured = who.starts_with('1');
+            if dialed.peer.map(canonical) != Some(to)
+                || captured && original.address.map(canonical) != Some(to)
+            {
+                return Err(format!("{to}: wrong addresses: {dialed:?}"));
+            }
+            Ok(who)
+        })
+        .collect()
+}
+
+/// Connections that stand for as long as they like.
+const ESTABLISHED: [&str; 2] = ["out", "in"];
+
+fn establish(scene: &mut Scene) {
+    let (service, own) = (
+        scene.address(V4, To::Service(80)),
+        scene.address(V4, To::Own(8080)),
+    );
+    let out = scene.app.dial(&Dial::new(V4, service).keep("out"));
+    let inward = scene.outside.dial(&Dial::new(V4, own).keep("in"));
+    assert!(
+        out.error.is_none() && inward.error.is_none(),
+        "{out:?} {inward:?}"
+    );
+}
+
+fn converse(scene: &mut Scene, text: &str) -> Result<(), String> {
+    let [out, inward] = ESTABLISHED;
+    for said in [scene.app.ask(out, text), scene.outside.ask(inward, text)] {
+        if said.as_deref() != Ok(text) {
+            return Err(format!(
+                "an established connection says {said:?} to {text:?}"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// The call that attaches.
+pub fn attach(scene: &Scene, options: &Options) -> Command {
+    let mut command = attach_command(&scene.pod);
+    command.args(options.arguments());
+    command
+}
+
+/// The call that detaches.
+pub fn detach(scene: &Scene) -> Command {
+    let mut command = redirect();
+    command
+        .arg("detach")
+        .arg("--cgroup")
+        .arg(scene.pod.cgroup.path());
+    command
+}
+
+/// Runs a call that has nothing to complain about.
+pub fn succeed(command: &mut Command) -> Result<(), String> {
+    let output = finish(command);
+    if output.status.success() && output.stderr.is_empty() {
+        Ok(())
+    } else {
+        Err(format!(
+            "{command:?}: {}: {}",
+            output.status,
+            errors(&output)
+        ))
+    }
+}
+
+/// One pod of a case, and what its connections may meet.
+pub struct Cast {
+    /// The pod.
+    pub scene: Scene,
+    /// Before the call that suffers.
+    old: Ends,
+    /// After it, had it succeeded.
+    new: Ends,
+    /// After the call that repairs.
+    repaired: Ends,
+}
+
+impl Cast {
+    /// A pod of that many policies.
+    pub fn new(old: Ends, new: Ends, repaired: Ends) -> Self {
+        Self {
+            scene: scene(),
+            old,
+            new,
+            repaired,
+        }
+    }
+
+    /// Of a pod that the case is not about.
+    pub fn bystander(ends: Ends) -> Self {
+        Self::new(ends, ends, ends)
+    }
+}
+
+/// A situation, and the call of the loader that suffers in it.
+pub struct Case<'a> {
+    /// The pods; the first is the one that the call is about.
+    pub casts: Vec<Cast>,
+    /// Brings the machine from the rest state to the old one.
+    pub prepare: &'a dyn Fn(&[Cast]),
+    /// The call that suffers.
+    pub command: &'a dyn Fn(&[Cast]) -> Command,
+    /// The call after that.
+    pub repair: &'a dyn Fn(&[Cast]) -> Command,
+    /// Brings the machine back to the rest state.
+    pub restore: &'a dyn Fn(&[Cast]),
+}
+
+/// What the loader's call suffers.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Suffers {
+    /// SIGKILL after one of its calls to the kernel.
+    Kill,
+    /// An error in the place of one of them.
+    Refusal,
+}
+
+/// What the kernel says when it is asked too much or the caller may too little. Each call gets one of them, in turn.
+const REFUSALS: [Errno; 4] = [Errno::ENOMEM, Errno::EPERM, Errno::ENOSPC, Errno::E2BIG];
+
+impl Suffers {
+    fn fault(self, point: usize) -> Fault {
+        match self {
+            Self::Kill => Fault::Kill { after: point },
+            Self::Refusal => Fault::Refuse {
+                call: point,
+                error: REFUSALS[point % REFUSALS.len()],
+            },
+        }
+    }
+
+    /// Being killed when an object has been made is the same as being killed after the call before.
+    fn minds(self, call: &str) -> bool {
+        self == Self::Refusal || !MAKING.contains(&call)
+    }
+}
+
+impl Case<'_> {
+    /// Has the call suffer at every point, one after another, where `at` holds for the call to the kernel.
+    pub fn endure(mut self, suffers: Suffers, at: fn(&str) -> bool) {
+        let rest = State::read();
+        let resting = Objects::pinned();
+        let wanted = self.undisturbed(self.repair, |cast| cast.repaired).1;
+        let calls = self.undisturbed(self.command, |cast| cast.new).0;
+        let points = points(&calls, |call| suffers.minds(call) && at(call));
+        eprintln!("{suffers:?} at {} of {} calls", points.len(), calls.len());
+        assert!(!points.is_empty(), "{calls:?}");
+        let (mut wrong, mut ended_early) = (Vec::new(), 0);
+        for point in points {
+            let fault = suffers.fault(point);
+            let name = format!("{fault:?} of {}, {}", calls.len(), calls[point - 1]);
+            let result = match suffers {
+                Suffers::Kill => self.kill(fault, &mut ended_early),
+                Suffers::Refusal => self.refuse(fault),
+            };
+            let mended = self.mend(&wanted);
+            for error in [result, mended].into_iter().filter_map(Result::err) {
+                wrong.push(format!("{name}: {error}"));
+            }
+            let used = Objects::pinned().without(&resting);
+            (self.restore)(&self.casts);
+            let left = State::read().differences(&rest);
+            if !left.is_empty() {
+                wrong.push(format!("{name}, then removed: {}", left.join(", ")));
+            }
+            let alive = used.wait_until_freed();
+            if !alive.is_empty() {
+                wrong.push(format!("{name}, then removed: still loaded: {alive:?}"));
+            }
+            assert!(wrong.len() < 8, "and so on:\n{}", wrong.join("\n"));
+        }
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    }
+
+    /// What a call does when nothing disturbs it: its calls to the kernel, and the state it leaves.
+    fn undisturbed(
+        &mut self,
+        command: &dyn Fn(&[Cast]) -> Command,
+        ends: fn(&Cast) -> Ends,
+    ) -> (Vec<String>, State) {
+        (self.prepare)(&self.casts);
+        self.meet("before", |cast| vec![cast.old]).unwrap();
+        let traced = tracer::run(&command(&self.casts), None);
+        assert_eq!(traced.code, Some(0), "{}", traced.errors);
+        self.meet("after", |cast| vec![ends(cast)]).unwrap();
+        let state = State::read();
+        (self.restore)(&self.casts);
+        (traced.calls, state)
+    }
+
+    fn suffer(&mut self, fault: Fault) -> Traced {
+        (self.prepare)(&self.casts);
+        for cast in &mut self.casts {
+            establish(&mut cast.scene);
+        }
+        tracer::run(&(self.command)(&self.casts), Some(fault))
+    }
+
+    fn kill(&mut self, fault: Fault, ended_early: &mut usize) -> Result<(), String> {
+        let traced = self.suffer(fault);
+        match traced.code {
+            None => {}
+            // Connections of its run left fewer entries to remove than those of the run that was counted.
+            Some(0) if *ended_early < MOST_ENDED_EARLY => *ended_early += 1,
+            code => return Err(format!("it ended: {code:?} {}", traced.errors)),
+        }
+        self.meet("killed", |cast| vec![cast.old, cast.new])
+    }
+
+    /// A call that fails says why in one line; one that can do without what it was refused succeeds.
+    fn refuse(&mut self, fault: Fault) -> Result<(), String> {
+        let traced = self.suffer(fault);
+        let errors = traced.errors;
+        match traced.code {
+            Some(0) => self.meet("refused", |cast| vec![cast.new]),
+            Some(1) if errors.lines().count() == 1 && errors.starts_with("redirect: ") => self
+                .meet("refused", |cast| vec![cast.old, cast.new])
+                .map_err(|error| format!("{error}: {errors}")),
+            code => Err(format!("it ended: {code:?} {errors}")),
+        }
+    }
+
+    fn mend(&mut self, wanted: &State) -> Result<(), String> {
+        self.converse("disturbed")?;
+        succeed(redirect().arg("status")).or_else(only_a_warning)?;
+        succeed(&mut (self.repair)(&self.casts))?;
+        let differences = State::read().differences(wanted);
+        if !differences.is_empty() {
+            return Err(format!("repaired: {}", differences.join(", ")));
+        }
+        self.meet("repaired", |cast| vec![cast.repaired])?;
+        self.converse("repaired")
+    }
+
+    fn converse(&mut self, when: &str) -> Result<(), String> {
+        self.casts
+            .iter_mut()
+            .try_for_each(|cast| converse(&mut cast.scene, when))
+    }
+
+    /// Compares all connections with any of the ends that are allowed.
+    fn meet(&mut self, when: &str, allowed: impl Fn(&Cast) -> Vec<Ends>) -> Result<(), String> {
+        for cast in &mut self.casts {
+            let allowed = allowed(cast);
+            let met = ends(&mut cast.scene).map_err(|error| format!("{when}: {error}"))?;
+            if !allowed.iter().any(|ends| met == ends) {
+                return Err(format!("{when}: {met:?}, allowed are {allowed:?}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Status says so where an attach was interrupted.
+fn only_a_warning(error: String) -> Result<(), String> {
+    if error.contains("exit status: 0") && error.contains("interrupted") {
+        Ok(())
+    } else {
+        Err(error)
+    }
+}
+
+/// Which calls are meant, counted from 1.
+fn points(calls: &[String], meant: impl Fn(&str) -> bool) -> Vec<usize> {
+    let step = calls.len().div_ceil(MOST);
+    let differs = |a: usize, b: usize| calls.get(a) != calls.get(b);
+    (0..calls.len())
+        .filter(|&i| meant(&calls[i]))
+        .filter(|&i| i % step == 0 || differs(i, i + 1) || i == 0 || differs(i, i - 1))
+        .map(|i| i + 1)
+        .collect()
+}
+
+/// The same, for a call that has to succeed.
+pub fn run(command: &mut Command) {
+    succeed(command).unwrap();
+}
