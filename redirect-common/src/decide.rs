@@ -8,8 +8,8 @@ use crate::dns::DNS_PORT;
 use crate::lists::{List, Lists};
 use crate::pod::{
     FLAG_DNS, FLAG_DNS_ALL, FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6,
-    FLAG_LOOPBACK_INCLUDED, FLAG_OUTBOUND_ALL, FLAG_TPROXY, IdRange, MAX_OWNER_GROUPS,
-    MAX_PROXY_IDS, PodConfig,
+    FLAG_LOOPBACK_INCLUDED, FLAG_OUTBOUND_ALL, FLAG_PROXY_CONTAINER, FLAG_TPROXY, IdRange,
+    MAX_OWNER_GROUPS, MAX_PROXY_IDS, PodConfig,
 };
 use crate::verdict::{Action, Rule};
 
@@ -64,6 +64,9 @@ pub struct Outbound {
     pub mark: u32,
     /// None for a socket of the kernel's, which no `--uid-owner` matches.
     pub owner: Option<Owner>,
+    /// The socket was created in the proxy's container, or in a cgroup below that. False for a socket of
+    /// the kernel's, and where the proxy is known by its ids.
+    pub in_proxy_container: bool,
 }
 
 /// A TCP connection that comes from outside of the pod.
@@ -106,22 +109,15 @@ fn redirected(pod: &PodConfig, lists: &impl Lists, to: &Outbound) -> Rule {
     // Conditions are looked at where they count and not before: the verifier walks the loops over ids
     // once for every combination of what is known by then.
     let pass_local = to.local && !pod.has(FLAG_LOOPBACK_INCLUDED) && passes_local(pod, to);
-    let owner = to.owner;
-    let (uids, count) = (&pod.proxy_uids, pod.proxy_uid_count);
-    match by_proxy_id(uids, count, owner.map(|o| o.uid), pass_local) {
-        // The rules for groups make no such exception.
-        Some(Match::Proxy) if is_query(pod, to) => return Rule::Proxy,
-        Some(Match::Proxy) => return by_proxy(pod, to),
-        Some(Match::Other) => return Rule::PodLocal,
-        None => {}
+    let by_owner = if pod.has(FLAG_PROXY_CONTAINER) {
+        by_container(pod, to, pass_local)
+    } else {
+        by_ids(pod, to, pass_local)
+    };
+    if let Some(rule) = by_owner {
+        return rule;
     }
-    let (gids, count) = (&pod.proxy_gids, pod.proxy_gid_count);
-    match by_proxy_id(gids, count, owner.map(|o| o.gid), pass_local) {
-        Some(Match::Proxy) => return by_proxy(pod, to),
-        Some(Match::Other) => return Rule::PodLocal,
-        None => {}
-    }
-    if owner_group_left_out(pod, owner) {
+    if owner_group_left_out(pod, to.owner) {
         return Rule::OwnerGroup;
     }
     if is_query(pod, to)
@@ -163,7 +159,7 @@ fn is_tproxied(pod: &PodConfig, lists: &impl Lists, to: &Outbound) -> bool {
     {
         return false;
     }
-    let marked = to.mark == SELF_MARK || to.owner.is_some_and(|owner| is_proxy(pod, owner));
+    let marked = to.mark == SELF_MARK || is_proxy(pod, to);
     marked && inbound_port(pod, lists, to.port) == Rule::InboundCaptured
 }
 
@@ -222,11 +218,16 @@ pub fn machine(pod: &PodConfig, lists: &impl Lists, destination: &Address) -> Ru
     Rule::MachineNotIncluded
 }
 
-/// Is the uid or the gid one of the proxy's?
+/// Does any rule take it for the proxy's?
 #[inline(always)]
-fn is_proxy(pod: &PodConfig, owner: Owner) -> bool {
-    has_id(&pod.proxy_uids, pod.proxy_uid_count, owner.uid)
-        || has_id(&pod.proxy_gids, pod.proxy_gid_count, owner.gid)
+fn is_proxy(pod: &PodConfig, to: &Outbound) -> bool {
+    if pod.has(FLAG_PROXY_CONTAINER) {
+        return to.in_proxy_container;
+    }
+    to.owner.is_some_and(|owner| {
+        has_id(&pod.proxy_uids, pod.proxy_uid_count, owner.uid)
+            || has_id(&pod.proxy_gids, pod.proxy_gid_count, owner.gid)
+    })
 }
 
 #[inline(always)]
@@ -266,6 +267,41 @@ fn by_proxy(pod: &PodConfig, to: &Outbound) -> Rule {
         Rule::ProxyToSelf
     } else {
         Rule::Proxy
+    }
+}
+
+/// The rules about the proxy, where its container tells it: those for one user, whatever the ids.
+///
+/// With TPROXY the proxy's calls to its own pod are left to the mangle table: Istio runs the proxy as root
+/// then, whom the rules for its user do not match.
+#[inline(always)]
+fn by_container(pod: &PodConfig, to: &Outbound, pass_local: bool) -> Option<Rule> {
+    if !to.in_proxy_container {
+        return pass_local.then_some(Rule::PodLocal);
+    }
+    if is_query(pod, to) || pod.has(FLAG_TPROXY) {
+        return Some(Rule::Proxy);
+    }
+    Some(by_proxy(pod, to))
+}
+
+/// The rules about the proxy's users, then those about its groups.
+#[inline(always)]
+fn by_ids(pod: &PodConfig, to: &Outbound, pass_local: bool) -> Option<Rule> {
+    let owner = to.owner;
+    let (uids, count) = (&pod.proxy_uids, pod.proxy_uid_count);
+    match by_proxy_id(uids, count, owner.map(|o| o.uid), pass_local) {
+        // The rules for groups make no such exception.
+        Some(Match::Proxy) if is_query(pod, to) => return Some(Rule::Proxy),
+        Some(Match::Proxy) => return Some(by_proxy(pod, to)),
+        Some(Match::Other) => return Some(Rule::PodLocal),
+        None => {}
+    }
+    let (gids, count) = (&pod.proxy_gids, pod.proxy_gid_count);
+    match by_proxy_id(gids, count, owner.map(|o| o.gid), pass_local) {
+        Some(Match::Proxy) => Some(by_proxy(pod, to)),
+        Some(Match::Other) => Some(Rule::PodLocal),
+        None => None,
     }
 }
 

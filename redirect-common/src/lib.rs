@@ -20,7 +20,7 @@ pub mod virtual_machine;
 
 /// Bumped whenever a map's key, value or meaning changes; part of the pin directory's name, so
 /// that programs never meet maps of another layout.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// Asserts a map type's size at compile time: the kernel and the verifier count in bytes.
 macro_rules! assert_size {

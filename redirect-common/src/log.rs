@@ -47,6 +47,13 @@ impl Follower {
 /// No owner, or not known on this side.
 pub const NO_OWNER: u32 = u32::MAX;
 
+/// The destination is one of the pod's own addresses, and it is the pod that connects.
+pub const DECISION_LOCAL: u16 = 1 << 0;
+/// The pod connects, and its proxy is known by its container.
+pub const DECISION_BY_CONTAINER: u16 = 1 << 1;
+/// The connecting socket was created in that container.
+pub const DECISION_IN_PROXY_CONTAINER: u16 = 1 << 2;
+
 /// A record of `DECISIONS`: one decision.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
@@ -76,8 +83,8 @@ pub struct Decision {
     pub inbound_port: u16,
     /// IP protocol number: TCP's or UDP's.
     pub protocol: u16,
-    /// 1 if the destination is one of the pod's own addresses, and it is the pod that connects.
-    pub local: u16,
+    /// `DECISION_` bits.
+    pub flags: u16,
     /// Index of the interface it leaves or came by; 0 if that is not known.
     pub interface: u32,
     /// The connecting socket's `SO_MARK`; 0 for connections from outside.
@@ -99,7 +106,7 @@ impl Decision {
             source: self.source,
             destination: self.destination,
             port: self.port,
-            local: self.local != 0,
+            local: self.flags & DECISION_LOCAL != 0,
             interface: self.interface,
             mark: self.mark,
             owner: if self.uid == NO_OWNER {
@@ -110,6 +117,7 @@ impl Decision {
                     gid: self.gid,
                 })
             },
+            in_proxy_container: self.flags & DECISION_IN_PROXY_CONTAINER != 0,
         }
     }
 }

@@ -32,6 +32,9 @@ pub const FLAG_DNS_ALL: u32 = 1 << 7;
 /// Virtual machines live behind interfaces of the pod (`-k`).
 pub const FLAG_MACHINES: u32 = 1 << 8;
 
+/// The proxy is known by its container's cgroup, [`PodConfig::proxy_cgroup`], and not by its ids.
+pub const FLAG_PROXY_CONTAINER: u32 = 1 << 9;
+
 /// A range of kernel user or group ids, both ends included.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
@@ -93,11 +96,14 @@ pub struct PodConfig {
     pub excluded_interfaces: [u32; MAX_EXCLUDED_INTERFACES],
     /// Used entries of `excluded_interfaces`.
     pub excluded_interface_count: u32,
-    /// Padding, zero.
-    pub _pad2: u32,
+    /// How many cgroups `proxy_cgroup` has above it, the root among them.
+    pub proxy_cgroup_level: u32,
+    /// Id of the cgroup of the proxy's container, if [`FLAG_PROXY_CONTAINER`] is set; 0, which no cgroup
+    /// has, while it is not known: nobody is the proxy then.
+    pub proxy_cgroup: u64,
 }
 
-crate::assert_size!(PodConfig, 888);
+crate::assert_size!(PodConfig, 896);
 
 impl PodConfig {
     /// Tests a `FLAG_`.

@@ -12,7 +12,8 @@ use redirect_common::dns::DNS_AGENT_PORT;
 use redirect_common::lists::{List, Lists};
 use redirect_common::pod::{
     FLAG_DNS, FLAG_DNS_ALL, FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6,
-    FLAG_LOOPBACK_INCLUDED, FLAG_OUTBOUND_ALL, FLAG_TPROXY, IdRange, PodConfig,
+    FLAG_LOOPBACK_INCLUDED, FLAG_OUTBOUND_ALL, FLAG_PROXY_CONTAINER, FLAG_TPROXY, IdRange,
+    PodConfig,
 };
 use redirect_common::verdict::{Action, Rule};
 
@@ -50,6 +51,8 @@ struct Options {
     exclude_interfaces: Vec<u32>,
     /// The servers whose queries are captured; None without DNS capture.
     dns: Option<All<Vec<IpAddr>>>,
+    /// The proxy is known by its container: its uids and gids say nothing.
+    by_container: bool,
 }
 
 /// `*`, or a list.
@@ -88,6 +91,8 @@ struct Packet {
     interface: u32,
     mark: u32,
     owner: Option<(u32, u32)>,
+    /// The owner is in the proxy's container.
+    in_container: bool,
     /// It came in by an interface of `-k`.
     from_machine: bool,
 }
@@ -112,6 +117,9 @@ enum Match {
     NotUid(Ids),
     Gid(Ids),
     NotGid(Ids),
+    /// As `-m cgroup`, of the proxy's container.
+    InContainer,
+    NotInContainer,
 }
 
 impl Match {
@@ -136,6 +144,8 @@ impl Match {
             Self::NotUid(ids) => !uid(ids),
             Self::Gid(ids) => gid(ids),
             Self::NotGid(ids) => !gid(ids),
+            Self::InContainer => packet.owner.is_some() && packet.in_container,
+            Self::NotInContainer => packet.owner.is_none() || !packet.in_container,
         }
     }
 }
@@ -183,7 +193,8 @@ impl Table {
     /// The nat table.
     fn nat(options: &Options, v6: bool) -> Self {
         use Match::{
-            FromMachine, Gid, Interface, Is, NotGid, NotPort, NotTo, NotUid, Port, To, Uid,
+            FromMachine, Gid, InContainer, Interface, Is, NotGid, NotInContainer, NotPort, NotTo,
+            NotUid, Port, To, Uid,
         };
         use Protocol::{Tcp, Udp};
         use Target::{Jump, Redirect, Return};
@@ -252,7 +263,9 @@ impl Table {
         // 10 and 11
         let loopback_included = options.loopback_included();
         let dns = options.dns.is_some();
-        let owners: Vec<(Match, Match)> = {
+        let owners: Vec<(Match, Match)> = if options.by_container {
+            vec![(InContainer, NotInContainer)]
+        } else {
             let uids = options.uids.iter().map(|uid| (Uid(*uid), NotUid(*uid)));
             let gids = options.gids.iter().map(|gid| (Gid(*gid), NotGid(*gid)));
             uids.chain(gids).collect()
@@ -260,10 +273,13 @@ impl Table {
         for (owner, others) in owners {
             let tunnel = NotPort(options.tunnel_port);
             let mut to_self = vec![Interface(LO), NotTo(loopback), tcp, tunnel, owner];
-            if dns && matches!(owner, Uid(_)) {
+            if dns && matches!(owner, Uid(_) | InContainer) {
                 to_self.push(NotPort(53));
             }
-            output(&to_self, capture, Rule::ProxyToSelf);
+            // With TPROXY a container is let through to the mangle table, as Istio's proxy is, which runs as root then.
+            if options.tproxy_mark.is_none() || !options.by_container {
+                output(&to_self, capture, Rule::ProxyToSelf);
+            }
             if !loopback_included && dns {
                 let matches = [Interface(LO), tcp, NotPort(53), others];
                 output(&matches, Return, Rule::PodLocal);
@@ -335,7 +351,9 @@ impl Table {
 
     /// The mangle table.
     fn mangle(options: &Options, v6: bool) -> Self {
-        use Match::{Established, Gid, Interface, Is, Mark, NotMark, NotTo, Port, Uid};
+        use Match::{
+            Established, Gid, InContainer, Interface, Is, Mark, NotMark, NotTo, Port, Uid,
+        };
         use Target::{Jump, Return, SetMark, Tproxy};
         let mut table = Self::default();
         let Some(mark) = options.tproxy_mark else {
@@ -390,12 +408,15 @@ impl Table {
         // 18, the rest
         table.add("OUTPUT", &[tcp, Interface(LO), Mark(mark)], Return, None);
         let own = [NotTo(loopback), tcp, Interface(LO)];
-        for uid in &options.uids {
-            let matches = [own[0], own[1], own[2], Uid(*uid)];
-            table.add("OUTPUT", &matches, SetMark(SELF_MARK), None);
-        }
-        for gid in &options.gids {
-            let matches = [own[0], own[1], own[2], Gid(*gid)];
+        let owners: Vec<Match> = if options.by_container {
+            vec![InContainer]
+        } else {
+            let uids = options.uids.iter().map(|uid| Uid(*uid));
+            uids.chain(options.gids.iter().map(|gid| Gid(*gid)))
+                .collect()
+        };
+        for owner in owners {
+            let matches = [own[0], own[1], own[2], owner];
             table.add("OUTPUT", &matches, SetMark(SELF_MARK), None);
         }
         table
@@ -476,6 +497,7 @@ impl Options {
             tproxy_mark: None,
             exclude_interfaces: vec![],
             dns: None,
+            by_container: false,
         }
     }
 
@@ -500,6 +522,7 @@ impl Options {
                 | flag(matches!(self.groups, All::These(_)), FLAG_GROUPS_INCLUDE)
                 | flag(self.tproxy_mark.is_some(), FLAG_TPROXY)
                 | flag(self.dns.is_some(), FLAG_DNS)
+                | flag(self.by_container, FLAG_PROXY_CONTAINER)
                 | flag(matches!(self.dns, Some(All::Star)), FLAG_DNS_ALL),
             lists: EVERY_LIST.map(any).iter().sum(),
             outbound_port: OUTBOUND_PORT,
@@ -519,7 +542,8 @@ impl Options {
                 self.exclude_interfaces.get(i).copied().unwrap_or(LO)
             }),
             excluded_interface_count: self.exclude_interfaces.len() as u32,
-            _pad2: 0,
+            proxy_cgroup_level: 0,
+            proxy_cgroup: 0,
         }
     }
 
@@ -658,6 +682,7 @@ fn decided_out(options: &Options, packet: &Packet) -> Rule {
         interface: packet.interface,
         mark: packet.mark,
         owner: packet.owner.map(|(uid, gid)| Owner { uid, gid }),
+        in_proxy_container: options.by_container && packet.owner.is_some() && packet.in_container,
     };
     decide::outbound(&options.pod(), options, &connection)
 }
@@ -802,7 +827,8 @@ fn any_options() -> impl Strategy<Value = Options> {
     let servers = vec(any_address().prop_map(|server| server.to_canonical()), 1..4);
     let dns = prop::option::of(all_or(servers));
     let ipv6 = prop::bool::weighted(0.8);
-    let rest = (any_loopback(), ipv6, mark, interfaces, dns);
+    let by_container = prop::bool::weighted(0.3);
+    let rest = (any_loopback(), ipv6, mark, interfaces, dns, by_container);
     (ids, inbound, outbound, ports, groups, rest).prop_map(
         |(ids, inbound, outbound, ports, groups, rest)| Options {
             tunnel_port: ports.2,
@@ -821,6 +847,7 @@ fn any_options() -> impl Strategy<Value = Options> {
             tproxy_mark: rest.2,
             exclude_interfaces: rest.3,
             dns: rest.4,
+            by_container: rest.5,
         },
     )
 }
@@ -840,10 +867,10 @@ fn any_packet() -> impl Strategy<Value = Packet> {
         interface,
         mark,
         owner,
-        any::<bool>(),
+        any::<(bool, bool)>(),
     )
         .prop_map(
-            |(source, destination, protocol, port, interface, mark, owner, from_machine)| Packet {
+            |(source, destination, protocol, port, interface, mark, owner, of)| Packet {
                 protocol,
                 source: as_family_of(destination, source),
                 destination,
@@ -851,7 +878,8 @@ fn any_packet() -> impl Strategy<Value = Packet> {
                 interface,
                 mark,
                 owner,
-                from_machine,
+                in_container: of.0,
+                from_machine: of.1,
             },
         )
 }
@@ -1008,6 +1036,7 @@ fn cases_that_people_trip_over() {
             interface: leaves_by(destination),
             mark: 0,
             owner: Some(owner),
+            in_container: false,
             from_machine: false,
         };
         let rule = decided_out(&options, &packet);
@@ -1027,6 +1056,7 @@ fn hop_from_the_proxy_to_its_application_passes() {
             interface: LO,
             mark: 0,
             owner: Some(PROXY),
+            in_container: false,
             from_machine: false,
         };
         let rule = decided_out(&Options::injected(), &packet);
@@ -1086,6 +1116,7 @@ fn machines_are_captured_by_destination_alone() {
             interface: 2,
             mark: 0,
             owner: None,
+            in_container: false,
             from_machine: true,
         };
         assert_eq!(decided_in(options, &packet), wanted, "{destination}");
@@ -1164,6 +1195,7 @@ fn tproxy_takes_what_the_nat_table_leaves() {
             interface: LO,
             mark,
             owner: Some(owner),
+            in_container: false,
             from_machine: false,
         };
         assert_eq!(decided_out(&injected(), &packet), wanted, "{name}");
@@ -1266,6 +1298,7 @@ fn dns_cases_that_people_trip_over() {
                 interface: leaves_by(destination),
                 mark: 0,
                 owner: Some(owner),
+                in_container: false,
                 from_machine: false,
             };
             let rule = decided_out(&options, &packet);
@@ -1302,9 +1335,81 @@ fn tproxy_takes_tcp_that_is_no_captured_query() {
             interface: LO,
             mark,
             owner: Some(owner),
+            in_container: false,
             from_machine: false,
         };
         assert_eq!(decided_out(&options(), &packet), wanted, "{name}");
         assert_eq!(by_the_rules_out(&options(), &packet), wanted, "{name}");
+    }
+}
+
+#[test]
+fn container_tells_the_proxy_whatever_its_ids() {
+    let by_container = || Options {
+        by_container: true,
+        ..Options::injected()
+    };
+    let tproxy = || Options {
+        tproxy_mark: Some(1337),
+        ..by_container()
+    };
+    let dns = || Options {
+        dns: Some(All::Star),
+        ..by_container()
+    };
+    let root = (0, 0);
+    let rows = [
+        // An application as 1337, which the rules for ids let go.
+        (
+            by_container(),
+            PROXY,
+            false,
+            ELSEWHERE,
+            80,
+            Rule::IncludedCidr,
+        ),
+        (by_container(), PROXY, false, POD_IP, 8080, Rule::PodLocal),
+        (
+            by_container(),
+            root,
+            false,
+            ELSEWHERE,
+            80,
+            Rule::IncludedCidr,
+        ),
+        (dns(), PROXY, false, ELSEWHERE, 53, Rule::Dns),
+        (tproxy(), PROXY, false, POD_IP, 8080, Rule::PodLocal),
+        // The proxy as root, which they would capture.
+        (by_container(), root, true, ELSEWHERE, 80, Rule::Proxy),
+        (by_container(), root, true, POD_IP, 8080, Rule::ProxyToSelf),
+        (by_container(), root, true, POD_IP, 15008, Rule::Proxy),
+        (by_container(), root, true, "127.0.0.1", 8080, Rule::Proxy),
+        (dns(), root, true, ELSEWHERE, 53, Rule::Proxy),
+        (tproxy(), root, true, ELSEWHERE, 80, Rule::Proxy),
+        (
+            tproxy(),
+            PROXY,
+            true,
+            POD_IP,
+            8080,
+            Rule::ProxyToSelfInPlace,
+        ),
+        (tproxy(), PROXY, true, POD_IP, 15020, Rule::Proxy),
+    ];
+    for (options, owner, in_container, destination, port, wanted) in rows {
+        let destination = ip(destination);
+        let packet = Packet {
+            protocol: Protocol::Tcp,
+            source: ip(POD_IP),
+            destination,
+            port,
+            interface: leaves_by(destination),
+            mark: 0,
+            owner: Some(owner),
+            in_container,
+            from_machine: false,
+        };
+        assert_eq!(decided_out(&options, &packet), wanted, "{packet:?}");
+        assert_eq!(by_the_rules_out(&options, &packet), wanted, "{packet:?}");
     }
 }

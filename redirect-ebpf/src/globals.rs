@@ -13,6 +13,16 @@ static OFFSET_FILE_CRED: u32 = 0;
 #[unsafe(no_mangle)]
 static OFFSET_CRED_FSUID: u32 = 0;
 #[unsafe(no_mangle)]
+static OFFSET_SOCK_CGROUP: u32 = 0;
+#[unsafe(no_mangle)]
+static OFFSET_CGROUP_LEVEL: u32 = 0;
+#[unsafe(no_mangle)]
+static OFFSET_CGROUP_ANCESTORS: u32 = 0;
+#[unsafe(no_mangle)]
+static OFFSET_CGROUP_NODE: u32 = 0;
+#[unsafe(no_mangle)]
+static OFFSET_NODE_ID: u32 = 0;
+#[unsafe(no_mangle)]
 static OFFSET_SOCK_NET: u32 = 0;
 #[unsafe(no_mangle)]
 static OFFSET_NET_PORT_RANGE: u32 = 0;
@@ -21,6 +31,10 @@ static OFFSET_NET_PORT_RANGE: u32 = 0;
 /// not two.
 #[unsafe(no_mangle)]
 static PORT_RANGE_PACKED: u32 = 0;
+
+/// 1 if a cgroup's `ancestors` are their ids (before Linux 6.1), and not pointers to them.
+#[unsafe(no_mangle)]
+static ANCESTORS_ARE_IDS: u32 = 0;
 
 /// 1 if `bpf_set_retval` is offered to `connect` programs.
 #[unsafe(no_mangle)]
@@ -48,6 +62,36 @@ pub fn offset_file_cred() -> u64 {
 #[inline(always)]
 pub fn offset_cred_fsuid_and_fsgid() -> u64 {
     u64::from(read_global(&OFFSET_CRED_FSUID))
+}
+
+#[inline(always)]
+pub fn offset_sock_cgroup() -> u64 {
+    u64::from(read_global(&OFFSET_SOCK_CGROUP))
+}
+
+#[inline(always)]
+pub fn offset_cgroup_level() -> u64 {
+    u64::from(read_global(&OFFSET_CGROUP_LEVEL))
+}
+
+#[inline(always)]
+pub fn offset_cgroup_ancestors() -> u64 {
+    u64::from(read_global(&OFFSET_CGROUP_ANCESTORS))
+}
+
+#[inline(always)]
+pub fn offset_cgroup_node() -> u64 {
+    u64::from(read_global(&OFFSET_CGROUP_NODE))
+}
+
+#[inline(always)]
+pub fn offset_node_id() -> u64 {
+    u64::from(read_global(&OFFSET_NODE_ID))
+}
+
+#[inline(always)]
+pub fn are_ancestors_ids() -> bool {
+    read_global(&ANCESTORS_ARE_IDS) != 0
 }
 
 #[inline(always)]

@@ -9,8 +9,11 @@ use aya_log_ebpf::warn;
 use redirect_common::address::Address;
 use redirect_common::decide::{Outbound, Owner, Protocol};
 use redirect_common::listener::LISTENER_SLOTS;
-use redirect_common::log::{Decision, FOLLOWER_LOG, FOLLOWER_RUN, NO_OWNER};
-use redirect_common::pod::PodConfig;
+use redirect_common::log::{
+    DECISION_BY_CONTAINER, DECISION_IN_PROXY_CONTAINER, DECISION_LOCAL, Decision, FOLLOWER_LOG,
+    FOLLOWER_RUN, NO_OWNER,
+};
+use redirect_common::pod::{FLAG_PROXY_CONTAINER, PodConfig};
 use redirect_common::verdict::Rule;
 
 use crate::ctx::{argument, now_ns};
@@ -163,6 +166,7 @@ pub fn outbound(netns_cookie: u64, pod: &PodConfig, connection: &Outbound) -> De
         Some(owner) => black_box(owner),
         None => NOBODY,
     };
+    let flag = |on: bool, flag: u16| if on { flag } else { 0 };
     Decision {
         time_ns: 0,
         netns_cookie,
@@ -176,7 +180,9 @@ pub fn outbound(netns_cookie: u64, pod: &PodConfig, connection: &Outbound) -> De
         outbound_port: pod.outbound_port,
         inbound_port: pod.inbound_port,
         protocol: connection.protocol.number(),
-        local: u16::from(connection.local),
+        flags: flag(connection.local, DECISION_LOCAL)
+            | flag(pod.has(FLAG_PROXY_CONTAINER), DECISION_BY_CONTAINER)
+            | flag(connection.in_proxy_container, DECISION_IN_PROXY_CONTAINER),
         interface: connection.interface,
         mark: connection.mark,
     }
@@ -204,7 +210,7 @@ pub fn inbound(
         outbound_port: pod.outbound_port,
         inbound_port: pod.inbound_port,
         protocol: Protocol::Tcp.number(),
-        local: 0,
+        flags: 0,
         interface,
         mark: 0,
     }

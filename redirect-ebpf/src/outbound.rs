@@ -52,6 +52,7 @@ pub fn judge(
         destination.is_loopback() || route.is_some_and(|route| route.flags & ROUTE_LOCAL != 0);
     let routed = route.map_or(0, |route| route.interface);
     let bound_interface = sock.bound_interface();
+    let owner = owner::of(address);
     let connection = Outbound {
         protocol,
         source: if bound.is_unspecified() {
@@ -69,7 +70,8 @@ pub fn judge(
             bound_interface
         },
         mark: sock.mark(),
-        owner: owner::of(address),
+        in_proxy_container: owner.is_some() && owner::is_in_proxy_container(pod, address),
+        owner,
     };
     let about = log::outbound(netns_cookie, pod, &connection);
     let wanted = decide(pod, &about);

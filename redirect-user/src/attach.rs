@@ -25,6 +25,7 @@ use crate::observe::routes::{Family, first_global_family, routing_table};
 use crate::options::{Dns, Ipv6, Policy};
 use crate::pins::Pins;
 use crate::programs::{self, Entered, HOOKS, Hook, Need, Programs, SK_LOOKUP, Side};
+use crate::proxy::ProxyIdentity;
 use crate::record::{self, KubernetesPod, Notes};
 use crate::settings;
 use crate::sys::bpf;
@@ -46,6 +47,8 @@ pub struct Request {
     pub pod: Option<KubernetesPod>,
     /// What is captured.
     pub policy: Policy,
+    /// Who is the proxy.
+    pub proxy: ProxyIdentity,
 }
 
 /// What came of it.
@@ -80,7 +83,7 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         );
     }
     let interfaces = interfaces(&request.netns)?;
-    let config = settings::pod_config(&request.policy, ipv6, &ids, &interfaces)?;
+    let config = settings::pod_config(&request.policy, &request.proxy, ipv6, &ids, &interfaces)?;
     let mut notes = Notes {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         build: programs::build_id(),
@@ -93,6 +96,7 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         changes: Vec::new(),
         pod: request.pod.clone(),
         policy: request.policy.clone(),
+        proxy: request.proxy.clone(),
     };
     notes.encode()?;
 

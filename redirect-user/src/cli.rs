@@ -23,6 +23,7 @@ use crate::kernel::Task;
 use crate::observe::cgroup::Cgroup;
 use crate::observe::netns::NetworkNamespace;
 use crate::options::{CaptureFlags, IstioIptablesFlags, OptionError, process_env};
+use crate::proxy::ProxyIdentity;
 use crate::run::{self, NotStarted};
 use crate::{detach, kernel, status};
 
@@ -260,6 +261,7 @@ impl AttachArgs {
             run_by: None,
             pod: None,
             policy,
+            proxy: ProxyIdentity::Uid,
         })?;
         println!("{} {name}", outcome.label());
         Ok(ExitCode::SUCCESS)

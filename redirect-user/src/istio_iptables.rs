@@ -14,6 +14,7 @@ use crate::observe::cgroup::Cgroup;
 use crate::observe::netns::NetworkNamespace;
 use crate::observe::pod_cgroup;
 use crate::options::{Change, IstioIptables, Policy};
+use crate::proxy::ProxyIdentity;
 use crate::{passthrough, pins};
 
 /// Does what was asked for. A failed validation is a [`validation::Failed`].
@@ -53,6 +54,7 @@ fn attach_own(policy: Policy) -> Result<()> {
         run_by: None,
         pod: None,
         policy,
+        proxy: ProxyIdentity::Uid,
     })?;
     println!("{} {name}", outcome.label());
     Ok(())

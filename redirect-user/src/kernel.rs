@@ -11,7 +11,8 @@ use crate::observe::identity::INITIAL_USER_NAMESPACE;
 const BTF: &str = "/sys/kernel/btf/vmlinux";
 
 /// Where things lie in this kernel's structures, in bytes: `xt_owner`'s way from a socket to its
-/// creator's ids, and the way to the network namespace's ephemeral ports.
+/// creator's ids, the way to its creator's cgroup and those above it, and the way to the network
+/// namespace's ephemeral ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Offsets {
     /// `struct sock.sk_socket`
@@ -22,6 +23,18 @@ pub struct Offsets {
     pub file_cred: u32,
     /// `struct cred.fsuid`, which `fsgid` follows.
     pub cred_fsuid: u32,
+    /// `struct sock.sk_cgrp_data.cgroup`
+    pub sock_cgroup: u32,
+    /// `struct cgroup.level`
+    pub cgroup_level: u32,
+    /// `struct cgroup.ancestors`, or `ancestor_ids` before Linux 6.1.
+    pub cgroup_ancestors: u32,
+    /// Whether these are ids and not pointers.
+    pub ancestors_are_ids: bool,
+    /// `struct cgroup.kn`
+    pub cgroup_node: u32,
+    /// `struct kernfs_node.id`
+    pub node_id: u32,
     /// `struct sock.__sk_common.skc_net.net`
     pub sock_net: u32,
     /// `struct net.ipv4.ip_local_ports.range`
@@ -50,6 +63,10 @@ impl Offsets {
         let port_range_bytes = types
             .size_of(port_range)
             .map_err(|error| anyhow::anyhow!("reading {BTF}: {error:?}"))?;
+        let (cgroup_ancestors, ancestors_are_ids) = match offset("cgroup", "ancestors") {
+            Ok(offset) => (offset, false),
+            Err(_) => (offset("cgroup", "ancestor_ids")?, true),
+        };
         let cred_fsuid = offset("cred", "fsuid")?;
         if offset("cred", "fsgid")? != cred_fsuid + 4 {
             bail!(
@@ -61,6 +78,12 @@ impl Offsets {
             socket_file: offset("socket", "file")?,
             file_cred: offset("file", "f_cred")?,
             cred_fsuid,
+            sock_cgroup: offset("sock", "sk_cgrp_data.cgroup")?,
+            cgroup_level: offset("cgroup", "level")?,
+            cgroup_ancestors,
+            ancestors_are_ids,
+            cgroup_node: offset("cgroup", "kn")?,
+            node_id: offset("kernfs_node", "id")?,
             sock_net: offset("sock", "__sk_common.skc_net.net")?,
             net_port_range,
             port_range_packed: port_range_bytes == 4,

@@ -19,6 +19,7 @@ pub mod options;
 mod passthrough;
 mod pins;
 pub mod programs;
+pub mod proxy;
 pub mod record;
 pub mod run;
 mod settings;

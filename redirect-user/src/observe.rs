@@ -5,6 +5,7 @@
 //! ([`netns::NetworkNamespace::run_inside`]).
 
 pub mod cgroup;
+pub mod containers;
 pub mod identity;
 pub mod interfaces;
 pub mod listeners;

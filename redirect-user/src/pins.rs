@@ -1,7 +1,7 @@
 //! The pin directory: where maps, programs and links live when no process of ours does.
 //!
 //! ```text
-//! /sys/fs/bpf/redirect/v1/maps/NAME               shared by all pods
+//! /sys/fs/bpf/redirect/v2/maps/NAME               shared by all pods
 //!                         programs-HASH/NAME      shared by all pods, one directory per build
 //!                         pods/CGROUP_ID/NAME     one link per hook
 //! ```

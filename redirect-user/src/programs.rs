@@ -257,6 +257,7 @@ impl Programs {
         }
         let offsets = Offsets::of_running_kernel()?;
         let port_range_packed = u32::from(offsets.port_range_packed);
+        let ancestors_are_ids = u32::from(offsets.ancestors_are_ids);
         let has_ingress_interface = u32::from(kernel::tells_ingress_interface()?);
         let has_set_retval = u32::from(kernel::version()? >= (5, 18));
         let mut object = EbpfLoader::new();
@@ -267,6 +268,12 @@ impl Programs {
             .override_global("OFFSET_SOCKET_FILE", &offsets.socket_file, true)
             .override_global("OFFSET_FILE_CRED", &offsets.file_cred, true)
             .override_global("OFFSET_CRED_FSUID", &offsets.cred_fsuid, true)
+            .override_global("OFFSET_SOCK_CGROUP", &offsets.sock_cgroup, true)
+            .override_global("OFFSET_CGROUP_LEVEL", &offsets.cgroup_level, true)
+            .override_global("OFFSET_CGROUP_ANCESTORS", &offsets.cgroup_ancestors, true)
+            .override_global("ANCESTORS_ARE_IDS", &ancestors_are_ids, true)
+            .override_global("OFFSET_CGROUP_NODE", &offsets.cgroup_node, true)
+            .override_global("OFFSET_NODE_ID", &offsets.node_id, true)
             .override_global("OFFSET_SOCK_NET", &offsets.sock_net, true)
             .override_global("OFFSET_NET_PORT_RANGE", &offsets.net_port_range, true)
             .override_global("PORT_RANGE_PACKED", &port_range_packed, true)

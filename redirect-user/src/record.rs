@@ -8,6 +8,7 @@ use redirect_common::record::{RECORD_BYTES, Record};
 use serde::{Deserialize, Serialize};
 
 use crate::options::Policy;
+use crate::proxy::ProxyIdentity;
 use crate::tables::Tables;
 use crate::tproxy::Change;
 
@@ -39,6 +40,9 @@ pub struct Notes {
     pub pod: Option<KubernetesPod>,
     /// What is captured.
     pub policy: Policy,
+    /// Who is the proxy.
+    #[serde(default)]
+    pub proxy: ProxyIdentity,
 }
 
 /// A pod of Kubernetes that the node's daemon has attached.

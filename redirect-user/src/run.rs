@@ -16,6 +16,7 @@ use crate::observe::cgroup::Cgroup;
 use crate::observe::mounts;
 use crate::observe::netns::NetworkNamespace;
 use crate::options::{Policy, Scope};
+use crate::proxy::ProxyIdentity;
 
 /// The command could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +53,7 @@ pub fn run(mut policy: Policy, command: &[OsString]) -> Result<ExitStatus> {
         run_by: Some(std::process::id() as i32),
         pod: None,
         policy,
+        proxy: ProxyIdentity::Uid,
     })?;
     let result = spawn_and_wait(&own, &mountpoint, command, &mut forwarder);
     forwarder.look();

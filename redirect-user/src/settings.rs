@@ -9,8 +9,8 @@ use redirect_common::address::Address;
 use redirect_common::lists::{LIST_PREFIX_BITS, List, ListKey};
 use redirect_common::pod::{
     self, FLAG_DNS, FLAG_DNS_ALL, FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6,
-    FLAG_LOOPBACK_INCLUDED, FLAG_MACHINES, FLAG_OUTBOUND_ALL, FLAG_TPROXY, MAX_EXCLUDED_INTERFACES,
-    PodConfig,
+    FLAG_LOOPBACK_INCLUDED, FLAG_MACHINES, FLAG_OUTBOUND_ALL, FLAG_PROXY_CONTAINER, FLAG_TPROXY,
+    MAX_EXCLUDED_INTERFACES, PodConfig,
 };
 use redirect_common::route::{
     ROUTE_BIND_SOURCE, ROUTE_LOCAL, ROUTE_PREFIX_BITS, RouteInfo, RouteKey,
@@ -20,6 +20,7 @@ use crate::observe::identity::IdMap;
 use crate::observe::interfaces::Interface;
 use crate::observe::routes::RoutingTable;
 use crate::options::{Dns, IdRange, Mode, Policy, PortRange};
+use crate::proxy::ProxyIdentity;
 use crate::tables::{ListPrefix, RoutePrefix};
 
 /// Bits of an address in its 16-byte form.
@@ -29,6 +30,7 @@ const ADDRESS_BITS: u32 = 128;
 /// `interfaces` are those of its network namespace.
 pub fn pod_config(
     policy: &Policy,
+    proxy: &ProxyIdentity,
     ipv6: bool,
     ids: &IdMap,
     interfaces: &[Interface],
@@ -59,6 +61,13 @@ pub fn pod_config(
     }
     for (key, _) in list_entries(policy) {
         config.lists |= 1 << key.data.list;
+    }
+    if let ProxyIdentity::Container { container } = proxy {
+        config.flags |= FLAG_PROXY_CONTAINER;
+        if let Some(container) = container {
+            config.proxy_cgroup = container.cgroup_id;
+            config.proxy_cgroup_level = container.level;
+        }
     }
     if let Mode::Tproxy { mark, .. } = policy.mode {
         config.tproxy_mark = mark;

@@ -17,6 +17,7 @@ use crate::observe::routes::routing_table;
 use crate::options::Policy;
 use crate::pins::Pins;
 use crate::programs;
+use crate::proxy::ProxyIdentity;
 use crate::record::{self, KubernetesPod, Notes};
 use crate::settings;
 use crate::tables::Tables;
@@ -65,6 +66,8 @@ pub struct Pod {
     pub listeners: BTreeMap<u16, usize>,
     /// What is captured.
     pub policy: Policy,
+    /// Who is the proxy.
+    pub proxy: ProxyIdentity,
     /// Connections by rule; rules that never decided are left out.
     pub connections: BTreeMap<&'static str, u64>,
 }
@@ -105,6 +108,8 @@ pub struct Traffic {
     pub connections: Vec<(Rule, u64)>,
     /// Sockets known to listen on the outbound and on the inbound port.
     pub listeners: [usize; 2],
+    /// Whether it is known who is the proxy.
+    pub knows_proxy: bool,
 }
 
 /// How full a map is.
@@ -141,6 +146,7 @@ pub fn traffic() -> Result<Vec<Traffic>> {
             capturing: tables.pods.get(&cookie)?.is_some(),
             connections: connections.collect(),
             listeners: [notes.policy.outbound_port, notes.policy.inbound_port].map(on_port),
+            knows_proxy: notes.proxy.is_known(),
         };
         pods.insert(cookie, pod);
     }
@@ -209,6 +215,7 @@ fn pod(pins: &Pins, tables: &Tables, cgroup_id: u64, notes: Notes) -> Result<Pod
         build: format!("{:016x}", notes.build),
         ipv6: notes.ipv6,
         policy: notes.policy,
+        proxy: notes.proxy,
     })
 }
 

@@ -36,7 +36,7 @@ use redirect_common::{
 /// Where the loader expects it.
 const MOUNT_POINT: &str = "/sys/fs/bpf";
 /// The loader's own directory.
-const ROOT: &str = "/sys/fs/bpf/redirect/v1";
+const ROOT: &str = "/sys/fs/bpf/redirect/v2";
 /// The kernel frees what is no longer referred to after a grace period.
 const PATIENCE: Duration = Duration::from_secs(10);
 

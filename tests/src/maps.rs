@@ -9,7 +9,7 @@ use redirect_common::connection::{
 
 use crate::{pod::Pod, sockopt::netns_cookie};
 
-const MAPS: &str = "/sys/fs/bpf/redirect/v1/maps";
+const MAPS: &str = "/sys/fs/bpf/redirect/v2/maps";
 
 type Destinations =
     HashMap<MapData, [u8; size_of::<DestinationKey>()], [u8; size_of::<Original>()]>;

@@ -11,7 +11,7 @@ use clap::{Args, ValueEnum};
 use crate::kernel::{self, Task};
 use crate::node::api::DEFAULT_SOCKET;
 use crate::node::daemon::{self, Settings};
-use crate::node::decision::{LabelSelector, Rules};
+use crate::node::decision::{LabelSelector, ProxyBy, Rules};
 
 #[derive(Debug, Args)]
 pub(super) struct DaemonArgs {
@@ -38,6 +38,9 @@ pub(super) struct DaemonArgs {
     /// Name of the proxy's container
     #[arg(long, value_name = "NAME", default_value = "istio-proxy")]
     proxy_container: String,
+    /// What makes a connection the proxy's
+    #[arg(long, value_name = "IDENTITY", value_enum, default_value_t = ProxyBy::Uid)]
+    proxy_identity: ProxyBy,
     /// Capture the pods with these labels, in the place of those that Istio's injector has marked
     #[arg(long, value_name = "SELECTOR")]
     label_selector: Option<LabelSelector>,
@@ -82,6 +85,7 @@ impl DaemonArgs {
                 exclude_namespaces: self.exclude_namespaces,
                 proxy_container: self.proxy_container,
                 selector: self.label_selector,
+                proxy_by: self.proxy_identity,
             },
             resync: self.resync,
             api_timeout: self.api_timeout,

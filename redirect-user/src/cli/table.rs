@@ -7,6 +7,7 @@ use anyhow::Result;
 use comfy_table::{Table, presets};
 use owo_colors::OwoColorize;
 
+use crate::proxy::ProxyIdentity;
 use crate::status::{Pod, Status};
 
 /// Prints to standard output, coloured on a terminal.
@@ -82,6 +83,7 @@ fn rows(pod: &Pod) -> Vec<(&'static str, String)> {
         };
         rows.push(("proxy", value));
     }
+    rows.push(("proxy is", proxy(&pod.proxy)));
     rows.push(("policy", pod.policy.to_string()));
     rows.push((
         "attached by",
@@ -91,6 +93,18 @@ fn rows(pod: &Pod) -> Vec<(&'static str, String)> {
         rows.push(("connections", format!("{count:>8}  {rule}")));
     }
     rows
+}
+
+fn proxy(identity: &ProxyIdentity) -> String {
+    match identity {
+        ProxyIdentity::Uid => "whoever has a uid of -u or a gid of -g".to_owned(),
+        ProxyIdentity::Container {
+            container: Some(container),
+        } => format!("container {}, whatever its uid and gid", container.id),
+        ProxyIdentity::Container { container: None } => {
+            format!("a container: {}", "not known yet, so nobody".yellow())
+        }
+    }
 }
 
 /// The interfaces of one pattern.

@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use redirect_common::dns::DNS_AGENT_PORT;
-use redirect_common::log::{Decision as Raw, NO_OWNER};
+use redirect_common::log::{
+    DECISION_BY_CONTAINER, DECISION_IN_PROXY_CONTAINER, Decision as Raw, NO_OWNER,
+};
 use redirect_common::verdict::{Action, Rule};
 use serde::{Serialize, Serializer};
 
@@ -60,6 +62,8 @@ pub struct Decision {
     pub uid: Option<u32>,
     /// The group, likewise.
     pub gid: Option<u32>,
+    /// Whether the socket was created in the proxy's container; None where the proxy is known by its ids.
+    pub in_proxy_container: Option<bool>,
     /// The rule's name: that of its counter.
     pub rule: String,
     /// What became of the connection.
@@ -111,6 +115,8 @@ impl Decision {
             destination: SocketAddr::new(raw.destination.into(), raw.port),
             uid: owner(raw.uid),
             gid: owner(raw.gid),
+            in_proxy_container: (raw.flags & DECISION_BY_CONTAINER != 0)
+                .then_some(raw.flags & DECISION_IN_PROXY_CONTAINER != 0),
             action: match rule.map(Rule::action) {
                 _ if rule == Some(Rule::NoRoute) => Outcome::Refused,
                 Some(Action::Pass) | None => Outcome::Passed,
@@ -161,6 +167,11 @@ impl fmt::Display for Decision {
         if let (Some(uid), Some(gid)) = (self.uid, self.gid) {
             write!(f, " by {uid}:{gid}")?;
         }
+        match self.in_proxy_container {
+            Some(true) => f.write_str(" in the proxy's container")?,
+            Some(false) => f.write_str(" outside of the proxy's container")?,
+            None => {}
+        }
         match (self.action, self.proxy_port) {
             (Outcome::Captured, Some(port)) => write!(f, " captured to {port}")?,
             (Outcome::Captured, None) => write!(f, " captured")?,
@@ -190,7 +201,11 @@ mod tests {
     }
 
     fn told_of(protocol: i32, rule: Rule, uid: u32) -> String {
-        let raw = Raw {
+        line(raw(protocol, rule, uid))
+    }
+
+    fn raw(protocol: i32, rule: Rule, uid: u32) -> Raw {
+        Raw {
             protocol: protocol as u16,
             time_ns: 1,
             source: IpAddr::from(Ipv4Addr::new(10, 0, 0, 2)).into(),
@@ -202,10 +217,31 @@ mod tests {
             outbound_port: 15001,
             inbound_port: 15006,
             ..Raw::default()
-        };
+        }
+    }
+
+    fn line(raw: Raw) -> String {
         let line = Decision::new(&raw, 1, vec!["/pod".into()]).to_string();
         let (_time, line) = line.split_once(' ').expect("a time");
         line.to_owned()
+    }
+
+    #[test]
+    fn decision_by_container_says_where_the_socket_was_made() {
+        let by_container = |flags, rule| {
+            line(Raw {
+                flags: DECISION_BY_CONTAINER | flags,
+                ..raw(libc::IPPROTO_TCP, rule, 1337)
+            })
+        };
+        assert_eq!(
+            by_container(0, Rule::IncludedCidr),
+            "/pod 10.0.0.2 -> 203.0.113.10:80 by 1337:1337 outside of the proxy's container captured to 15001: outbound-captured"
+        );
+        assert_eq!(
+            by_container(DECISION_IN_PROXY_CONTAINER, Rule::Proxy),
+            "/pod 10.0.0.2 -> 203.0.113.10:80 by 1337:1337 in the proxy's container passed: outbound-proxy"
+        );
     }
 
     #[test]

@@ -31,6 +31,17 @@ pub struct Rules {
     pub proxy_container: String,
     /// Captures the pods it selects, in the place of the injector's marks.
     pub selector: Option<LabelSelector>,
+    /// How the proxy is told from everybody else in its pod.
+    pub proxy_by: ProxyBy,
+}
+
+/// How the proxy is told from everybody else in its pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum ProxyBy {
+    /// By its user and group, as iptables does
+    Uid,
+    /// By its container: others that run as its user do not escape
+    Container,
 }
 
 /// What is to be done about a pod.

@@ -19,9 +19,9 @@ use tokio::sync::oneshot;
 
 use self::states::{Known, State};
 use super::api::{Answer, Gone, PodName, Sandbox};
-use super::decision::{Decision, Rules, decide};
+use super::decision::{Decision, ProxyBy, Rules, decide};
 use super::metrics::{Metrics, Tally, Trouble};
-use super::place::{self, Attempt, Told};
+use super::place::{self, Attempt, Proxy, Told};
 use super::pods::{self, Change, Pods};
 use super::reports::{Report, Reports};
 use crate::attach::Outcome;
@@ -235,7 +235,8 @@ impl Keeper {
             return;
         };
         let nothing = Told::default();
-        let attempt = self.attach(&pod, uid, &notes.policy, &nothing, Some(&notes));
+        let proxy = Proxy::AsBefore(notes.proxy.clone());
+        let attempt = self.attach(&pod, uid, (&notes.policy, &proxy), &nothing, Some(&notes));
         let name = PodName {
             namespace: pod.namespace,
             name: pod.name,
@@ -327,16 +328,29 @@ impl Keeper {
             ..kubernetes_pod(pod, uid)
         };
         let on_node = pods::uid_on_node(pod).unwrap_or(uid).to_owned();
-        let nothing = Told::default();
-        state_after(self.attach(&kubernetes, &on_node, policy, &nothing, notes.as_ref()))
+        let (nothing, proxy) = (Told::default(), self.proxy(pod));
+        let captured = (policy, &proxy);
+        state_after(self.attach(&kubernetes, &on_node, captured, &nothing, notes.as_ref()))
     }
 
-    /// Attaches, counts and logs; remembers what is attached. `on_node` is the uid that kubelet writes.
+    /// Who is the proxy, by what is known of the pod now.
+    fn proxy(&self, pod: &Pod) -> Proxy {
+        match self.rules.proxy_by {
+            ProxyBy::Uid => Proxy::Ids,
+            ProxyBy::Container => {
+                let id = pods::running_container(pod, &self.rules.proxy_container);
+                Proxy::Container(id.map(str::to_owned))
+            }
+        }
+    }
+
+    /// Attaches, counts and logs; remembers what is attached. `on_node` is the uid that kubelet writes; `captured` says
+    /// what is, and who is the proxy.
     fn attach(
         &mut self,
         pod: &KubernetesPod,
         on_node: &str,
-        policy: &Policy,
+        (policy, proxy): (&Policy, &Proxy),
         told: &Told,
         notes: Option<&Notes>,
     ) -> anyhow::Result<Attempt> {
@@ -345,7 +359,7 @@ impl Keeper {
             .filter(|path| path.is_dir())
             .or_else(|| self.find_cgroup(on_node));
         let begun = Instant::now();
-        let attempt = place::attach(pod.clone(), policy, told, found.as_deref(), notes);
+        let attempt = place::attach(pod.clone(), policy, proxy, told, found.as_deref(), notes);
         let (namespace, name, uid) = (&pod.namespace, &pod.name, &pod.uid);
         match &attempt {
             Ok(Attempt::Done(outcome)) => {

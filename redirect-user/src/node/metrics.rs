@@ -123,6 +123,7 @@ pub struct Metrics {
     errors: Family<Reason, Counter>,
     calls: Family<Call, Counter>,
     listeners_missing: Family<Direction, Gauge>,
+    proxies_unknown: Gauge,
     invalid: Family<PodLabels, Gauge>,
     map_entries: Family<Map, Gauge>,
     map_capacity: Family<Map, Gauge>,
@@ -143,6 +144,7 @@ impl Metrics {
             errors: Family::default(),
             calls: Family::default(),
             listeners_missing: Family::default(),
+            proxies_unknown: Gauge::default(),
             invalid: Family::default(),
             map_entries: Family::default(),
             map_capacity: Family::default(),
@@ -190,6 +192,11 @@ impl Metrics {
             "listeners_missing",
             "Captured pods whose proxy does not listen",
             self.listeners_missing.clone(),
+        );
+        registry.register(
+            "proxies_unknown",
+            "Captured pods whose proxy's container is not known",
+            self.proxies_unknown.clone(),
         );
         registry.register(
             "pod_invalid",
@@ -289,6 +296,11 @@ impl Metrics {
                 .get_or_create(&Direction { direction })
                 .set(count);
         }
+    }
+
+    /// How many captured pods have a proxy that is known by its container, which is not known.
+    pub fn set_proxies_unknown(&self, count: i64) {
+        self.proxies_unknown.set(count);
     }
 
     fn count(&self, rule: Rule, connections: u64) {

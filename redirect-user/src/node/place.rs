@@ -7,8 +7,9 @@ use anyhow::{Context, Result, ensure};
 use crate::attach::{self, Outcome, Request, captures_ipv6};
 use crate::observe::cgroup::Cgroup;
 use crate::observe::netns::NetworkNamespace;
-use crate::observe::{mounts, node_pods};
+use crate::observe::{containers, mounts, node_pods};
 use crate::options::Policy;
+use crate::proxy::{ProxyContainer, ProxyIdentity};
 use crate::record::{KubernetesPod, Notes};
 use crate::{detach, passthrough};
 
@@ -19,6 +20,17 @@ pub struct Told {
     pub netns: Option<PathBuf>,
     /// Its cgroup, below the mount point of cgroup2.
     pub cgroup: Option<String>,
+}
+
+/// Who is to be the proxy of a pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Proxy {
+    /// Whoever has its ids.
+    Ids,
+    /// Whoever is in its container, which runs with this id; None while that is not known.
+    Container(Option<String>),
+    /// Whoever it was.
+    AsBefore(ProxyIdentity),
 }
 
 /// What came of an attempt.
@@ -34,6 +46,7 @@ pub enum Attempt {
 pub fn attach(
     pod: KubernetesPod,
     policy: &Policy,
+    proxy: &Proxy,
     told: &Told,
     found: Option<&Path>,
     notes: Option<&Notes>,
@@ -57,6 +70,16 @@ pub fn attach(
     if captures_ipv6(policy, &netns)? {
         passthrough::add(&netns)?;
     }
+    let proxy = match proxy {
+        Proxy::Ids => ProxyIdentity::Uid,
+        Proxy::Container(id) => ProxyIdentity::Container {
+            container: match id {
+                Some(id) => container(&cgroup, id)?,
+                None => None,
+            },
+        },
+        Proxy::AsBefore(identity) => identity.clone(),
+    };
     let request = Request {
         cgroup,
         proxy_cgroup: None,
@@ -64,8 +87,33 @@ pub fn attach(
         run_by: None,
         pod: Some(pod),
         policy: policy.clone(),
+        proxy,
     };
     Ok(Attempt::Done(attach::attach(&request)?))
+}
+
+/// The pod's container with that id. None if it is not found: a pod whose proxy is not known is captured all the same.
+fn container(pod: &Cgroup, id: &str) -> Result<Option<ProxyContainer>> {
+    let found = containers::bare_id(id).and_then(|id| containers::find(pod.path(), id));
+    let Some(path) = found else {
+        tracing::warn!(
+            id,
+            "the proxy's container has no cgroup directly below {pod}: nobody is the proxy"
+        );
+        return Ok(None);
+    };
+    let cgroup = Cgroup::open(&path)?;
+    let top = mounts::whole()?.canonicalize()?;
+    let below = cgroup
+        .path()
+        .strip_prefix(&top)
+        .with_context(|| format!("cgroup {cgroup} is not below {}", top.display()))?;
+    Ok(Some(ProxyContainer {
+        id: id.to_owned(),
+        cgroup_id: cgroup.id(),
+        level: u32::try_from(below.components().count())?,
+        cgroup: cgroup.path().to_owned(),
+    }))
 }
 
 /// Detaches a pod. False if it was not attached.

@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use futures::StreamExt;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
 use kube::runtime::utils::Backoff as _;
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client};
@@ -177,6 +177,21 @@ pub fn uid_on_node(pod: &Pod) -> Option<&str> {
     mirrored.map(String::as_str).or_else(|| uid(pod))
 }
 
+/// The id of its container of that name, as the runtime has it, if it runs: an ordinary one, or an init container
+/// that stays (native sidecar).
+#[must_use]
+pub fn running_container<'a>(pod: &'a Pod, name: &str) -> Option<&'a str> {
+    let status = pod.status.as_ref()?;
+    let of = |list: &'a Option<Vec<ContainerStatus>>| list.iter().flatten();
+    let container = of(&status.container_statuses)
+        .chain(of(&status.init_container_statuses))
+        .find(|container| container.name == name)?;
+    // One that has ended keeps its id in the status until the next one runs.
+    container.state.as_ref()?.running.as_ref()?;
+    let id = container.container_id.as_deref()?;
+    (!id.is_empty()).then_some(id)
+}
+
 /// Whether all its containers have ended for good.
 #[must_use]
 pub fn is_finished(pod: &Pod) -> bool {
@@ -199,7 +214,7 @@ pub fn name(pod: &Pod) -> PodName {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
 
@@ -235,6 +250,36 @@ mod tests {
             Some(Change::One("b".to_owned()))
         );
         assert!(pods.uids().is_empty());
+    }
+
+    #[test]
+    fn only_a_container_that_runs_has_an_id() {
+        let running = json!({"running": {"startedAt": "2026-01-01T00:00:00Z"}});
+        let with = |list: &str, container: Value| {
+            let mut whole = json!({"metadata": {}, "status": {}});
+            whole["status"][list] = json!([
+                {"name": "app", "image": "", "imageID": "", "ready": true, "restartCount": 0,
+                 "containerID": "containerd://app", "state": running},
+                container,
+            ]);
+            let pod: Pod = serde_json::from_value(whole).expect("a pod");
+            running_container(&pod, "istio-proxy").map(str::to_owned)
+        };
+        let proxy = |state: &Value, id: &str| {
+            json!({"name": "istio-proxy", "image": "", "imageID": "", "ready": true,
+                   "restartCount": 0, "containerID": id, "state": state})
+        };
+        for list in ["containerStatuses", "initContainerStatuses"] {
+            let found = with(list, proxy(&running, "containerd://p"));
+            assert_eq!(found.as_deref(), Some("containerd://p"), "{list}");
+        }
+        let list = "containerStatuses";
+        let ended = json!({"terminated": {"exitCode": 1}});
+        for state in [&ended, &json!({"waiting": {}}), &json!({})] {
+            assert_eq!(with(list, proxy(state, "containerd://p")), None, "{state}");
+        }
+        assert_eq!(with(list, proxy(&running, "")), None);
+        assert_eq!(running_container(&pod("a"), "istio-proxy"), None);
     }
 
     #[test]

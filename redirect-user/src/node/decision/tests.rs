@@ -8,6 +8,7 @@ fn rules() -> Rules {
         exclude_namespaces: vec!["kube-system".to_owned(), "istio-system".to_owned()],
         proxy_container: "istio-proxy".to_owned(),
         selector: None,
+        proxy_by: ProxyBy::Uid,
     }
 }
 

@@ -30,6 +30,9 @@ impl Keeper {
                     i64::try_from(count).unwrap_or(i64::MAX)
                 };
                 self.metrics.set_listeners_missing(missing(0), missing(1));
+                let unknown = traffic.iter().filter(|pod| !pod.knows_proxy).count();
+                self.metrics
+                    .set_proxies_unknown(i64::try_from(unknown).unwrap_or(i64::MAX));
             }
             Err(error) => self.unobserved(&error),
         }

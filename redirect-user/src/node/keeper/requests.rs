@@ -41,7 +41,8 @@ impl Keeper {
         };
         let notes = self.attached.get(&uid).map(|(_, notes)| notes.clone());
         let on_node = pods::uid_on_node(pod).unwrap_or(&uid).to_owned();
-        match self.attach(&of_kubernetes, &on_node, &policy, &told, notes.as_ref()) {
+        let captured = (&*policy, &self.proxy(pod));
+        match self.attach(&of_kubernetes, &on_node, captured, &told, notes.as_ref()) {
             Ok(Attempt::Done(_)) => {
                 self.enter(&uid, pod, State::Captured);
                 done(Outcome::Captured)
