@@ -1,6 +1,6 @@
 //! Pods as the Kubernetes API tells them, and cgroups as the kubelet makes them.
 
-use std::fs;
+use std::{fs, path::PathBuf};
 
 use serde_json::{Value, json};
 
@@ -88,4 +88,61 @@ pub fn object(pod: &Pod, annotations: &[(&str, &str)]) -> Value {
         },
         "status": {"phase": "Running"},
     })
+}
+
+/// How a container runtime names what it makes for a container.
+#[derive(Clone, Copy, Debug)]
+pub enum Runtime {
+    /// containerd with the cgroupfs driver.
+    ContainerdCgroupfs,
+    /// containerd with the systemd driver.
+    ContainerdSystemd,
+    /// CRI-O with the systemd driver: a monitor beside each container has a scope of its own.
+    CrioSystemd,
+}
+
+/// A container of a pod: its id, and its cgroup below the pod's.
+#[derive(Debug)]
+pub struct Container {
+    /// As the pod's status has it.
+    pub id: String,
+    /// Its cgroup's directory.
+    pub cgroup: PathBuf,
+}
+
+impl Container {
+    /// Makes the pod's container with this number.
+    pub fn new(pod: &Pod, runtime: Runtime, number: u32) -> Self {
+        let bare = format!("{:056x}{number:08x}", std::process::id());
+        let (scheme, directory) = match runtime {
+            Runtime::ContainerdCgroupfs => ("containerd", bare.clone()),
+            Runtime::ContainerdSystemd => ("containerd", format!("cri-containerd-{bare}.scope")),
+            Runtime::CrioSystemd => {
+                pod.cgroup.child(&format!("crio-conmon-{bare}.scope"));
+                ("cri-o", format!("crio-{bare}.scope"))
+            }
+        };
+        Self {
+            id: format!("{scheme}://{bare}"),
+            cgroup: pod.cgroup.child(&directory),
+        }
+    }
+
+    /// Its status while it runs, under the name of a container of the pod.
+    pub fn running(&self, name: &str) -> Value {
+        self.status(
+            name,
+            &json!({"running": {"startedAt": "2026-01-01T00:00:00Z"}}),
+        )
+    }
+
+    /// Its status after its end.
+    pub fn ended(&self, name: &str) -> Value {
+        self.status(name, &json!({"terminated": {"exitCode": 1}}))
+    }
+
+    fn status(&self, name: &str, state: &Value) -> Value {
+        json!({"name": name, "image": "", "imageID": "", "ready": true, "restartCount": 0,
+               "containerID": self.id, "state": state})
+    }
 }

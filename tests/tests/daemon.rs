@@ -494,6 +494,7 @@ fn daemon_that_cannot_run_says_why() {
             ("--resync", "0s"),
             ("--label-selector", "a in b"),
             ("--metrics", "15014"),
+            ("--proxy-identity", "gid"),
         ] {
             fails(
                 Daemon::command(&free, free_port(), &server).args([flag, value]),
