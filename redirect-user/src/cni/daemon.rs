@@ -13,6 +13,7 @@ use nix::sys::time::TimeVal;
 
 use super::error::{Code, Failure, Result};
 use crate::node::api::{Answer, MAX_LINE, Operation, Outcome, Request};
+use crate::node::decision::is_read;
 
 /// Asks, and waits for the answer for at most `timeout` in all. An error of the daemon is a [`Failure`] too.
 pub fn ask(
@@ -58,7 +59,8 @@ pub fn ask(
     }
 }
 
-/// The longest annotations go first where all of them are too long for one line: those that say what to capture are short.
+/// Where all annotations are too long for one line, the longest of those go first that the daemon does not read. If the
+/// others are too long by themselves, none is passed on: the daemon would take what is missing for what is not there.
 pub fn line_of(operation: Operation) -> String {
     let mut request = Request::from(operation);
     loop {
@@ -67,15 +69,17 @@ pub fn line_of(operation: Operation) -> String {
         let (Operation::Add(sandbox) | Operation::Check(sandbox)) = &mut request.operation else {
             return line;
         };
-        let longest = sandbox.annotations.iter().flatten();
-        let longest = longest.max_by_key(|(key, value)| key.len() + value.len());
-        let longest = longest.map(|(key, _)| key.clone());
-        let (true, Some(longest)) = (line.len() > MAX_LINE, longest) else {
+        let (true, Some(annotations)) = (line.len() > MAX_LINE, &mut sandbox.annotations) else {
             return line;
         };
-        tracing::warn!("annotation {longest} is not passed on: all together are too long");
-        if let Some(annotations) = &mut sandbox.annotations {
+        let unread = annotations.iter().filter(|(key, _)| !is_read(key));
+        let longest = unread.max_by_key(|(key, value)| key.len() + value.len());
+        if let Some(longest) = longest.map(|(key, _)| key.clone()) {
+            tracing::warn!("annotation {longest} is not passed on: all together are too long");
             annotations.remove(&longest);
+        } else {
+            tracing::warn!("no annotation is passed on: all together are too long");
+            sandbox.annotations = None;
         }
     }
 }
@@ -162,5 +166,15 @@ mod tests {
         assert!(!line.contains("\"bigger\""));
         let line = line_of(add(&[("big", 60_000), ("small", 9)]));
         assert!(line.contains("\"big\"") && line.ends_with("}\n"));
+        // What the daemon reads is passed on whole, or not at all.
+        let (status, ports) = (
+            "sidecar.istio.io/status",
+            "traffic.sidecar.istio.io/includeInboundPorts",
+        );
+        let line = line_of(add(&[("big", 9_000), (status, 60_000), (ports, 9)]));
+        assert!(line.len() <= MAX_LINE && !line.contains("\"big\""));
+        assert!(line.contains(status) && line.contains(ports));
+        let line = line_of(add(&[(status, 60_000), (ports, 9_000)]));
+        assert!(!line.contains("annotations"), "{line}");
     }
 }

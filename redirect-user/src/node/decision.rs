@@ -2,6 +2,7 @@
 //!
 //! The order of the rules is istio-cni's: each answers with another reason, and people look for that reason.
 
+mod handed_over;
 mod inputs;
 mod selector;
 #[cfg(test)]
@@ -13,6 +14,7 @@ use std::fmt;
 use k8s_openapi::api::core::v1::{Container, Pod};
 
 use crate::options::{OptionError, Policy, boolean};
+pub use handed_over::{handed_over, is_read};
 pub use selector::LabelSelector;
 
 /// Istio's init container: it captures the pod itself.

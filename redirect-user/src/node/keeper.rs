@@ -4,20 +4,21 @@
 //! a pod's start waits for them.
 
 mod observe;
+mod pulse;
 mod requests;
 mod states;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::oneshot;
 
-use self::states::{Known, State};
+pub use self::pulse::Pulse;
+use self::states::{Known, State, may_be_behind};
 use super::api::{Answer, Gone, PodName, Sandbox};
 use super::decision::{Decision, ProxyBy, Rules, decide};
 use super::metrics::{Metrics, Tally, Trouble};
@@ -36,8 +37,6 @@ const RETRY: Duration = Duration::from_millis(500);
 const RETRY_MAX: Duration = Duration::from_secs(30);
 /// How often a pod that has gone from the API, but not from the node, is looked at.
 const LEAVING: Duration = Duration::from_secs(1);
-/// How long the Kubernetes API may be behind the CNI plugin.
-const API_LAG: Duration = Duration::from_secs(30);
 /// How long a search of the cgroups may serve others.
 const CGROUPS_AGE: Duration = Duration::from_millis(200);
 /// Longest sleep, for the sign of life.
@@ -80,41 +79,12 @@ pub struct Keeper {
     attached: HashMap<String, (u64, Notes)>,
     /// When the plugin told of which pod: the API may be behind.
     added: HashMap<String, Instant>,
+    /// When the API has last told anything of the node's pods.
+    heard: Option<Instant>,
     /// When to look at which pod again.
     due: HashMap<String, Instant>,
     cgroups: (Option<Instant>, HashMap<String, PathBuf>),
     tally: Tally,
-}
-
-/// The keeper's sign of life.
-#[derive(Debug)]
-pub struct Pulse {
-    start: Instant,
-    /// Milliseconds after `start`.
-    last: AtomicU64,
-}
-
-impl Default for Pulse {
-    fn default() -> Self {
-        Self {
-            start: Instant::now(),
-            last: AtomicU64::new(0),
-        }
-    }
-}
-
-impl Pulse {
-    fn beat(&self) {
-        let now = u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.last.store(now, Ordering::Relaxed);
-    }
-
-    /// How long ago the last one was.
-    #[must_use]
-    pub fn age(&self) -> Duration {
-        let last = Duration::from_millis(self.last.load(Ordering::Relaxed));
-        self.start.elapsed().saturating_sub(last)
-    }
 }
 
 impl Keeper {
@@ -138,6 +108,7 @@ impl Keeper {
             known: HashMap::new(),
             attached: HashMap::new(),
             added: HashMap::new(),
+            heard: None,
             due: HashMap::new(),
             cgroups: (None, HashMap::new()),
             tally: Tally::default(),
@@ -175,6 +146,9 @@ impl Keeper {
     }
 
     fn handle(&mut self, work: Work) {
+        if matches!(work, Work::Changed(_)) {
+            self.heard = Some(Instant::now());
+        }
         // Whoever asked may have given up waiting.
         match work {
             Work::Changed(Change::One(uid)) => {
@@ -261,7 +235,8 @@ impl Keeper {
             tracing::warn!("removing what has gone: {error:#}");
         }
         self.read_attached();
-        self.added.retain(|_, added| added.elapsed() < API_LAG);
+        let heard = self.heard;
+        self.added.retain(|_, added| may_be_behind(heard, *added));
         let listed = self.pods.uids();
         let all = listed.iter().chain(self.attached.keys()).cloned();
         let all: Vec<String> = all.chain(self.known.keys().cloned()).collect();
@@ -437,7 +412,7 @@ impl Keeper {
     /// Whether the plugin has just told of it, so that the API may not have yet.
     fn is_new(&self, uid: &str) -> bool {
         let added = self.added.get(uid);
-        added.is_some_and(|added| added.elapsed() < API_LAG)
+        added.is_some_and(|added| may_be_behind(self.heard, *added))
     }
 
     /// Detaches a pod, if it is attached.

@@ -379,6 +379,7 @@ mod tests {
             netns_cookie: cookie,
             capturing: true,
             connections: counts.to_vec(),
+            knows_proxy: true,
             listeners: [1, 1],
         }
     }

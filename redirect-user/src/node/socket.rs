@@ -17,8 +17,8 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::timeout;
 
-use super::api::{Answer, MAX_LINE, Operation, Outcome, PodName, Request, TIMEOUT};
-use super::decision::{Rules, skip_namespace};
+use super::api::{Answer, MAX_LINE, Operation, Outcome, PodName, Request, Sandbox, TIMEOUT};
+use super::decision::{Rules, handed_over, skip_namespace};
 use super::keeper::{Pulse, Work};
 use super::metrics::{Metrics, Trouble};
 use super::pods::{self, Pods};
@@ -187,11 +187,11 @@ impl Server {
 
     async fn carry_out(&self, operation: Operation) -> Answer {
         match operation {
-            Operation::Add(sandbox) => match self.find(&sandbox.pod).await {
+            Operation::Add(sandbox) => match self.find(&sandbox).await {
                 Ok(pod) => self.ask(|reply| Work::Add(sandbox, pod, reply)).await,
                 Err(answer) => answer,
             },
-            Operation::Check(sandbox) => match self.find(&sandbox.pod).await {
+            Operation::Check(sandbox) => match self.find(&sandbox).await {
                 Ok(pod) => self.ask(|reply| Work::Check(sandbox, pod, reply)).await,
                 Err(answer) => answer,
             },
@@ -218,8 +218,10 @@ impl Server {
         answer.await.unwrap_or_else(|_| ends())
     }
 
-    /// The pod's object: the one that the watch has told, if it is certainly this pod, else what the API answers now.
-    async fn find(&self, name: &PodName) -> Result<Arc<Pod>, Answer> {
+    /// The pod's object: the one that the watch has told, if it is certainly this pod; else what the runtime has handed
+    /// over, if that is enough; else what the API answers now.
+    async fn find(&self, sandbox: &Sandbox) -> Result<Arc<Pod>, Answer> {
+        let name = &sandbox.pod;
         if let Some(skip) = skip_namespace(&name.namespace, &self.rules) {
             return Err(Answer::Done {
                 result: Outcome::Skipped,
@@ -229,6 +231,10 @@ impl Server {
         if let Some(pod) = name.uid.as_deref().and_then(|uid| self.pods.get(uid)) {
             return Ok(pod);
         }
+        let missing = match handed_over(sandbox, &self.rules) {
+            Ok(pod) => return Ok(Arc::new(pod)),
+            Err(missing) => missing,
+        };
         let of_pod = format!("pod {}/{}", name.namespace, name.name);
         let mut last = format!("{of_pod}: the Kubernetes API does not answer");
         let deadline = Instant::now() + API;
@@ -247,7 +253,8 @@ impl Server {
             }
             tokio::time::sleep(PAUSE).await;
         }
-        Err(failed(last, true))
+        let not_enough = "what the container runtime has handed over is not enough";
+        Err(failed(format!("{last}; {not_enough}: {missing}"), true))
     }
 }
 

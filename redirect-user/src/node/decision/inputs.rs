@@ -83,6 +83,13 @@ const INPUTS: &[Input] = &[
     },
 ];
 
+/// Whether the annotation is one of the inputs.
+pub(super) fn is_read(annotation: &str) -> bool {
+    INPUTS
+        .iter()
+        .any(|input| input.annotations.contains(&annotation))
+}
+
 const EXCLUDE_INBOUND: &str = "--istio-local-exclude-ports";
 
 impl Input {

@@ -1,11 +1,14 @@
 //! What became of each pod, and what is to be told about it.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Keeper;
 use crate::node::api::PodName;
 use crate::node::decision::Skip;
+
+/// How long the Kubernetes API may be behind the CNI plugin.
+const API_LAG: Duration = Duration::from_secs(30);
 
 /// Where a pod stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -108,6 +111,12 @@ impl Keeper {
     }
 }
 
+/// Whether the API may not yet have told of a pod that the plugin has told of. While the API is silent it may: a pod
+/// without processes, as between two images that are pulled, must not get out by that.
+pub(super) fn may_be_behind(heard: Option<Instant>, added: Instant) -> bool {
+    heard.is_none_or(|heard| heard < added + API_LAG)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -160,5 +169,15 @@ mod tests {
             known.enter(state.clone());
             assert_eq!(known.news(3).as_deref(), expected, "{state:?}");
         }
+    }
+
+    #[test]
+    fn silent_api_is_behind_until_it_speaks_and_a_speaking_one_for_half_a_minute() {
+        let added = Instant::now();
+        let later = |seconds| Some(added + Duration::from_secs(seconds));
+        assert!(may_be_behind(None, added));
+        assert!(may_be_behind(Some(added), added));
+        assert!(may_be_behind(later(29), added));
+        assert!(!may_be_behind(later(30), added));
     }
 }
