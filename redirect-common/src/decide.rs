@@ -272,12 +272,19 @@ fn by_proxy(pod: &PodConfig, to: &Outbound) -> Rule {
 
 /// The rules about the proxy, where its container tells it: those for one user, whatever the ids.
 ///
+/// Calls of 127.0.0.6 and `::6` go the way that the proxy's go, whoever makes them: Istio tests by one, in a
+/// container of its own and before there is a proxy, whether the pod is captured.
+///
 /// With TPROXY the proxy's calls to its own pod are left to the mangle table: Istio runs the proxy as root
 /// then, whom the rules for its user do not match.
 #[inline(always)]
 fn by_container(pod: &PodConfig, to: &Outbound, pass_local: bool) -> Option<Rule> {
     if !to.in_proxy_container {
-        return pass_local.then_some(Rule::PodLocal);
+        let is_probe = to.destination.is_proxy_passthrough() && !is_query(pod, to);
+        return match by_proxy(pod, to) {
+            Rule::ProxyToSelf if is_probe => Some(Rule::ProxyToSelf),
+            _ => pass_local.then_some(Rule::PodLocal),
+        };
     }
     if is_query(pod, to) || pod.has(FLAG_TPROXY) {
         return Some(Rule::Proxy);

@@ -280,6 +280,15 @@ impl Table {
             if options.tproxy_mark.is_none() || !options.by_container {
                 output(&to_self, capture, Rule::ProxyToSelf);
             }
+            // Istio's test of the capture, by whoever makes it.
+            if let NotInContainer = others {
+                let mut probe = vec![Interface(LO), To(host(own6)), NotTo(loopback), tcp, tunnel];
+                probe.push(others);
+                if dns {
+                    probe.push(NotPort(53));
+                }
+                output(&probe, capture, Rule::ProxyToSelf);
+            }
             if !loopback_included && dns {
                 let matches = [Interface(LO), tcp, NotPort(53), others];
                 output(&matches, Return, Rule::PodLocal);
@@ -1379,6 +1388,31 @@ fn container_tells_the_proxy_whatever_its_ids() {
         ),
         (dns(), PROXY, false, ELSEWHERE, 53, Rule::Dns),
         (tproxy(), PROXY, false, POD_IP, 8080, Rule::PodLocal),
+        // Istio's test of the capture.
+        (
+            by_container(),
+            PROXY,
+            false,
+            "127.0.0.6",
+            15002,
+            Rule::ProxyToSelf,
+        ),
+        (
+            tproxy(),
+            PROXY,
+            false,
+            "127.0.0.6",
+            15002,
+            Rule::ProxyToSelf,
+        ),
+        (
+            by_container(),
+            PROXY,
+            false,
+            "127.0.0.5",
+            15002,
+            Rule::PodLocal,
+        ),
         // The proxy as root, which they would capture.
         (by_container(), root, true, ELSEWHERE, 80, Rule::Proxy),
         (by_container(), root, true, POD_IP, 8080, Rule::ProxyToSelf),

@@ -69,14 +69,17 @@ impl Sandbox {
             .iter()
             .map(|(name, text)| ((*name).to_owned(), json!(text)))
             .collect();
-        if all.is_empty() {
-            return call.run();
-        }
-        call.field(
-            "runtimeConfig",
-            json!({"io.kubernetes.cri.pod-annotations": all}),
-        )
-        .run()
+        let call = if all.is_empty() {
+            call
+        } else {
+            let runtime = json!({"io.kubernetes.cri.pod-annotations": all});
+            call.field("runtimeConfig", runtime)
+        };
+        // Again, as a runtime would: the first pod of all waits for the programs, on a busy machine for long.
+        daemon.until(command, || {
+            let called = call.run();
+            (!called.stdout.contains("the daemon is busy")).then_some(called)
+        })
     }
 
     fn start(&self, identity: Identity) -> Actor {

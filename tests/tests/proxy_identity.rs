@@ -201,6 +201,22 @@ fn container_tells_the_proxy_and_the_user_does_not(
                 assert_eq!(mesh.as_app(family, to), who, "{family:?} {to:?}");
             }
         }
+        // Istio's test of the capture, which it makes as the proxy's user and in another container.
+        for address in ["127.0.0.6", "::6"] {
+            let to = SocketAddr::new(address.parse().unwrap(), 15002);
+            let family = if to.is_ipv4() { V4 } else { V6 };
+            let dialed = mesh.app.dial(&Dial::new(family, to));
+            assert_eq!(dialed.outcome(), "15006", "{address}");
+            let greeting = dialed.greeting.unwrap();
+            let asked = if to.is_ipv4() {
+                greeting.original
+            } else {
+                greeting.original6
+            };
+            assert_eq!(asked.address, Some(to));
+        }
+        let neighbour = Dial::new(V4, ([127, 0, 0, 5], 15002).into());
+        assert_eq!(outcome(&mut mesh.app, &neighbour), "ECONNREFUSED");
         let to = mesh.scene.address(V4, To::Own(8080));
         let from = Dial::new(V4, to).bind(([127, 0, 0, 6], 0).into());
         assert_eq!(outcome(&mut mesh.proxy, &from), "app");
