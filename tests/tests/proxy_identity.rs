@@ -22,7 +22,7 @@ use redirect_tests::{
     options::{DNS_PROXY_PORT, Options},
     pod::Pod,
     protocol::{Dial, Family, Identity, Listen, Transport, canonical},
-    scene::{SERVICE, Scene, To, wildcards},
+    scene::{SERVICE, Scene, To, loopback, wildcards},
 };
 use rstest::rstest;
 use serde_json::{Value, json};
@@ -202,10 +202,10 @@ fn container_tells_the_proxy_and_the_user_does_not(
             }
         }
         // Istio's test of the capture, which it makes as the proxy's user and in another container.
-        for address in ["127.0.0.6", "::6"] {
+        for (family, address) in [(V4, "127.0.0.6"), (V6, "::6")] {
             let to = SocketAddr::new(address.parse().unwrap(), 15002);
-            let family = if to.is_ipv4() { V4 } else { V6 };
-            let dialed = mesh.app.dial(&Dial::new(family, to));
+            let test = Dial::new(family, to).bind(loopback(to, 0));
+            let dialed = mesh.app.dial(&test);
             assert_eq!(dialed.outcome(), "15006", "{address}");
             let greeting = dialed.greeting.unwrap();
             let asked = if to.is_ipv4() {
@@ -362,8 +362,8 @@ fn proxys_call_to_its_own_pod_is_captured_as_the_mode_has_it(
         let dialed = mesh.proxy.dial(&Dial::new(V4, own));
         assert_eq!(dialed.outcome(), "15006");
         let seen = canonical(dialed.greeting.unwrap().local);
-        let loopback = SocketAddr::from(([127, 0, 0, 1], 15006));
-        assert_eq!(seen, if in_place { own } else { loopback });
+        let wanted = if in_place { own } else { loopback(own, 15006) };
+        assert_eq!(seen, wanted);
         assert_eq!(mesh.as_app(V4, To::Own(8080)), "app");
     });
 }
