@@ -166,14 +166,14 @@ fn opened(
     let rule = decide::machine(pod, &lists, &segment.destination.0);
     if rule.action() == Action::Pass {
         maps::count(netns_cookie, rule);
-        let about = log::inbound(
+        log::inbound(
             netns_cookie,
             pod,
             segment.source,
             segment.destination,
             packet.interface(),
+            rule,
         );
-        log::decided(&about, rule);
         // Those to the pod itself have to be known there: they are not inbound.
         if maps::is_local(netns_cookie, &segment.destination.0) {
             maps::set_machine_flow(flow, &Translation::NONE);
