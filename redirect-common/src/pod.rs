@@ -93,8 +93,9 @@ pub struct PodConfig {
     pub excluded_interfaces: [u32; MAX_EXCLUDED_INTERFACES],
     /// Used entries of `excluded_interfaces`.
     pub excluded_interface_count: u32,
-    /// Padding, zero.
-    pub _pad2: u32,
+    /// [`Address::bucket`]s, as bits, in which none of the pod's own addresses is, apart from
+    /// loopback ones: most of them. None is set if that is not known.
+    pub foreign_buckets: u32,
 }
 
 crate::assert_size!(PodConfig, 888);
@@ -110,6 +111,12 @@ impl PodConfig {
     #[inline(always)]
     pub const fn lists_any(&self, list: List) -> bool {
         self.lists & list.bit() != 0
+    }
+
+    /// True if the address is certainly none of the pod's own. False says nothing: `ROUTES` knows.
+    #[inline(always)]
+    pub const fn is_foreign(&self, address: &Address) -> bool {
+        !address.is_loopback() && self.foreign_buckets & 1 << address.bucket() != 0
     }
 
     /// True if `-c` names the interface with this index.

@@ -519,7 +519,7 @@ impl Options {
                 self.exclude_interfaces.get(i).copied().unwrap_or(LO)
             }),
             excluded_interface_count: self.exclude_interfaces.len() as u32,
-            _pad2: 0,
+            foreign_buckets: 0,
         }
     }
 

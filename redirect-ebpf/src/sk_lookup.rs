@@ -69,7 +69,7 @@ fn taker(ctx: &SockLookup, netns_cookie: u64) -> Option<Taker> {
     }
     // By address, not by interface: a connection to the pod's own address has the interface of that
     // address, although it never left. The kernel drops such sources when they come from outside.
-    if maps::is_local(netns_cookie, &remote) {
+    if !pod.is_foreign(&remote) && maps::is_local(netns_cookie, &remote) {
         return None;
     }
     if pod.has(FLAG_MACHINES) {
