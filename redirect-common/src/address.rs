@@ -87,6 +87,14 @@ impl Address {
         }
     }
 
+    /// One of 32 buckets, of which neighbouring addresses have different ones.
+    #[inline(always)]
+    pub const fn bucket(&self) -> u32 {
+        const GOLDEN: u32 = 0x9e37_79b9;
+        let [a, b, c, d] = self.words_be;
+        u32::from_be(a ^ b ^ c ^ d).wrapping_mul(GOLDEN) >> 27
+    }
+
     #[inline(always)]
     const fn is_v6_with_last_word(&self, last: u32) -> bool {
         let [a, b, c, d] = self.words_be;

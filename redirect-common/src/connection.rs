@@ -173,13 +173,13 @@ pub const ROLE_ACCEPTED_OUTBOUND: u32 = 2;
 pub const ROLE_ACCEPTED_INBOUND: u32 = 3;
 /// An accepted socket of a connection that was not captured.
 pub const ROLE_ACCEPTED_DIRECT: u32 = 4;
+/// A connecting socket that is not captured, although its ports could belong to one that is.
+pub const ROLE_CLIENT_DIRECT: u32 = 5;
 /// A listener of the proxy that gets connections from outside, on the port `original.proxy_port`.
 /// The sockets it accepts inherit this, and so are known to be steered if their port is another.
 pub const ROLE_LISTENER: u32 = 6;
 /// The proxy's socket of a connection that a virtual machine makes.
 pub const ROLE_ACCEPTED_MACHINE: u32 = 7;
-/// A connecting socket that is not captured, although its ports could belong to one that is.
-pub const ROLE_CLIENT_DIRECT: u32 = 5;
 /// A UDP socket whose DNS queries are captured: `original` is the server that it is connected to, or
 /// that it asked last.
 pub const ROLE_DNS_CLIENT: u32 = 16;

@@ -37,6 +37,12 @@ impl Follower {
         self.until_ns != 0 && (self.netns_cookie == 0 || self.netns_cookie == netns_cookie)
     }
 
+    /// Might this one read decisions about the network namespace?
+    #[inline(always)]
+    pub const fn wants_decisions(&self, netns_cookie: u64) -> bool {
+        self.decisions != 0 && self.wants(netns_cookie)
+    }
+
     /// Does it still read at this time, nanoseconds of `CLOCK_MONOTONIC`?
     #[inline(always)]
     pub const fn reads_at(&self, now_ns: u64) -> bool {

@@ -72,8 +72,8 @@ pub struct PodConfig {
     pub inbound_port: u16,
     /// `-e`, host order.
     pub tunnel_port: u16,
-    /// Padding, zero.
-    pub _pad: u16,
+    /// How many cgroups `proxy_cgroup` has above it, the root among them.
+    pub proxy_cgroup_level: u16,
     /// Loopback CIDR: IPv4 network in network order.
     pub loopback_be: u32,
     /// Loopback CIDR: mask in network order.
@@ -96,8 +96,9 @@ pub struct PodConfig {
     pub excluded_interfaces: [u32; MAX_EXCLUDED_INTERFACES],
     /// Used entries of `excluded_interfaces`.
     pub excluded_interface_count: u32,
-    /// How many cgroups `proxy_cgroup` has above it, the root among them.
-    pub proxy_cgroup_level: u32,
+    /// [`Address::bucket`]s, as bits, in which none of the pod's own addresses is, apart from
+    /// loopback ones: most of them. None is set if that is not known.
+    pub foreign_buckets: u32,
     /// Id of the cgroup of the proxy's container, if [`FLAG_PROXY_CONTAINER`] is set; 0, which no cgroup
     /// has, while it is not known: nobody is the proxy then.
     pub proxy_cgroup: u64,
@@ -116,6 +117,12 @@ impl PodConfig {
     #[inline(always)]
     pub const fn lists_any(&self, list: List) -> bool {
         self.lists & list.bit() != 0
+    }
+
+    /// True if the address is certainly none of the pod's own. False says nothing: `ROUTES` knows.
+    #[inline(always)]
+    pub const fn is_foreign(&self, address: &Address) -> bool {
+        !address.is_loopback() && self.foreign_buckets & 1 << address.bucket() != 0
     }
 
     /// True if `-c` names the interface with this index.

@@ -537,7 +537,7 @@ impl Options {
             outbound_port: OUTBOUND_PORT,
             inbound_port: INBOUND_PORT,
             tunnel_port: self.tunnel_port,
-            _pad: 0,
+            proxy_cgroup_level: 0,
             loopback_be: (loopback.to_bits() & mask).to_be(),
             loopback_mask_be: mask.to_be(),
             proxy_uid_count: self.uids.len() as u32,
@@ -551,7 +551,7 @@ impl Options {
                 self.exclude_interfaces.get(i).copied().unwrap_or(LO)
             }),
             excluded_interface_count: self.exclude_interfaces.len() as u32,
-            proxy_cgroup_level: 0,
+            foreign_buckets: 0,
             proxy_cgroup: 0,
         }
     }

@@ -136,8 +136,9 @@ fn steered_address(
     }
     // The kernel chooses the source port: the steered one would connect the socket to itself.
     // Interfaces other than lo do not lead to loopback.
-    let apart =
-        sock.source_port() == 0 && sock.interface() == 0 && ephemeral::contains(address, port);
+    let apart = sock.source_port() == 0
+        && sock.bound_interface() == 0
+        && ephemeral::contains(address, port);
     let bind = bound.is_unspecified() && (apart || route.flags & ROUTE_BIND_SOURCE != 0);
     if apart && (!bind || ctx.bind(source)) {
         return loopback;

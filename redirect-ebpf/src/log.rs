@@ -188,7 +188,8 @@ pub fn outbound(netns_cookie: u64, pod: &PodConfig, connection: &Outbound) -> De
     }
 }
 
-/// What can be told about a connection from outside: addresses, and ports in host order.
+/// Tells the decision about a connection from outside, if somebody reads: addresses, and ports in
+/// host order. Looks first whether anybody does, since the record takes longer to build.
 #[inline(always)]
 pub fn inbound(
     netns_cookie: u64,
@@ -196,8 +197,15 @@ pub fn inbound(
     source: (Address, u16),
     destination: (Address, u16),
     interface: u32,
-) -> Decision {
-    Decision {
+    rule: Rule,
+) {
+    let wanted = FOLLOWERS
+        .get(FOLLOWER_LOG)
+        .is_some_and(|follower| follower.wants_decisions(netns_cookie));
+    if !wanted {
+        return;
+    }
+    let about = Decision {
         time_ns: 0,
         netns_cookie,
         source: source.0,
@@ -213,7 +221,8 @@ pub fn inbound(
         flags: 0,
         interface,
         mark: 0,
-    }
+    };
+    decided(&about, rule);
 }
 
 /// Tells a decision, if somebody reads.
@@ -229,7 +238,7 @@ extern "C" fn tell_decision(about: *const Decision, rule: u32) -> i32 {
     let (Some(about), Some(follower)) = (argument(&about), FOLLOWERS.get(FOLLOWER_LOG)) else {
         return 0;
     };
-    if follower.decisions == 0 || !follower.wants(about.netns_cookie) {
+    if !follower.wants_decisions(about.netns_cookie) {
         return 0;
     }
     let time_ns = now_ns();

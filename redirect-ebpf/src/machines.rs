@@ -13,8 +13,7 @@ use redirect_common::pod::{FLAG_MACHINES, PodConfig};
 use redirect_common::verdict::{Action, Rule};
 use redirect_common::virtual_machine::{Interface, InterfaceKey, Translation};
 
-use crate::ctx::packet::{End, Packet};
-use crate::ctx::{Family, Sock};
+use crate::ctx::{End, Family, Packet, Sock};
 use crate::destinations;
 use crate::log;
 use crate::maps::{self, PolicyLists};
@@ -167,14 +166,14 @@ fn opened(
     let rule = decide::machine(pod, &lists, &segment.destination.0);
     if rule.action() == Action::Pass {
         maps::count(netns_cookie, rule);
-        let about = log::inbound(
+        log::inbound(
             netns_cookie,
             pod,
             segment.source,
             segment.destination,
             packet.interface(),
+            rule,
         );
-        log::decided(&about, rule);
         // Those to the pod itself have to be known there: they are not inbound.
         if maps::is_local(netns_cookie, &segment.destination.0) {
             maps::set_machine_flow(flow, &Translation::NONE);
@@ -207,7 +206,7 @@ fn continued(
     let (Some(address), Some(port)) = (interface.address_for(&segment.destination.0), port) else {
         return Translation::NONE;
     };
-    if !packet.has_connection(&segment.source, &(address, port)) {
+    if !packet.has_connection((&segment.source.0, segment.source.1), (&address, port)) {
         return Translation::NONE;
     }
     let translation = Translation::to(address, port);

@@ -27,8 +27,7 @@ use aya_ebpf::programs::{
     SkLookupContext, SockAddrContext, SockOpsContext, SockoptContext, TcContext,
 };
 
-use crate::ctx::packet::Packet;
-use crate::ctx::{Family, SockAddr, SockLookup, SockOps, SockOpt};
+use crate::ctx::{Family, Packet, SockAddr, SockLookup, SockOps, SockOpt};
 
 #[macros::cgroup_sock_addr(connect4)]
 fn redirect_connect4(ctx: SockAddrContext) -> i32 {

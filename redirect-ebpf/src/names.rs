@@ -2,6 +2,7 @@
 
 use redirect_common::connection::{
     ROLE_ACCEPTED_INBOUND, ROLE_ACCEPTED_MACHINE, ROLE_ACCEPTED_OUTBOUND, ROLE_CLIENT,
+    is_steered_port,
 };
 
 use crate::ctx::SockAddr;
@@ -16,9 +17,10 @@ pub fn getpeername(ctx: &SockAddr) -> i32 {
     if ctx.is_udp() {
         return dns::getpeername(ctx);
     }
-    if let Some(state) = ctx
-        .sock()
-        .and_then(|sock| part::of(sock, ctx.netns_cookie()))
+    // accept() asks for the peer too: what no captured connection goes to costs no look-up.
+    if let Some(sock) = ctx.sock()
+        && is_steered_port(sock.destination_port())
+        && let Some(state) = part::of(sock, ctx.netns_cookie())
         && state.role == ROLE_CLIENT
     {
         ctx.set_address(&state.original.destination);

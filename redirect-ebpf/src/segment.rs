@@ -2,8 +2,7 @@
 
 use redirect_common::address::Address;
 
-use crate::ctx::packet::Packet;
-use crate::ctx::{Family, IPPROTO_TCP};
+use crate::ctx::{Family, IPPROTO_TCP, Packet};
 
 /// The first segment of a connection has this flag, and not the other.
 const SYN: u8 = 0x02;

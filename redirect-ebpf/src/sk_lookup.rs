@@ -2,7 +2,7 @@
 //! of established connections never come here.
 
 use redirect_common::address::Address;
-use redirect_common::connection::FlowKey;
+use redirect_common::connection::{FlowKey, Original};
 use redirect_common::decide::{self, Inbound};
 use redirect_common::pod::{FLAG_MACHINES, FLAG_TPROXY};
 use redirect_common::verdict::{Action, Rule};
@@ -17,6 +17,16 @@ use crate::maps::{self, PolicyLists};
 const PASS: u32 = 1;
 const DROP: u32 = 0;
 
+/// Who is to get a connection.
+struct Taker {
+    /// The port it listens on, host order.
+    port: u16,
+    /// What it has to serve.
+    target: Address,
+    /// Where the connection was meant to go: address, and port in host order.
+    meant: (Address, u16),
+}
+
 #[inline(always)]
 pub fn sk_lookup(ctx: &SockLookup) -> u32 {
     if !ctx.is_tcp() {
@@ -25,93 +35,78 @@ pub fn sk_lookup(ctx: &SockLookup) -> u32 {
     let Some(netns_cookie) = maps::netns_cookie() else {
         return PASS;
     };
+    let Some(taker) = taker(ctx, netns_cookie) else {
+        return PASS;
+    };
+    if listeners::assign(ctx, netns_cookie, taker.port, &taker.target) {
+        return PASS;
+    }
+    maps::count(netns_cookie, Rule::NoListener);
+    log::no_listener(netns_cookie, &taker.meant.0, taker.meant.1);
+    DROP
+}
+
+/// None if the connection is let alone.
+#[inline(always)]
+fn taker(ctx: &SockLookup, netns_cookie: u64) -> Option<Taker> {
     let (local, remote) = ctx.addresses();
-    let steered = destinations::is_steered(netns_cookie, &remote, &local, ctx.local_port());
-    let pod = maps::pod(netns_cookie);
-    if steered || pod.is_some_and(|pod| pod.has(FLAG_TPROXY)) {
-        let flow = FlowKey::new(
-            netns_cookie,
-            (remote, ctx.remote_port()),
-            (local, ctx.local_port()),
-        );
-        let original = match maps::flow(&flow) {
-            Some(original) => Some(original),
-            None if steered => destinations::of_port(netns_cookie, ctx.local_port()),
-            None => None,
-        };
-        if let Some(original) = original {
-            if original.proxy_port == 0 {
-                return PASS;
-            }
-            let target = local.loopback_of_family();
-            return to_listener(
-                ctx,
-                netns_cookie,
-                original.proxy_port,
-                &target,
-                (&original.destination, original.port),
-            );
-        }
+    let (from, to) = ((remote, ctx.remote_port()), (local, ctx.local_port()));
+    let flow = FlowKey::new(netns_cookie, from, to);
+    let steered = destinations::is_steered(netns_cookie, &remote, &local, to.1);
+    // Before the pod's settings, which are not needed: connect() has decided.
+    if steered
+        && let Some(original) =
+            maps::flow(&flow).or_else(|| destinations::of_port(netns_cookie, to.1))
+    {
+        return told(original, local.loopback_of_family());
+    }
+    let pod = maps::pod(netns_cookie)?;
+    if !steered
+        && pod.has(FLAG_TPROXY)
+        && let Some(original) = maps::flow(&flow)
+    {
+        return told(original, local.loopback_of_family());
     }
     // By address, not by interface: a connection to the pod's own address has the interface of that
     // address, although it never left. The kernel drops such sources when they come from outside.
-    if maps::is_local(netns_cookie, &remote) {
-        return PASS;
+    if !pod.is_foreign(&remote) && maps::is_local(netns_cookie, &remote) {
+        return None;
     }
-    let Some(pod) = pod else {
-        return PASS;
-    };
-    let (from, to) = ((remote, ctx.remote_port()), (local, ctx.local_port()));
     if pod.has(FLAG_MACHINES) {
         match machines::arrival(netns_cookie, from, to) {
             Some(Arrival::Captured(original)) => {
                 let meant = (original.destination, original.port);
                 let rule = Rule::MachineCaptured;
                 maps::count(netns_cookie, rule);
-                let about = log::inbound(netns_cookie, pod, from, meant, ctx.interface());
-                log::decided(&about, rule);
-                return to_listener(
-                    ctx,
-                    netns_cookie,
-                    original.proxy_port,
-                    &local,
-                    (&original.destination, original.port),
-                );
+                log::inbound(netns_cookie, pod, from, meant, ctx.interface(), rule);
+                return told(original, local);
             }
-            Some(Arrival::LetAlone) => return PASS,
+            Some(Arrival::LetAlone) => return None,
             None => {}
         }
     }
     let lists = PolicyLists { policy: pod.policy };
     let connection = Inbound {
         destination: local,
-        port: ctx.local_port(),
+        port: to.1,
         interface: ctx.interface(),
     };
     let rule = decide::inbound(pod, &lists, &connection);
     maps::count(netns_cookie, rule);
-    let about = log::inbound(netns_cookie, pod, from, to, connection.interface);
-    log::decided(&about, rule);
-    if rule.action() != Action::CaptureInbound {
-        return PASS;
-    }
-    let meant = (&local, ctx.local_port());
-    to_listener(ctx, netns_cookie, pod.inbound_port, &local, meant)
+    log::inbound(netns_cookie, pod, from, to, connection.interface, rule);
+    (rule.action() == Action::CaptureInbound).then_some(Taker {
+        port: pod.inbound_port,
+        target: local,
+        meant: to,
+    })
 }
 
+/// Who gets a connection that was decided about before it came here.
 #[inline(always)]
-fn to_listener(
-    ctx: &SockLookup,
-    netns_cookie: u64,
-    port: u16,
-    target: &Address,
-    meant: (&Address, u16),
-) -> u32 {
-    if listeners::assign(ctx, netns_cookie, port, target) {
-        PASS
-    } else {
-        maps::count(netns_cookie, Rule::NoListener);
-        log::no_listener(netns_cookie, meant.0, meant.1);
-        DROP
-    }
+fn told(original: &Original, target: Address) -> Option<Taker> {
+    (original.proxy_port != 0).then_some(Taker {
+        port: original.proxy_port,
+        target,
+        meant: (original.destination, original.port),
+    })
 }

@@ -115,6 +115,17 @@ fn own_flow(ctx: &SockOps) -> FlowKey {
     )
 }
 
+/// The key under which an accepted socket's peer has published its flow.
+#[inline(always)]
+fn peers_flow(ctx: &SockOps, netns_cookie: u64) -> FlowKey {
+    let (local, remote) = ctx.addresses();
+    FlowKey::new(
+        netns_cookie,
+        (remote, ctx.remote_port()),
+        (local, ctx.local_port()),
+    )
+}
+
 /// The handshake is done on the accepting side, accept() has not returned yet.
 #[inline(always)]
 fn accepted(ctx: &SockOps) {
@@ -127,26 +138,21 @@ fn accepted(ctx: &SockOps) {
         Some(_) => return,
         None => None,
     };
-    let (local, remote) = ctx.addresses();
     let netns_cookie = ctx.netns_cookie();
-    let flow = FlowKey::new(
-        netns_cookie,
-        (remote, ctx.remote_port()),
-        (local, ctx.local_port()),
-    );
-    if is_steered_port(flow.steered_port) && handed_over(sock, listener.is_some(), &flow) {
-        return;
-    }
-    if is_steered_port(flow.steered_port) && made_by_machine(sock, &flow) {
-        return;
+    let port = ctx.local_port();
+    if is_steered_port(port) {
+        let flow = peers_flow(ctx, netns_cookie);
+        if handed_over(sock, listener.is_some(), &flow) || made_by_machine(sock, &flow) {
+            return;
+        }
     }
     let pod = maps::pod(netns_cookie);
     let tproxy = pod.is_some_and(|pod| pod.has(FLAG_TPROXY));
     if tproxy {
-        maps::take_flow(&flow);
+        maps::take_flow(&peers_flow(ctx, netns_cookie));
     }
     match listener {
-        Some(state) if !tproxy && flow.steered_port != state.original.proxy_port => {
+        Some(state) if !tproxy && port != state.original.proxy_port => {
             state.role = ROLE_ACCEPTED_INBOUND;
         }
         // With TPROXY the socket's own address is the one to show.

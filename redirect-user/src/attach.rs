@@ -21,7 +21,7 @@ use crate::observe::identity::UserNamespace;
 use crate::observe::interfaces::interfaces;
 use crate::observe::listeners::{Listeners, listeners};
 use crate::observe::netns::NetworkNamespace;
-use crate::observe::routes::{Family, first_global_family, routing_table};
+use crate::observe::routes::{Family, RoutingTable, first_global_family, routing_table};
 use crate::options::{Dns, Ipv6, Policy};
 use crate::pins::Pins;
 use crate::programs::{self, Entered, HOOKS, Hook, Need, Programs, SK_LOOKUP, Side};
@@ -136,7 +136,10 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         for (key, value) in settings::list_entries(&request.policy) {
             tables.lists.set(&key, &value).context("writing LISTS")?;
         }
-        changed |= sync_routes(&tables, &notes, request)?;
+        let table = routing_table(&request.netns)?;
+        changed |= sync_routes(&tables, &notes, &table)?;
+        let mut config = config;
+        config.foreign_buckets = settings::foreign_buckets(&table);
         tables
             .counts
             .insert_zeroed(&notes.netns_cookie)
@@ -283,7 +286,11 @@ fn refuse_overlap(
             && tables
                 .pods
                 .get(&notes.netns_cookie)?
-                .is_none_or(|attached| attached == *config);
+                .is_none_or(|mut attached| {
+                    // Not an option, but what was observed.
+                    attached.foreign_buckets = config.foreign_buckets;
+                    attached == *config
+                });
         if same_pod && !same_options {
             bail!(
                 "network namespace {} is captured with other options for cgroup {theirs}; use the same or detach that first",
@@ -295,11 +302,10 @@ fn refuse_overlap(
 }
 
 /// Writes the namespace's routes and removes those that have gone. True if anything changed.
-fn sync_routes(tables: &Tables, notes: &Notes, request: &Request) -> Result<bool> {
-    let wanted: HashMap<_, _> =
-        settings::route_entries(notes.netns_cookie, &routing_table(&request.netns)?)
-            .into_iter()
-            .collect();
+fn sync_routes(tables: &Tables, notes: &Notes, table: &RoutingTable) -> Result<bool> {
+    let wanted: HashMap<_, _> = settings::route_entries(notes.netns_cookie, table)
+        .into_iter()
+        .collect();
     let observed: HashSet<_> = detach::routes_of(tables, notes.netns_cookie)?
         .into_iter()
         .collect();

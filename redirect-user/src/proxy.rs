@@ -29,7 +29,7 @@ pub struct ProxyContainer {
     /// That cgroup's id.
     pub cgroup_id: u64,
     /// How many cgroups that one has above it, the root among them.
-    pub level: u32,
+    pub level: u16,
 }
 
 impl ProxyIdentity {

@@ -18,7 +18,7 @@ use redirect_common::route::{
 
 use crate::observe::identity::IdMap;
 use crate::observe::interfaces::Interface;
-use crate::observe::routes::RoutingTable;
+use crate::observe::routes::{Route, RoutingTable};
 use crate::options::{Dns, IdRange, Mode, Policy, PortRange};
 use crate::proxy::ProxyIdentity;
 use crate::tables::{ListPrefix, RoutePrefix};
@@ -220,6 +220,24 @@ pub fn route_entries(netns_cookie: u64, table: &RoutingTable) -> Vec<(RoutePrefi
     routes.chain(holes).collect()
 }
 
+/// [`PodConfig::foreign_buckets`] of a network namespace.
+pub fn foreign_buckets(table: &RoutingTable) -> u32 {
+    let mut own_buckets = 0;
+    for Route { prefix, .. } in table.routes.iter().filter(|route| route.local) {
+        let address = Address::from(prefix.network());
+        // A prefix that begins with a loopback address has no others.
+        if address.is_loopback() {
+            continue;
+        }
+        if prefix.prefix_len() < prefix.max_prefix_len() {
+            // Addresses in every bucket.
+            return 0;
+        }
+        own_buckets |= 1 << address.bucket();
+    }
+    !own_buckets
+}
+
 /// Prefix length of `::ffff:0:0/96`, where IPv4 addresses are kept.
 const MAPPED_BITS: u32 = 96;
 
@@ -321,6 +339,61 @@ mod tests {
                     .iter()
                     .any(|(network, length)| (words(*network) ^ bits).leading_zeros() >= *length);
                 assert_eq!(covered, net.contains(&address), "{net} and {address}");
+            }
+        }
+    }
+
+    fn config_for(own: &[&str]) -> PodConfig {
+        let route = |prefix: &str, local| Route {
+            prefix: prefix.parse().unwrap(),
+            source: Ipv4Addr::UNSPECIFIED.into(),
+            local,
+            interface: 1,
+        };
+        let all = ["0.0.0.0/0", "10.1.2.0/24", "::/0"].map(|prefix| route(prefix, false));
+        let own = own.iter().map(|prefix| route(prefix, true));
+        let table = RoutingTable {
+            routes: all.into_iter().chain(own).collect(),
+            holes: Vec::new(),
+        };
+        PodConfig {
+            foreign_buckets: foreign_buckets(&table),
+            ..bytemuck::Zeroable::zeroed()
+        }
+    }
+
+    fn is_foreign(config: &PodConfig, address: impl Into<IpAddr>) -> bool {
+        config.is_foreign(&Address::from(address.into()))
+    }
+
+    #[test]
+    fn most_addresses_but_none_of_the_pods_own_are_foreign() {
+        let own = ["10.1.2.3", "10.1.2.4", "fd00::3", "fe80::1234"];
+        let mut prefixes = vec!["127.0.0.0/8", "127.0.0.1/32", "::1/128"];
+        let hosts = own.map(|address| IpNet::from(address.parse::<IpAddr>().unwrap()).to_string());
+        prefixes.extend(hosts.iter().map(String::as_str));
+        let config = config_for(&prefixes);
+        for address in own.into_iter().chain(["127.9.9.9", "::1"]) {
+            let address: IpAddr = address.parse().unwrap();
+            assert!(!is_foreign(&config, address), "{address}");
+        }
+        let neighbours = (0..=255).map(|last| IpAddr::from([10, 1, 2, last]));
+        let others = (0..=255).map(|last| Ipv6Addr::from_bits(0xfd00 << 112 | last).into());
+        for network in [neighbours.collect::<Vec<_>>(), others.collect()] {
+            let foreign = network.into_iter().filter(|a| is_foreign(&config, *a));
+            // Four of the 32 buckets are taken, or fewer.
+            let foreign = foreign.count();
+            assert!((192..256).contains(&foreign), "{foreign}");
+        }
+    }
+
+    #[test]
+    fn no_address_is_foreign_where_a_whole_network_is_the_pods_own() {
+        for network in ["198.51.100.0/24", "2001:db8::/64"] {
+            let config = config_for(&["10.1.2.3/32", network]);
+            for last in 0..=255 {
+                assert!(!is_foreign(&config, [198, 51, 100, last]), "{network}");
+                assert!(!is_foreign(&config, [192, 0, 2, last]), "{network}");
             }
         }
     }

@@ -117,6 +117,22 @@ fn connection_within_the_pod_is_never_inbound(
     Scene::run(backend, family, Options::ISTIO, &attempts);
 }
 
+/// A source of a network that is the pod's own as a whole (`ip route add local`).
+#[rstest]
+fn connection_from_the_pods_own_network_is_never_inbound(
+    #[values(Redirect, Iptables)] backend: Backend,
+) {
+    let mut scene = Scene::new();
+    scene.pod.netns.ip("route add local 198.51.100.0/24 dev lo");
+    scene.attach(backend, &Options::ISTIO);
+    for last in [1, 2, 77, 255] {
+        let source = IpAddr::from([198, 51, 100, last]);
+        let attempt = out(Identity::APP, To::Own(8080), Direct).source(source);
+        scene.attempt(V4, &attempt).unwrap();
+    }
+    scene.attempt(V4, &inward(8080, Inbound)).unwrap();
+}
+
 #[rstest]
 fn no_listener_refuses_the_peer(
     #[values(Redirect, Iptables)] backend: Backend,

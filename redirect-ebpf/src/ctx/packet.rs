@@ -3,13 +3,12 @@
 use core::mem::MaybeUninit;
 use core::ptr;
 
-use aya_ebpf::bindings::{
-    __sk_buff, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, BPF_TCP_LISTEN, bpf_sock, bpf_sock_tuple,
-};
+use aya_ebpf::bindings::{__sk_buff, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, bpf_sock};
 use aya_ebpf::helpers::generated as helpers;
 use aya_ebpf::programs::TcContext;
 use redirect_common::address::Address;
 
+use super::connection::has_connection;
 use super::{Family, Sock};
 
 /// `skb->protocol` of IPv4 and IPv6.
@@ -18,7 +17,6 @@ const ETH_P_IPV6: u16 = 0x86dd;
 /// Addressed to this host, not only seen by it.
 const PACKET_HOST: u32 = 0;
 const BPF_HDR_START_NET: u32 = 1;
-const BPF_F_CURRENT_NETNS: u64 = -1_i32 as u64;
 
 /// Offset of the checksum in a TCP header.
 const TCP_CHECKSUM: u32 = 16;
@@ -173,41 +171,10 @@ impl Packet {
         Sock::new(unsafe { helpers::bpf_sk_fullsock(any) })
     }
 
-    /// Is there a socket, or what is left of one, of the connection from `remote` to `local`? A
-    /// listener is none.
+    /// Is there a connection, of whatever state, from `remote` to `local` in this network namespace?
+    /// Addresses of one family, and ports in host order.
     #[inline(always)]
-    pub fn has_connection(&self, remote: &(Address, u16), local: &(Address, u16)) -> bool {
-        // SAFETY: all zeroes are a tuple.
-        let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
-        let size = if remote.0.is_v4() {
-            tuple.__bindgen_anon_1.ipv4.saddr = remote.0.v4_be();
-            tuple.__bindgen_anon_1.ipv4.daddr = local.0.v4_be();
-            tuple.__bindgen_anon_1.ipv4.sport = remote.1.to_be();
-            tuple.__bindgen_anon_1.ipv4.dport = local.1.to_be();
-            12
-        } else {
-            tuple.__bindgen_anon_1.ipv6.saddr = remote.0.words_be;
-            tuple.__bindgen_anon_1.ipv6.daddr = local.0.words_be;
-            tuple.__bindgen_anon_1.ipv6.sport = remote.1.to_be();
-            tuple.__bindgen_anon_1.ipv6.dport = local.1.to_be();
-            36
-        };
-        // SAFETY: the tuple is as large as told.
-        let sk = unsafe {
-            helpers::bpf_skc_lookup_tcp(
-                self.pointer.cast(),
-                &raw mut tuple,
-                size,
-                BPF_F_CURRENT_NETNS,
-                0,
-            )
-        };
-        if sk.is_null() {
-            return false;
-        }
-        let state = read!(sk, state);
-        // SAFETY: the socket was found above and is not used any more.
-        let _ = unsafe { helpers::bpf_sk_release(sk.cast()) };
-        state != BPF_TCP_LISTEN
+    pub fn has_connection(&self, remote: (&Address, u16), local: (&Address, u16)) -> bool {
+        has_connection(self.pointer.cast(), remote, local)
     }
 }

@@ -111,7 +111,7 @@ fn container(pod: &Cgroup, id: &str) -> Result<Option<ProxyContainer>> {
     Ok(Some(ProxyContainer {
         id: id.to_owned(),
         cgroup_id: cgroup.id(),
-        level: u32::try_from(below.components().count())?,
+        level: u16::try_from(below.components().count())?,
         cgroup: cgroup.path().to_owned(),
     }))
 }
