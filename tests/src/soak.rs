@@ -40,7 +40,7 @@ use verdict::{Tally, judge};
 /// Callers of one process that make short calls, and that converse.
 const CALLERS: (usize, usize) = (4, 6);
 /// How long a caller rests after a short call, in microseconds.
-const REST_US: u64 = 3_000;
+const REST_US: u64 = 8_000;
 /// Callers that open connections to be held.
 const HOLDING: usize = 8;
 /// Of the connections to be held, one in so many is made before the pod is attached.
@@ -183,7 +183,8 @@ impl<'a> Soak<'a> {
     /// Closes some of the connections held, and opens as many as are missing.
     fn renew(&mut self, round: &Round) {
         let share = self.plan.held / self.plan.pods;
-        let target = if self.report.rounds == 0 {
+        // The first round is not attached, and the second one becomes so.
+        let target = if self.report.rounds < 2 {
             share / BEFORE
         } else {
             share
@@ -412,7 +413,10 @@ impl<'a> Soak<'a> {
             return;
         };
         let tally = std::mem::take(&mut self.tallies[index]);
-        let counted = counters(cast);
+        let counted = match counters(cast) {
+            Ok(counted) => counted,
+            Err(why) => return self.report.wrong(index, &why),
+        };
         let before = self.counters[index].replace((life, counted.clone()));
         let before = match before {
             Some((then, before)) if then == life => before,
@@ -510,13 +514,13 @@ fn played(answer: Answer) -> Vec<Played> {
 }
 
 /// A pod's counters, by rule.
-fn counters(cast: &Cast) -> BTreeMap<String, u64> {
+fn counters(cast: &Cast) -> Result<BTreeMap<String, u64>, String> {
     let status = loader::status();
     let pods = status["pods"].as_array().unwrap();
     let cgroup = cast.pod.cgroup.path().to_str().unwrap();
     let pod = pods.iter().find(|pod| pod["cgroup"] == cgroup);
-    let pod = pod.unwrap_or_else(|| panic!("{cgroup} is not in {status}"));
-    serde_json::from_value(pod["connections"].clone()).unwrap()
+    let pod = pod.ok_or_else(|| format!("{cgroup} is not in the status: {status}"))?;
+    Ok(serde_json::from_value(pod["connections"].clone()).unwrap())
 }
 
 fn sleep_until(time: Instant) {

@@ -28,7 +28,7 @@ pub struct Generation {
     /// Whether it has not closed its listeners.
     pub listens: bool,
     /// How many descriptors it has without any connection.
-    pub idle_descriptors: usize,
+    idle_descriptors: usize,
 }
 
 /// A connection that is held.
@@ -66,7 +66,8 @@ pub struct Cast {
     /// Living processes of the proxy; the last one listens.
     pub proxies: Vec<Generation>,
     /// Descriptors of [`Self::steady`] without any connection.
-    pub idle_descriptors: Vec<usize>,
+    idle_descriptors: Vec<usize>,
+    idle_proxy: Option<usize>,
     /// The connections held.
     pub held: BTreeMap<(Caller, u32), Note>,
     /// How the pod was captured.
@@ -100,6 +101,7 @@ impl Cast {
             service,
             proxies: Vec::new(),
             idle_descriptors: Vec::new(),
+            idle_proxy: None,
             held: BTreeMap::new(),
             history: History::new(),
             other_build: false,
@@ -128,7 +130,8 @@ impl Cast {
             // The group is shared by processes: a plain socket could not join.
             listen(&mut actor, &format!("{port}#{number}"), &[port], 2);
         }
-        let idle_descriptors = descriptors(&actor);
+        // Later ones have connections as soon as they listen.
+        let idle_descriptors = *self.idle_proxy.get_or_insert_with(|| descriptors(&actor));
         self.proxies.push(Generation {
             number,
             actor,

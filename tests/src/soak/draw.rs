@@ -141,13 +141,22 @@ fn round(size: Size) -> impl Strategy<Value = Round> {
     let calls = Caller::ALL.map(move |caller| (Just(caller), shorts(caller), talks(caller, size)));
     let calls: Vec<_> = calls.into_iter().collect();
     (
-        // Every third round or so is left alone.
+        vec(beginning(), size.pods),
+        // Every third round or so is left alone after that.
         prop_oneof![1 => Just(Vec::new()), 2 => vec(event(size), 1..6)],
         vec(calls, size.pods),
         vec(any::<Index>(), size.renewed),
         vec(held(), 60),
     )
-        .prop_map(|(mut events, calls, renewed, held)| {
+        .prop_map(|(beginnings, mut events, calls, renewed, held)| {
+            let beginnings = beginnings.into_iter().enumerate();
+            events.extend(beginnings.filter_map(|(pod, kind)| {
+                Some(Event {
+                    at_ms: 0,
+                    pod,
+                    kind: kind?,
+                })
+            }));
             events.sort_by_key(|event| event.at_ms);
             Round {
                 events,
@@ -156,6 +165,16 @@ fn round(size: Size) -> impl Strategy<Value = Round> {
                 held,
             }
         })
+}
+
+/// Most rounds begin with pods that are attached, whatever the one before has left.
+fn beginning() -> impl Strategy<Value = Option<Kind>> {
+    let kind = (0..POLICIES.len()).prop_map(|policy| Kind::Attach {
+        policy: Some(policy),
+        other_build: false,
+        killed_us: None,
+    });
+    prop::option::weighted(0.7, kind)
 }
 
 /// No call of the loader takes much longer, so that the kill comes at any moment of it.

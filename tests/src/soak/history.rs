@@ -196,3 +196,47 @@ impl Default for History {
         Self::new()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn while_a_policy_changes_the_old_or_the_new_one_holds() {
+        let mut history = History::new();
+        let first = history.attaching(0);
+        let begun = now();
+        history.done(first);
+        let attached = now();
+        let second = history.attaching(1);
+        let changing = now();
+        history.done(second);
+        let changed = now();
+        assert_eq!(history.possible(begun, begun), [State::Detached, first]);
+        assert_eq!(history.possible(attached, attached), [first]);
+        assert_eq!(history.possible(changing, changing), [first, second]);
+        assert_eq!(history.possible(changed, changed), [second]);
+        assert_eq!(history.possible(attached, changed), [first, second]);
+        assert!(!history.ending(0, changed));
+        assert_eq!((first.life(), second.life()), (Some(1), Some(1)));
+        history.forget_before(changed);
+        assert_eq!(history.possible(changed, changed), [second]);
+    }
+
+    #[test]
+    fn what_a_killed_loader_has_left_is_not_known() {
+        let mut history = History::new();
+        let first = history.attaching(0);
+        history.done(first);
+        history.detaching();
+        assert_eq!(history.settled(), None);
+        let again = history.attaching(0);
+        assert_eq!(again.life(), Some(2));
+        assert!(!history.is_fresh());
+        let during = now();
+        history.done(again);
+        assert!(history.ending(during, during));
+        assert_eq!(history.settled(), Some(again));
+        assert!(!history.ending(now(), now()));
+    }
+}

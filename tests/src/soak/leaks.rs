@@ -171,3 +171,27 @@ pub fn growth(measured: &[(u64, u64)]) -> Result<i64, String> {
         ))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_that_others_take_for_a_while_is_no_growth() {
+        let measured = [
+            (100 << 20, 0),
+            (900 << 20, 1),
+            (100 << 20, 2),
+            (1 << 30, 3),
+            (100 << 20, 4),
+            (2 << 30, 5),
+        ];
+        assert_eq!(growth(&measured), Ok(0));
+    }
+
+    #[test]
+    fn memory_of_every_connection_is_growth() {
+        let measured: Vec<(u64, u64)> = (0..90).map(|n| (n * 100_000 * 128, n * 100_000)).collect();
+        assert!(growth(&measured).is_err());
+    }
+}
