@@ -13,6 +13,7 @@ pub mod history;
 pub mod leaks;
 pub mod policy;
 pub mod report;
+mod rest;
 pub mod verdict;
 
 use std::{
@@ -23,16 +24,15 @@ use std::{
 };
 
 use crate::{
-    bpffs, loader,
+    bpffs,
     loader::OtherBuild,
     options::Options,
-    play::{Call, Ends, Part, Play, Played, Then, now},
+    play::{Call, Ends, Part, Play, Played, Then},
     protocol::{Answer, Request},
 };
-use cast::{Cast, Note, Server};
-use draw::{Drawn, Event, Kind, Round, Size, chosen};
-use history::State;
-use leaks::{Kernel, growth, kernel_memory, settle, storages};
+use cast::{Cast, Note};
+use draw::{Calls, Drawn, Event, Kind, Round, Size, chosen};
+use leaks::Kernel;
 use policy::{CLOSED, Caller, ROUTES};
 use report::Report;
 use verdict::{Tally, judge};
@@ -61,6 +61,8 @@ pub struct Plan {
     pub pods: usize,
     /// Length of a round, in milliseconds.
     pub round_ms: u64,
+    /// Nothing happens to the pods once they are attached.
+    pub calm: bool,
     /// What the loader is given in place of a policy's options. Anything but the same has to be noticed.
     pub distortion: fn(Options) -> Options,
     /// Done to each pod in the middle of each round without the check's knowledge. It has to be noticed.
@@ -76,6 +78,7 @@ impl Plan {
             held: 10_000,
             pods: 2,
             round_ms: 5_000,
+            calm: false,
             distortion: |options| options,
             meddle: |_| (),
         }
@@ -141,6 +144,9 @@ impl<'a> Soak<'a> {
         loop {
             let number = self.report.rounds;
             let mut round = Round::draw(self.plan.seed, number, self.plan.size());
+            if self.plan.calm {
+                round.events.clear();
+            }
             match number {
                 // Negative control: every connection ends where it was sent.
                 0 => round.events.clear(),
@@ -245,7 +251,12 @@ impl<'a> Soak<'a> {
     fn play(&mut self, round: &Round) {
         let begun = Instant::now();
         for (cast, calls) in self.casts.iter_mut().zip(&round.calls) {
-            for (caller, shorts, talks) in calls {
+            for Calls {
+                caller,
+                shorts,
+                talks,
+            } in calls
+            {
                 let play = Play {
                     parts: vec![
                         part(cast, shorts, CALLERS.0, Some(self.plan.round_ms)),
@@ -275,7 +286,12 @@ impl<'a> Soak<'a> {
             self.casts.iter_mut().for_each(self.plan.meddle);
         }
         for (index, calls) in round.calls.iter().enumerate() {
-            for (caller, shorts, talks) in calls {
+            for Calls {
+                caller,
+                shorts,
+                talks,
+            } in calls
+            {
                 let played = played(self.casts[index].callers[caller].receive());
                 self.judge(index, &[shorts, talks], &played);
             }
@@ -318,168 +334,6 @@ impl<'a> Soak<'a> {
         }
     }
 
-    /// Looks at everything while nobody connects.
-    fn rest(&mut self) {
-        for index in 0..self.casts.len() {
-            self.ask_held(index);
-        }
-        let flows = settle(|| {
-            let flows = bpffs::flows().unwrap_or_default();
-            flows
-                .iter()
-                .map(|flow| format!("left in FLOWS: {flow:?}"))
-                .collect()
-        });
-        for what in flows {
-            self.report.wrong(0, &what);
-        }
-        for index in 0..self.casts.len() {
-            let cast = &self.casts[index];
-            for what in settle(|| cast.stray_descriptors()) {
-                self.report.wrong(index, &what);
-            }
-            self.count(index);
-        }
-        match self.kernel.look(&self.casts) {
-            Ok(counts) => {
-                let attached = self
-                    .casts
-                    .iter()
-                    .all(|cast| cast.is_attached() == Some(true));
-                if attached && counts.is_some() {
-                    self.report.objects = counts;
-                }
-            }
-            Err(why) => self.report.wrong(0, &why),
-        }
-        let measured = (kernel_memory(), self.report.connections);
-        self.report.memory.push(measured);
-        let time = now();
-        for cast in &mut self.casts {
-            cast.history.forget_before(time);
-        }
-    }
-
-    fn ask_held(&mut self, index: usize) {
-        let cast = &mut self.casts[index];
-        for holder in cast.holders.values_mut() {
-            holder.order(&Request::AskHeld);
-        }
-        for caller in Caller::ALL {
-            let cast = &mut self.casts[index];
-            let Answer::Held(all) = cast.holders[&caller].receive() else {
-                panic!("not what the connections held say");
-            };
-            let life = cast.history.settled().and_then(State::life);
-            let mut wrong = Vec::new();
-            for held in all {
-                let key = (caller, held.number);
-                // What is not in the list was judged when it was made.
-                let Some(note) = cast.held.get(&key).copied() else {
-                    continue;
-                };
-                self.report.asked += 1;
-                match held.says {
-                    Err(error) => {
-                        cast.held.remove(&key);
-                        let died = match note.server {
-                            Server::Proxy(number) => cast.history.died_by(number, now()),
-                            Server::App | Server::Service => false,
-                        };
-                        self.tallies[index].broken();
-                        if !died {
-                            wrong.push(format!("held by {caller:?}, {note:?}: {error}"));
-                        }
-                    }
-                    Ok(ends) => {
-                        let direct = !matches!(note.server, Server::Proxy(_));
-                        let renamed = note.life.is_some() && note.life == life && ends != note.ends;
-                        if renamed || direct && ends.peer != note.ends.peer {
-                            wrong.push(format!("held by {caller:?}, {note:?}: now {ends:?}"));
-                        }
-                    }
-                }
-            }
-            for what in wrong {
-                self.report.wrong(index, &what);
-            }
-        }
-    }
-
-    /// Compares the counters with the connections made since the last time.
-    fn count(&mut self, index: usize) {
-        let cast = &self.casts[index];
-        let Some(State::Attached { life, .. }) = cast.history.settled() else {
-            return;
-        };
-        let tally = std::mem::take(&mut self.tallies[index]);
-        let counted = match counters(cast) {
-            Ok(counted) => counted,
-            Err(why) => return self.report.wrong(index, &why),
-        };
-        let before = self.counters[index].replace((life, counted.clone()));
-        let before = match before {
-            Some((then, before)) if then == life => before,
-            // A new attachment begins with nothing; one whose beginning was not seen is looked at next time.
-            _ if cast.history.is_fresh() => BTreeMap::new(),
-            _ => return,
-        };
-        let mut since = counted;
-        for (label, before) in &before {
-            let now = since.entry(label.clone()).or_default();
-            *now = now.saturating_sub(*before);
-        }
-        self.report.counted += 1;
-        self.report.exact += u64::from(tally.unsure(life) == 0);
-        for what in tally.differences(life, &since) {
-            self.report.wrong(index, &what);
-        }
-    }
-
-    /// Ends all, and looks for what is left.
-    fn end(&mut self) {
-        for event in self.everywhere(ATTACH) {
-            self.happen(event);
-        }
-        for cast in &mut self.casts {
-            cast.retire();
-            let held = std::mem::take(&mut cast.held);
-            for (caller, holder) in &mut cast.holders {
-                let numbers = held.keys().filter(|key| key.0 == *caller);
-                let release = Request::Release(numbers.map(|key| key.1).collect());
-                assert!(matches!(holder.request(&release), Answer::Done));
-            }
-        }
-        self.rest();
-        for (index, cast) in self.casts.iter().enumerate() {
-            for (name, actor) in cast.inside() {
-                let stored = storages(actor).unwrap_or_default();
-                if stored > 0 {
-                    let what = format!("{name} has {stored} sockets with a storage");
-                    self.report.wrong(index, &what);
-                }
-            }
-            let proxies = cast.proxies.iter().map(|generation| &generation.actor);
-            self.report.storages += proxies.filter_map(storages).sum::<usize>();
-        }
-        for event in self.everywhere(Kind::Detach { killed_us: None }) {
-            self.happen(event);
-        }
-        let left = self.kernel.left();
-        if !left.is_empty() {
-            self.report
-                .wrong(0, &format!("not freed by the kernel: {left:?}"));
-        }
-        let pins = bpffs::pins();
-        if !pins.is_empty() {
-            self.report.wrong(0, &format!("left pinned: {pins:?}"));
-        }
-        match growth(&self.report.memory) {
-            Ok(grown) => self.report.growth = grown,
-            Err(why) => self.report.wrong(0, &why),
-        }
-    }
-
     fn happen(&mut self, event: Event) {
         let cast = &mut self.casts[event.pod];
         let result = event::happen(cast, event.kind, self.other, self.plan.distortion);
@@ -511,16 +365,6 @@ fn played(answer: Answer) -> Vec<Played> {
         Answer::Played(played) => played,
         other => panic!("{other:?}"),
     }
-}
-
-/// A pod's counters, by rule.
-fn counters(cast: &Cast) -> Result<BTreeMap<String, u64>, String> {
-    let status = loader::status();
-    let pods = status["pods"].as_array().unwrap();
-    let cgroup = cast.pod.cgroup.path().to_str().unwrap();
-    let pod = pods.iter().find(|pod| pod["cgroup"] == cgroup);
-    let pod = pod.ok_or_else(|| format!("{cgroup} is not in the status: {status}"))?;
-    Ok(serde_json::from_value(pod["connections"].clone()).unwrap())
 }
 
 fn sleep_until(time: Instant) {

@@ -97,13 +97,24 @@ pub struct Drawn {
     pub then: Then,
 }
 
+/// What one caller of a pod does.
+#[derive(Clone, Debug)]
+pub struct Calls {
+    /// Who.
+    pub caller: Caller,
+    /// Connections that end at once.
+    pub shorts: Vec<Drawn>,
+    /// Conversations.
+    pub talks: Vec<Drawn>,
+}
+
 /// Everything random of one round.
 #[derive(Clone, Debug)]
 pub struct Round {
     /// In the order in which they happen.
     pub events: Vec<Event>,
-    /// For each pod and caller: short calls, and conversations.
-    pub calls: Vec<Vec<(Caller, Vec<Drawn>, Vec<Drawn>)>>,
+    /// For each pod and caller.
+    pub calls: Vec<Vec<Calls>>,
     /// Which of the connections held are closed, and opened anew.
     pub renewed: Vec<Index>,
     /// Where the connections that are to be held go; taken in turn.
@@ -138,8 +149,14 @@ impl Round {
 }
 
 fn round(size: Size) -> impl Strategy<Value = Round> {
-    let calls = Caller::ALL.map(move |caller| (Just(caller), shorts(caller), talks(caller, size)));
-    let calls: Vec<_> = calls.into_iter().collect();
+    let calls = Caller::ALL.map(move |caller| {
+        (shorts(caller), talks(caller, size)).prop_map(move |(shorts, talks)| Calls {
+            caller,
+            shorts,
+            talks,
+        })
+    });
+    let calls = Vec::from(calls);
     (
         vec(beginning(), size.pods),
         // Every third round or so is left alone after that.

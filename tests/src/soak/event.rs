@@ -32,12 +32,16 @@ pub fn happen(
             other_build,
             killed_us,
         } => {
-            let current = cast.history.current().iter().rev();
-            let is = current.filter_map(|state| match state {
-                State::Attached { policy, .. } => Some(*policy),
-                State::Detached => None,
-            });
-            let policy = policy.unwrap_or_else(|| is.last().unwrap_or(0));
+            let is = cast
+                .history
+                .current()
+                .iter()
+                .rev()
+                .find_map(|state| match state {
+                    State::Attached { policy, .. } => Some(*policy),
+                    State::Detached => None,
+                });
+            let policy = policy.or(is).unwrap_or(0);
             let options = distortion(POLICIES[policy].options);
             let by = if other_build {
                 other.redirect()
