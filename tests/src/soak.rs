@@ -65,7 +65,7 @@ pub struct Plan {
     pub calm: bool,
     /// What the loader is given in place of a policy's options. Anything but the same has to be noticed.
     pub distortion: fn(Options) -> Options,
-    /// Done to each pod in the middle of each round without the check's knowledge. It has to be noticed.
+    /// Done to each pod in the middle of each round but the first two, without the check's knowledge. It has to be noticed.
     pub meddle: fn(&mut Cast),
 }
 
@@ -281,7 +281,8 @@ impl<'a> Soak<'a> {
                 self.report.wrong(event.pod, &why);
             }
         }
-        if self.report.rounds > 0 {
+        // All is attached by then.
+        if self.report.rounds > 1 {
             sleep_until(begun + Duration::from_millis(self.plan.round_ms / 2));
             self.casts.iter_mut().for_each(self.plan.meddle);
         }

@@ -64,7 +64,7 @@ fn noticed(distortion: fn(Options) -> Options, meddle: fn(&mut Cast)) -> Report 
         ..Plan::new(SEED, Duration::from_secs(30))
     };
     run(&plan, &mut |report| {
-        if report.is_clean() && report.rounds < 4 {
+        if report.is_clean() && report.rounds < 5 {
             ControlFlow::Continue(())
         } else {
             ControlFlow::Break(())
@@ -90,7 +90,7 @@ fn noticed(distortion: fn(Options) -> Options, meddle: fn(&mut Cast)) -> Report 
         cast.proxies.clear();
         cast.start_proxy();
     },
-    "Proxy(1)",
+    "Proxy(",
 )]
 #[case::not_counted(|options| options, stranger, "counts")]
 #[case::leak(|options| options, leak, "not freed by the kernel")]
