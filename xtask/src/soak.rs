@@ -69,6 +69,8 @@ pub fn run(options: &Options) -> Result<()> {
 struct Progress {
     bar: ProgressBar,
     printed: Instant,
+    /// How many violations have been shown.
+    shown: usize,
 }
 
 impl Progress {
@@ -79,6 +81,7 @@ impl Progress {
         Self {
             bar,
             printed: Instant::now(),
+            shown: 0,
         }
     }
 
@@ -90,6 +93,10 @@ impl Progress {
             report.events.values().sum::<u64>(),
             report.violations.len()
         );
+        for violation in &report.violations[self.shown..] {
+            self.bar.suspend(|| ui::warn(violation));
+        }
+        self.shown = report.violations.len();
         if self.bar.is_hidden() && self.printed.elapsed() > PAUSE {
             anstream::println!("  {:>5} s, {message}", report.took.as_secs());
             self.printed = Instant::now();

@@ -76,6 +76,7 @@ pub struct Cast {
     pub other_build: bool,
     generations: u32,
     numbers: u32,
+    retransmitted: u64,
     /// The pod.
     pub pod: Pod,
 }
@@ -107,6 +108,7 @@ impl Cast {
             other_build: false,
             generations: 0,
             numbers: 0,
+            retransmitted: 0,
             pod,
         };
         cast.start_proxy();
@@ -256,6 +258,13 @@ impl Cast {
         all.filter(|(name, _)| !name.ends_with("Outside"))
     }
 
+    /// How many segments were sent again, by the pod and to it, since the last time.
+    pub fn retransmitted(&mut self) -> u64 {
+        let ends = [&self.pod.netns, &self.pod.peer];
+        let all = ends.map(|end| end.enter(retransmitted)).iter().sum();
+        all - std::mem::replace(&mut self.retransmitted, all)
+    }
+
     /// Whether it is attached, as far as that is known.
     pub fn is_attached(&self) -> Option<bool> {
         let settled = self.history.settled()?;
@@ -293,4 +302,15 @@ fn listen(actor: &mut Actor, who: &str, ports: &[u16], sockets: usize) {
 fn descriptors(actor: &Actor) -> usize {
     let entries = std::fs::read_dir(format!("/proc/{}/fd", actor.pid()));
     entries.map_or(0, Iterator::count)
+}
+
+/// `RetransSegs` of this thread's network namespace.
+fn retransmitted() -> u64 {
+    let text = std::fs::read_to_string("/proc/thread-self/net/snmp").unwrap();
+    // A line of names, then one of values.
+    let mut lines = text.lines().filter_map(|line| line.strip_prefix("Tcp: "));
+    let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
+    let mut both = names.split(' ').zip(values.split(' '));
+    let (_, value) = both.find(|(name, _)| *name == "RetransSegs").unwrap();
+    value.parse().unwrap()
 }

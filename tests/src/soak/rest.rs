@@ -107,7 +107,8 @@ impl Soak<'_> {
 
     /// Compares the counters with the connections made since the last time.
     fn count(&mut self, index: usize) {
-        let cast = &self.casts[index];
+        let cast = &mut self.casts[index];
+        self.tallies[index].retransmitted(cast.retransmitted());
         let Some(State::Attached { life, .. }) = cast.history.settled() else {
             return;
         };

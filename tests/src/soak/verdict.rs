@@ -83,6 +83,11 @@ impl Tally {
         bounds.map_or(0, |bounds| sum(&bounds.most) - sum(&bounds.least)) + self.strays
     }
 
+    /// So many segments were sent again: one may have come after its connection had gone.
+    pub const fn retransmitted(&mut self, segments: u64) {
+        self.strays += segments;
+    }
+
     /// A connection that was there has been broken off.
     pub fn broken(&mut self) {
         self.strays += STRAYS;
