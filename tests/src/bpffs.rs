@@ -138,6 +138,18 @@ impl Objects {
         &self.programs
     }
 
+    /// Ids of maps.
+    pub fn maps(&self) -> &BTreeSet<u32> {
+        &self.maps
+    }
+
+    /// Adds those of `other`.
+    pub fn join(&mut self, other: &Self) {
+        self.links.extend(&other.links);
+        self.programs.extend(&other.programs);
+        self.maps.extend(&other.maps);
+    }
+
     /// Those of `self` that are not in `other`.
     pub fn without(&self, other: &Self) -> Self {
         let less = |a: &BTreeSet<u32>, b: &BTreeSet<u32>| a.difference(b).copied().collect();

@@ -162,17 +162,22 @@ fn interrogate(socket: &Socket, dial: &Dial, dialed: &mut Dialed) -> Result<(), 
 
 /// Sends one line and reads one back.
 pub fn ask(socket: &Socket, text: &str) -> Result<String, Error> {
-    writeln!(&mut &*socket, "{text}")?;
+    say(socket, text)?;
     line(&mut BufReader::new(socket))
 }
 
 /// Sends one line, stops sending, and reads to the end.
 pub fn half_close(socket: &Socket, text: &str) -> Result<String, Error> {
-    writeln!(&mut &*socket, "{text}")?;
+    say(socket, text)?;
     socket.shutdown(Shutdown::Write)?;
     let mut answer = String::new();
     (&*socket).read_to_string(&mut answer)?;
     Ok(answer.trim_end().to_owned())
+}
+
+/// In one piece: the second of two would wait until the first is acknowledged.
+fn say(mut socket: &Socket, text: &str) -> Result<(), Error> {
+    socket.write_all(format!("{text}\n").as_bytes())
 }
 
 fn line(reader: &mut BufReader<&Socket>) -> Result<String, Error> {

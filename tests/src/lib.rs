@@ -20,7 +20,10 @@
 //! | [`api_server`], [`daemon`], [`kubernetes`] | a node: the Kubernetes API played, `redirect daemon`, pods as the API tells them |
 //! | [`foreign`] | somebody else's eBPF program on the same hook |
 //! | [`machine`] | a virtual machine behind an interface of a pod |
-//! | [`scene`] | a pod with a proxy, an application and a service, and the check of one connection |
+//! | [`scene`] | a pod with a proxy, an application and a service |
+//! | [`judge`] | the check of one connection |
+//! | [`play`] | very many connections of one process |
+//! | [`soak`] | hours of it: pods under load while capture is begun, changed and ended, and what must hold all the time |
 //! | [`conformance`] | random options and connections, in two pods alike: one captured by redirect, one by iptables |
 #![allow(
     clippy::unwrap_used,
@@ -45,6 +48,7 @@ pub mod faults;
 pub mod follower;
 pub mod foreign;
 pub mod iptables;
+pub mod judge;
 pub mod kubernetes;
 pub mod loader;
 pub mod machine;
@@ -52,11 +56,13 @@ pub mod maps;
 pub mod namespace;
 pub mod options;
 pub mod parcel;
+pub mod play;
 pub mod pod;
 pub mod protocol;
 pub mod raw;
 pub mod scene;
 pub mod server;
 pub mod skip;
+pub mod soak;
 pub mod sockopt;
 pub mod tracer;

@@ -1,6 +1,7 @@
 //! What a test and its actor say to each other: one JSON document per line, a request down, an answer up.
 
 use std::{
+    collections::BTreeSet,
     io::Error,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
@@ -8,7 +9,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::sockopt::errno_name;
+use crate::{
+    play::{Held, Play, Played},
+    sockopt::errno_name,
+};
 
 /// The user and group ids a process runs with.
 ///
@@ -333,6 +337,8 @@ pub struct Listen {
 pub enum Manner {
     /// Greets, then echoes what it is told.
     Converse,
+    /// The same on one thread: for very many connections at once that are spoken to.
+    Multiplex,
     /// Holds it without a word, all in one thread: for very many connections at once.
     Hold,
     /// Closes it at once: for very many connections one after another.
@@ -520,6 +526,12 @@ pub enum Request {
         /// How many connections.
         count: u32,
     },
+    /// Make calls, many at a time.
+    Play(Play),
+    /// Ask the server of every connection that [`Request::Play`] has left open.
+    AskHeld,
+    /// Close those of these numbers.
+    Release(BTreeSet<u32>),
     /// Open this many connections and hold them, spread over destinations.
     Crowd {
         /// Destination of the first.
@@ -548,6 +560,10 @@ pub enum Answer {
     Replies(Vec<Reply>),
     /// What the traffic met.
     Traffic(Traffic),
+    /// What came of each call.
+    Played(Vec<Played>),
+    /// What the connections that are held say.
+    Held(Vec<Held>),
     /// How many connections are held, and the first error.
     Crowd {
         /// Connections held now.

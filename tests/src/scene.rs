@@ -8,10 +8,11 @@ use std::{
 use crate::{
     actor::Actor,
     backend::Backend,
+    judge::Judge,
     loader,
     options::Options,
     pod::{ELSEWHERE4, ELSEWHERE6, Pod, Shape, service},
-    protocol::{Dial, Dialed, Family, Identity, Listen, Probe, canonical},
+    protocol::{Dial, Dialed, Family, Identity, Listen, Probe},
 };
 
 /// Ports on which the application listens in the pod, and the service outside.
@@ -239,15 +240,7 @@ impl Scene {
 
     /// A destination as an address.
     pub fn address(&self, family: Family, to: To) -> SocketAddr {
-        let (ipv4, ipv6): (IpAddr, IpAddr) = match to {
-            To::Service(_) => return SocketAddr::new(service(family), to.port()),
-            To::Elsewhere(_) => (ELSEWHERE4.into(), ELSEWHERE6.into()),
-            To::Own(_) => (self.pod.ipv4.into(), self.pod.ipv6.into()),
-            To::Localhost(_) => (Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()),
-            To::Unspecified(_) => (Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()),
-            To::Address(address, _) => (address, address),
-        };
-        SocketAddr::new(if family.is_ipv4() { ipv4 } else { ipv6 }, to.port())
+        to.address(&self.pod, family)
     }
 
     /// Dials and compares who answered, and what both ends saw, with what iptables' REDIRECT shows.
@@ -266,75 +259,12 @@ impl Scene {
 
     /// Compares one connection with its expectation.
     pub fn judge(&self, dialed: &Dialed, to: SocketAddr, attempt: &Attempt) -> Result<(), String> {
-        let inward = attempt.from.is_none();
-        let real = match to.ip() {
-            // connect(2) to the unspecified address means this host.
-            ip if ip.is_unspecified() && ip.is_ipv4() => {
-                SocketAddr::new(Ipv4Addr::LOCALHOST.into(), to.port())
-            }
-            ip if ip.is_unspecified() => SocketAddr::new(Ipv6Addr::LOCALHOST.into(), to.port()),
-            _ => to,
+        let judge = Judge {
+            pod: &self.pod,
+            options: &self.options,
+            attached: self.attached.is_some(),
         };
-        let local_destination = inward || self.pod.is_local(real.ip());
-        let (outbound, inbound) = (
-            self.options.outbound_listener(),
-            self.options.inbound_listener(),
-        );
-        let (who, server) = match attempt.lands {
-            Lands::Direct if !local_destination => (SERVICE.to_owned(), real),
-            Lands::Direct if [outbound, inbound].contains(&to.port()) => {
-                (to.port().to_string(), real)
-            }
-            Lands::Direct => (APP.to_owned(), real),
-            Lands::Outbound => (outbound.to_string(), loopback(real, outbound)),
-            // PREROUTING redirects to the ingress interface's address, OUTPUT to loopback.
-            Lands::Inbound if inward => (inbound.to_string(), SocketAddr::new(real.ip(), inbound)),
-            Lands::InPlace => (inbound.to_string(), real),
-            Lands::Inbound => (inbound.to_string(), loopback(real, inbound)),
-        };
-        let source = match attempt.bind {
-            Some(source) if !source.ip().is_unspecified() => source.ip(),
-            _ if inward => self.peer_of(real),
-            _ if real.ip().is_loopback() => loopback(real, 0).ip(),
-            _ if real.is_ipv4() => self.pod.ipv4.into(),
-            _ => self.pod.ipv6.into(),
-        };
-        equal("who answered", dialed.outcome(), &who)?;
-        let greeting = dialed.greeting.as_ref().unwrap();
-        let (local, peer) = (
-            canonical(dialed.local.unwrap()),
-            canonical(dialed.peer.unwrap()),
-        );
-        equal("the client's own address", &local.ip(), &source)?;
-        equal("the client's peer", &peer, &real)?;
-        equal("the server's peer", &canonical(greeting.peer), &local)?;
-        equal(
-            "the server's own address",
-            &canonical(greeting.local),
-            &server,
-        )?;
-        // A server outside the pod, or in a family that is not captured, has nobody to ask.
-        let captured_family = real.is_ipv4() || self.options.ipv6;
-        if self.attached.is_some()
-            && captured_family
-            && local_destination | (attempt.lands != Lands::Direct)
-        {
-            let asked = if real.is_ipv4() {
-                &greeting.original
-            } else {
-                &greeting.original6
-            };
-            equal("SO_ORIGINAL_DST", &asked.address, &Some(real))?;
-        }
-        Ok(())
-    }
-
-    const fn peer_of(&self, to: SocketAddr) -> IpAddr {
-        if to.is_ipv4() {
-            IpAddr::V4(self.pod.peer4)
-        } else {
-            IpAddr::V6(self.pod.peer6)
-        }
+        judge.judge(dialed, to, attempt)
     }
 
     /// Runs a table: uncaptured first, when everything has to be direct; then captured; then uncaptured again.
@@ -397,6 +327,19 @@ impl Drop for Scene {
 }
 
 impl To {
+    /// As an address, seen from that pod.
+    pub fn address(self, pod: &Pod, family: Family) -> SocketAddr {
+        let (ipv4, ipv6): (IpAddr, IpAddr) = match self {
+            Self::Service(_) => return SocketAddr::new(service(family), self.port()),
+            Self::Elsewhere(_) => (ELSEWHERE4.into(), ELSEWHERE6.into()),
+            Self::Own(_) => (pod.ipv4.into(), pod.ipv6.into()),
+            Self::Localhost(_) => (Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()),
+            Self::Unspecified(_) => (Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()),
+            Self::Address(address, _) => (address, address),
+        };
+        SocketAddr::new(if family.is_ipv4() { ipv4 } else { ipv6 }, self.port())
+    }
+
     /// The port.
     pub const fn port(self) -> u16 {
         match self {
@@ -434,17 +377,5 @@ pub const fn answered(address: SocketAddr, length: usize) -> Probe {
         errno: None,
         address: Some(address),
         length,
-    }
-}
-
-fn equal<T: PartialEq + std::fmt::Debug + ?Sized>(
-    what: &str,
-    seen: &T,
-    expected: &T,
-) -> Result<(), String> {
-    if seen == expected {
-        Ok(())
-    } else {
-        Err(format!("{what} is {seen:?}, expected {expected:?}"))
     }
 }

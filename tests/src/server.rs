@@ -1,7 +1,7 @@
 //! Named servers: each tells every client its name and what the connection looks like from its end, then echoes lines.
 
 use std::{
-    io::{BufRead as _, BufReader, Error, Write as _},
+    io::{BufRead as _, BufReader, Error, ErrorKind, Write as _},
     net::{Shutdown, TcpListener, TcpStream, UdpSocket},
     os::fd::{AsFd, BorrowedFd},
     sync::Arc,
@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 
 use crate::{
     datagram,
@@ -44,7 +44,7 @@ impl Server {
             return Ok(server);
         }
         for _ in 0..listen.reuseport.max(1) {
-            server.serve(bound(listen)?, listen);
+            server.serve(bound(listen)?, listen)?;
         }
         Ok(server)
     }
@@ -58,16 +58,20 @@ impl Server {
             sockets: Vec::new(),
             threads: Vec::new(),
         };
-        server.serve(socket, &Listen::new(who, at));
+        server.serve(socket, &Listen::new(who, at))?;
         Ok(server)
     }
 
-    fn serve(&mut self, socket: Socket, listen: &Listen) {
+    fn serve(&mut self, socket: Socket, listen: &Listen) -> Result<(), Error> {
         let socket = Arc::new(TcpListener::from(socket));
-        let (accepting, listen) = (Arc::clone(&socket), listen.clone());
-        self.sockets.push(socket);
+        self.sockets.push(Arc::clone(&socket) as _);
+        if listen.manner == Manner::Multiplex {
+            return multiplex::serve(&socket, &listen.who);
+        }
+        let listen = listen.clone();
         self.threads
-            .push(thread::spawn(move || serve(&accepting, &listen)));
+            .push(thread::spawn(move || serve(&socket, &listen)));
+        Ok(())
     }
 }
 
@@ -117,7 +121,7 @@ fn serve(listener: &TcpListener, listen: &Listen) {
         match listen.manner {
             Manner::Hold => held.push(stream),
             Manner::HangUp => drop(stream),
-            Manner::Converse => {
+            Manner::Converse | Manner::Multiplex => {
                 let who = listen.who.clone();
                 // A client that hangs up early is its own business.
                 thread::spawn(move || drop(converse(&stream, who)));
@@ -127,27 +131,88 @@ fn serve(listener: &TcpListener, listen: &Listen) {
 }
 
 fn converse(stream: &TcpStream, who: String) -> Result<(), Error> {
-    let greeting = Greeting {
-        who,
-        peer: stream.peer_addr()?,
-        local: stream.local_addr()?,
-        original: original_dst(stream, 16),
-        original6: original_dst6(stream, 28),
-    };
     let mut writer = stream;
-    writeln!(writer, "{}", serde_json::to_string(&greeting)?)?;
+    writeln!(writer, "{}", greeting(stream, who)?)?;
     for line in BufReader::new(stream).lines() {
-        let line = line?;
-        match line
-            .strip_prefix("probe ")
-            .and_then(|length| length.parse().ok())
-        {
-            Some(length) => {
-                let probes = (original_dst(stream, length), original_dst6(stream, length));
-                writeln!(writer, "{}", serde_json::to_string(&probes)?)?;
-            }
-            None => writeln!(writer, "{line}")?,
-        }
+        writeln!(writer, "{}", reply(stream, line?)?)?;
     }
     Ok(())
+}
+
+/// What a client is told first.
+fn greeting(socket: &impl AsFd, who: String) -> Result<String, Error> {
+    let address = |name: SockAddr| name.as_socket().ok_or(ErrorKind::Unsupported);
+    let descriptor = socket.as_fd();
+    let named = SockRef::from(&descriptor);
+    let greeting = Greeting {
+        who,
+        peer: address(named.peer_addr()?)?,
+        local: address(named.local_addr()?)?,
+        original: original_dst(socket, 16),
+        original6: original_dst6(socket, 28),
+    };
+    Ok(serde_json::to_string(&greeting)?)
+}
+
+/// What a client is told when it has said `line`.
+fn reply(socket: &impl AsFd, line: String) -> Result<String, Error> {
+    let asked = line.strip_prefix("probe ");
+    let Some(length) = asked.and_then(|length| length.parse().ok()) else {
+        return Ok(line);
+    };
+    let probes = (original_dst(socket, length), original_dst6(socket, length));
+    Ok(serde_json::to_string(&probes)?)
+}
+
+/// Very many conversations on one thread.
+mod multiplex {
+    use std::{
+        io::Error,
+        net::TcpListener,
+        sync::{Arc, OnceLock},
+    };
+
+    use tokio::{
+        io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
+        net::TcpStream,
+        runtime::{Builder, Runtime},
+    };
+
+    /// Begins to accept, until the listener is shut down. Connections go on after that.
+    pub(super) fn serve(listener: &Arc<TcpListener>, who: &str) -> Result<(), Error> {
+        let _context = runtime().enter();
+        listener.set_nonblocking(true)?;
+        let listener = tokio::net::TcpListener::from_std(listener.try_clone()?)?;
+        let who = who.to_owned();
+        runtime().spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let who = who.clone();
+                // A client that hangs up early is its own business.
+                tokio::spawn(async move { drop(converse(stream, who).await) });
+            }
+        });
+        Ok(())
+    }
+
+    fn runtime() -> &'static Runtime {
+        static RUNTIME: OnceLock<Runtime> = OnceLock::new();
+        RUNTIME.get_or_init(|| {
+            let mut builder = Builder::new_multi_thread();
+            builder.worker_threads(1).enable_io().build().unwrap()
+        })
+    }
+
+    async fn converse(stream: TcpStream, who: String) -> Result<(), Error> {
+        let mut stream = BufReader::new(stream);
+        let mut text = super::greeting(stream.get_ref(), who)?;
+        loop {
+            text.push('\n');
+            stream.write_all(text.as_bytes()).await?;
+            let mut line = String::new();
+            if stream.read_line(&mut line).await? == 0 {
+                return Ok(());
+            }
+            text = super::reply(stream.get_ref(), line.trim_end().to_owned())?;
+        }
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use clap::Args;
@@ -37,7 +37,7 @@ pub fn run(options: &Options) -> Result<()> {
     ctrlc::set_handler(|| INTERRUPTED.store(true, Ordering::Relaxed))?;
 
     ui::heading("conformance");
-    let seed = options.seed.unwrap_or_else(new_seed);
+    let seed = options.seed.unwrap_or_else(ui::new_seed);
     let mut plan = Plan::new(seed, options.attempts);
     plan.first_set = options.first_set;
     plan.variants.retain(|variant| {
@@ -63,11 +63,6 @@ pub fn run(options: &Options) -> Result<()> {
         bail!("interrupted");
     }
     Ok(())
-}
-
-fn new_seed() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    now.map_or(0, |now| now.as_secs())
 }
 
 struct Progress {

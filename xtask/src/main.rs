@@ -1,4 +1,4 @@
-//! What a developer types: `cargo xtask setup | build | test | conformance | demo | bench | vm`.
+//! What a developer types: `cargo xtask setup | build | test | conformance | soak | demo | bench | vm`.
 
 mod bench;
 mod cargo;
@@ -7,6 +7,7 @@ mod debian;
 mod demo;
 mod preflight;
 mod setup;
+mod soak;
 mod test;
 mod ui;
 mod vm;
@@ -40,6 +41,8 @@ enum Task {
     Test(test::Options),
     /// Make random connections under random options, beside real iptables, and compare (as root)
     Conformance(conformance::Options),
+    /// Put pods under load while their capture changes at random, and check every connection (as root)
+    Soak(soak::Options),
     /// Capture a pod with a real Envoy and show where its connections go (as root)
     Demo(demo::Options),
     /// Measure what capture costs, beside Istio's iptables rules (as root)
@@ -62,6 +65,7 @@ fn main() -> ExitCode {
         Task::Build { release } => cargo::build(release),
         Task::Test(options) => test::run(&options),
         Task::Conformance(options) => conformance::run(&options),
+        Task::Soak(options) => soak::run(&options),
         Task::Demo(options) => demo::run(&options),
         Task::Bench(options) => bench::run(&options),
         Task::Vm(task) => match task.run() {

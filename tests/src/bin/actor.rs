@@ -36,6 +36,7 @@ use redirect_tests::{
     datagram,
     dial::{self, ask, connect, create, half_close, look},
     parcel,
+    play::Player,
     protocol::{Answer, Dial, Dialed, Family, Identity, Request, Start, Traffic, Transport},
     raw::disconnect,
     scene::wildcards,
@@ -128,6 +129,7 @@ struct Actor {
     reversers: Vec<Reverser>,
     traffic: Option<(Arc<AtomicBool>, JoinHandle<Traffic>)>,
     crowd: Vec<Socket>,
+    player: Player,
 }
 
 impl Actor {
@@ -219,6 +221,12 @@ impl Actor {
                 Answer::Traffic(thread.join().unwrap())
             }
             Request::Churn { dial, count } => churn(&dial, count),
+            Request::Play(play) => Answer::Played(self.player.play(&play)),
+            Request::AskHeld => Answer::Held(self.player.ask_held()),
+            Request::Release(numbers) => {
+                self.player.release(&numbers);
+                Answer::Done
+            }
             Request::Crowd {
                 to,
                 addresses,

@@ -1,0 +1,254 @@
+//! Whether a connection ended where it had to, and what it adds to the counters.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+};
+
+use super::{
+    cast::{Cast, Server},
+    draw::Drawn,
+    history::{Outage, State},
+    policy::{CLOSED, POLICIES, ROUTES},
+};
+use crate::{
+    judge::Judge,
+    options::Options,
+    play::{CHANGED, Played, Then},
+    protocol::Dialed,
+    scene::{APP, Lands, SERVICE},
+};
+
+/// A captured connection that finds no proxy.
+const NO_LISTENER: &str = "no-proxy-listener";
+/// A connection that is reset may leave so many segments behind that find no socket: a program cannot tell
+/// them from the first one of a connection, so they are decided upon and counted.
+const STRAYS: u64 = 4;
+/// How a connection fails whose proxy is away.
+const BROKEN: [&str; 4] = ["ECONNREFUSED", "ECONNRESET", "UnexpectedEof", "EPIPE"];
+
+/// What came of a connection that is as it should be.
+pub struct Verdict {
+    /// Who has it.
+    pub server: Option<Server>,
+    /// The attachment it was made in, if that is known.
+    pub life: Option<u32>,
+    /// Whether its proxy was away.
+    pub excused: bool,
+}
+
+/// What a pod's counters may say, from the connections made since they were last looked at.
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
+    lives: BTreeMap<u32, Bounds>,
+    strays: u64,
+    broken: u64,
+}
+
+/// At least and at most so many connections, by rule.
+#[derive(Clone, Debug, Default)]
+struct Bounds {
+    least: BTreeMap<&'static str, u64>,
+    most: BTreeMap<&'static str, u64>,
+}
+
+impl Tally {
+    /// Where the counters of that attachment, less what they were, say something else.
+    pub fn differences(&self, life: u32, counted: &BTreeMap<String, u64>) -> Vec<String> {
+        let bounds = self.lives.get(&life).cloned().unwrap_or_default();
+        let mut labels: BTreeSet<&str> = bounds.most.keys().copied().collect();
+        labels.extend(counted.keys().map(String::as_str));
+        let get = |of: &BTreeMap<&'static str, u64>, label| of.get(label).copied().unwrap_or(0);
+        labels
+            .into_iter()
+            .filter_map(|label| {
+                let is = counted.get(label).copied().unwrap_or(0);
+                let least = get(&bounds.least, label);
+                let more = match label {
+                    NO_LISTENER => self.broken,
+                    _ if label.starts_with("inbound-") => self.strays,
+                    _ => 0,
+                };
+                let most = get(&bounds.most, label) + more;
+                let fits = (least..=most).contains(&is);
+                (!fits).then(|| format!("{label} counts {is} connections, not {least} to {most}"))
+            })
+            .collect()
+    }
+
+    /// How many connections may or may not have been counted.
+    pub fn unsure(&self, life: u32) -> u64 {
+        let sum = |of: &BTreeMap<&'static str, u64>| of.values().sum::<u64>();
+        let bounds = self.lives.get(&life);
+        bounds.map_or(0, |bounds| sum(&bounds.most) - sum(&bounds.least)) + self.strays
+    }
+
+    /// So many segments were sent again: one may have come after its connection had gone.
+    pub const fn retransmitted(&mut self, segments: u64) {
+        self.strays += segments;
+    }
+
+    /// A connection that was there has been broken off.
+    pub fn broken(&mut self) {
+        self.strays += STRAYS;
+        self.broken += STRAYS;
+    }
+
+    fn add(&mut self, drawn: &Drawn, fits: &BTreeSet<(Option<u32>, &'static str)>, broken: bool) {
+        for (life, label) in fits {
+            let Some(life) = life else { continue };
+            let bounds = self.lives.entry(*life).or_default();
+            *bounds.most.entry(label).or_default() += 1;
+            // While the proxy goes, another packet than the first one may have been answered.
+            if fits.len() == 1 && !broken {
+                *bounds.least.entry(label).or_default() += 1;
+            }
+        }
+        if broken {
+            self.broken();
+        } else if matches!(drawn.then, Then::Reset | Then::Abandon) {
+            self.strays += STRAYS;
+        }
+    }
+}
+
+/// Judges one call. An error tells what is wrong.
+pub fn judge(
+    cast: &Cast,
+    drawn: &Drawn,
+    played: &Played,
+    tally: &mut Tally,
+) -> Result<Verdict, String> {
+    let states = cast.history.possible(played.began, played.greeted);
+    let mut wrong = Vec::new();
+    let mut fits: BTreeSet<(Option<u32>, &'static str)> = BTreeSet::new();
+    let (dialed, server) = named(&played.dialed);
+    let broken = broken(cast, played, server);
+    for state in states {
+        let (lands, label) = expected(state, drawn);
+        let verdict = if drawn.then == Then::Abandon {
+            played.dialed.error.clone().map_or(Ok(()), Err)
+        } else if lands != Lands::Direct && dialed.greeting.is_none() && broken {
+            Ok(())
+        } else {
+            ends(cast, drawn, played, &dialed, state)
+        };
+        match verdict {
+            Ok(()) => drop(fits.insert((state.life(), label))),
+            Err(why) => wrong.push(format!("{state:?}, {lands:?}: {why}")),
+        }
+    }
+    tally.add(drawn, &fits, broken);
+    if fits.is_empty() {
+        return Err(wrong.join("\n      "));
+    }
+    if let Err(why) = &played.afterwards {
+        let excused = if why.starts_with(CHANGED) {
+            let states = cast.history.possible(played.began, played.ended);
+            let lives: BTreeSet<_> = states.iter().map(|state| state.life()).collect();
+            lives.len() > 1 || cast.history.ending(played.began, played.ended)
+        } else {
+            let died = |number| cast.history.died_by(number, played.ended);
+            BROKEN.contains(&why.as_str())
+                && matches!(server, Some(Server::Proxy(number)) if died(number))
+        };
+        if !excused {
+            return Err(format!("answered by {server:?}, afterwards: {why}"));
+        }
+        tally.broken();
+    }
+    let mut lives = fits.iter().map(|(life, _)| *life);
+    let life = lives.next().flatten();
+    Ok(Verdict {
+        server,
+        life: lives.all(|other| other == life).then_some(life).flatten(),
+        excused: broken,
+    })
+}
+
+/// Where a connection ends, and what counts it.
+fn expected(state: State, drawn: &Drawn) -> (Lands, &'static str) {
+    match state {
+        State::Detached => (Lands::Direct, ""),
+        State::Attached { policy, .. } => {
+            POLICIES[policy].expected(&ROUTES[drawn.route], drawn.family)
+        }
+    }
+}
+
+/// Compares both ends with what they are to see in that state.
+fn ends(
+    cast: &Cast,
+    drawn: &Drawn,
+    played: &Played,
+    dialed: &Dialed,
+    state: State,
+) -> Result<(), String> {
+    let route = &ROUTES[drawn.route];
+    let (lands, _) = expected(state, drawn);
+    if lands == Lands::Direct && route.to.port() == CLOSED {
+        return if dialed.outcome() == "ECONNREFUSED" {
+            Ok(())
+        } else {
+            Err(format!("nobody listens there, and it ends {dialed:?}"))
+        };
+    }
+    let options = match state {
+        State::Detached => &Options::ISTIO,
+        State::Attached { policy, .. } => &POLICIES[policy].options,
+    };
+    let judge = Judge {
+        pod: &cast.pod,
+        options,
+        attached: state != State::Detached,
+    };
+    let to: SocketAddr = route.to.address(&cast.pod, drawn.family);
+    let attempt = route.attempt(lands);
+    let result = judge.judge(dialed, to, &attempt);
+    let Err(why) = result else { return Ok(()) };
+    if cast.history.ending(played.began, played.greeted) {
+        // Nothing is emulated any more: only where it ended can be told.
+        let excused = match lands {
+            Lands::Direct => why.starts_with("SO_ORIGINAL_DST is None"),
+            Lands::Outbound => dialed.outcome() == options.outbound_listener().to_string(),
+            Lands::Inbound | Lands::InPlace => {
+                dialed.outcome() == options.inbound_listener().to_string()
+            }
+        };
+        if excused {
+            return Ok(());
+        }
+    }
+    Err(format!("{why}\n      {dialed:?}"))
+}
+
+/// The proxy's processes have names of their own; the check of a connection knows ports.
+fn named(dialed: &Dialed) -> (Dialed, Option<Server>) {
+    let mut dialed = dialed.clone();
+    let Some(greeting) = &mut dialed.greeting else {
+        return (dialed, None);
+    };
+    let server = match greeting.who.split_once('#') {
+        Some((port, number)) => {
+            let number = number.parse().unwrap();
+            greeting.who = port.to_owned();
+            Some(Server::Proxy(number))
+        }
+        None if greeting.who == APP => Some(Server::App),
+        None if greeting.who == SERVICE => Some(Server::Service),
+        None => None,
+    };
+    (dialed, server)
+}
+
+/// Whether it has failed in a way and at a time when the proxy was away.
+fn broken(cast: &Cast, played: &Played, server: Option<Server>) -> bool {
+    let Some(error) = played.dialed.error.as_deref() else {
+        return false;
+    };
+    if server.is_some() || !BROKEN.contains(&error) {
+        return false;
+    }
+    let mut outages = cast.history.outages(played.began, played.greeted);
+    outages.any(|outage| outage == Outage::Killed || error != "ECONNREFUSED")
+}

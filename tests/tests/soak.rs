@@ -1,0 +1,126 @@
+//! The short version of `cargo xtask soak`, and what shows that it notices.
+#![allow(
+    missing_docs,
+    reason = "a test binary has no readers of its documentation"
+)]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test panics where it fails, also in its helpers"
+)]
+
+use std::{ops::ControlFlow, time::Duration};
+
+use aya::maps::MapData;
+use redirect_tests::{
+    actor::Actor,
+    loader,
+    options::Options,
+    protocol::{Dial, Family, Identity},
+    scene::To,
+    soak::{Plan, cast::Cast, report::Report, run},
+};
+use rstest::rstest;
+
+/// The same schedule each time.
+const SEED: u64 = 1;
+
+#[test]
+fn all_connections_end_where_they_should_while_everything_changes() {
+    let plan = Plan {
+        held: 1_000,
+        round_ms: 3_000,
+        ..Plan::new(SEED, Duration::from_secs(35))
+    };
+    let report = run(&plan, &mut |_| ControlFlow::Continue(()));
+    println!("{report}");
+    assert!(report.is_clean(), "{report}");
+    // Where hardly anything happens, all is well.
+    for (who, least) in [
+        ("15001", 300),
+        ("15006", 300),
+        ("app", 1_000),
+        ("service", 300),
+    ] {
+        let met = report.outcomes.get(who).copied();
+        assert!(met >= Some(least), "{who} answered {met:?} times: {report}");
+    }
+    for manner in ["short", "long", "half-closed", "reset", "aborted", "held"] {
+        let made = report.manners.get(manner).copied();
+        assert!(made >= Some(100), "{manner}: {made:?}: {report}");
+    }
+    assert!(report.asked > 1_000 && report.counted > 4, "{report}");
+    assert!(report.events.values().sum::<u64>() > 10, "{report}");
+}
+
+/// A pod that nothing should happen to, until something is noticed, and for a few rounds at most.
+fn noticed(distortion: fn(Options) -> Options, meddle: fn(&mut Cast)) -> Report {
+    let plan = Plan {
+        held: 100,
+        pods: 1,
+        round_ms: 1_500,
+        calm: true,
+        distortion,
+        meddle,
+        ..Plan::new(SEED, Duration::from_secs(30))
+    };
+    run(&plan, &mut |report| {
+        if report.is_clean() && report.rounds < 5 {
+            ControlFlow::Continue(())
+        } else {
+            ControlFlow::Break(())
+        }
+    })
+}
+
+/// Negative controls: something happens that the check is not told of.
+#[rstest]
+#[case::detached(
+    |options| options,
+    |cast: &mut Cast| drop(loader::detach(cast.pod.cgroup.path())),
+    "who answered is \"service\", expected \"15001\"",
+)]
+#[case::policy(
+    |options| Options { exclude_outbound: "80", ..options },
+    |_: &mut Cast| (),
+    "who answered is \"service\", expected \"15001\"",
+)]
+#[case::proxy_killed(
+    |options| options,
+    |cast: &mut Cast| {
+        cast.proxies.clear();
+        cast.start_proxy();
+    },
+    "Proxy(",
+)]
+#[case::not_counted(|options| options, stranger, "counts")]
+#[case::leak(|options| options, leak, "not freed by the kernel")]
+fn what_should_not_be_is_noticed(
+    #[case] distortion: fn(Options) -> Options,
+    #[case] meddle: fn(&mut Cast),
+    #[case] what: &str,
+) {
+    let report = noticed(distortion, meddle);
+    let mut violations = report.violations.iter();
+    assert!(
+        violations.any(|violation| violation.contains(what)),
+        "{report}"
+    );
+    // The way to have it again is part of what is shown.
+    assert!(
+        report.to_string().contains("cargo xtask soak --seed 1 "),
+        "{report}"
+    );
+}
+
+/// A connection that nobody tells the check of.
+fn stranger(cast: &mut Cast) {
+    let cgroup = Some(cast.pod.cgroup.child("stranger"));
+    let mut stranger = Actor::start(&cast.pod.netns.path(), cgroup, Identity::APP);
+    let to = To::Service(80).address(&cast.pod, Family::V4);
+    stranger.dial(&Dial::new(Family::V4, to));
+}
+
+/// Holds a map until this process ends.
+fn leak(_: &mut Cast) {
+    std::mem::forget(MapData::from_pin("/sys/fs/bpf/redirect/v1/maps/PODS"));
+}
