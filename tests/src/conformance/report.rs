@@ -11,10 +11,8 @@ const UNSTEADY: u64 = 500;
 /// A difference that nobody has declared deliberate, as small as it could be made.
 #[derive(Debug)]
 pub struct Difference {
-    /// The run's seed and the number of the option set.
-    pub seed: u64,
-    /// Counted from 0.
-    pub set: u64,
+    /// The command that makes the attempt again, and finds this.
+    pub again: String,
     /// The pods' options and proxy.
     pub setting: Setting,
     /// The connection.
@@ -97,11 +95,13 @@ impl Report {
     }
 }
 
-impl fmt::Display for Report {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for difference in &self.differences {
-            writeln!(f, "{difference}")?;
-        }
+impl Report {
+    /// The report without the details of each difference.
+    pub fn summary(&self) -> impl fmt::Display {
+        fmt::from_fn(|f| self.summarize(f))
+    }
+
+    fn summarize(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
             "{} attempts under {} option sets",
@@ -120,7 +120,21 @@ impl fmt::Display for Report {
             f,
             known.map(|name| (name, self.known.get(name).copied().unwrap_or_default())),
         )?;
-        writeln!(f, "\nother differences: {}", self.differences.len())
+        writeln!(f, "\nother differences: {}", self.differences.len())?;
+        for difference in &self.differences {
+            let (seen, what) = (difference.seen, difference.title());
+            writeln!(f, "  {seen:>7}  {what}\n           {}", difference.again)?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for difference in &self.differences {
+            writeln!(f, "{difference}")?;
+        }
+        self.summarize(f)
     }
 }
 
@@ -134,21 +148,22 @@ fn counts<'a>(
     Ok(())
 }
 
-impl fmt::Display for Difference {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl Difference {
+    /// Which lines disagree, and whether it was seen again.
+    fn title(&self) -> String {
         let steadiness = match self.repeats {
             Repeats::Alone => "",
-            Repeats::AtOnce => ", only after the attempts before it",
-            Repeats::Never => ", not seen again when repeated",
+            Repeats::AtOnce => " (only after the attempts before it)",
+            Repeats::Never => " (not seen again when repeated)",
         };
-        writeln!(
-            f,
-            "difference in {} attempts (seed {}, option set {}{steadiness}): {}",
-            self.seen,
-            self.seed,
-            self.set,
-            self.unknown.join("; ")
-        )?;
+        format!("{}{steadiness}", self.unknown.join("; "))
+    }
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "difference: {}", self.title())?;
+        writeln!(f, "  again    {}", self.again)?;
         let Setting {
             options,
             proxy,

@@ -86,6 +86,11 @@ impl World {
         &self.redirect.pod
     }
 
+    /// Which iptables captures one of them.
+    pub const fn variant(&self) -> Variant {
+        self.variant
+    }
+
     /// Takes on a setting and makes every attempt in both pods.
     pub fn play(&mut self, setting: &Setting, attempts: &[Attempt]) -> Vec<Vec<Line>> {
         let before = attempts.iter().any(|attempt| attempt.before);
