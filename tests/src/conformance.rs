@@ -73,6 +73,25 @@ impl Plan {
             distortion: |options| options,
         }
     }
+
+    /// The command that runs it, but for the distortion.
+    pub fn command(&self) -> String {
+        let Self {
+            seed,
+            first_set,
+            attempts,
+            ..
+        } = self;
+        let iptables = match self.variants[..] {
+            [only] => format!(" --iptables {}", only.name()),
+            _ => String::new(),
+        };
+        let count = match self.only {
+            Some(only) => format!("--attempt {only}"),
+            None => format!("--attempts {attempts}"),
+        };
+        format!("cargo xtask conformance --seed {seed}{iptables} --first-set {first_set} {count}")
+    }
 }
 
 /// What is told while a plan runs.
@@ -187,20 +206,25 @@ fn run_set(
     ControlFlow::Continue(())
 }
 
-/// The command that makes an attempt again: alone if that shows the difference, else with all that was done to its pods before.
-fn again(plan: &Plan, set: u64, attempt: usize, variant: Variant, repeats: Repeats) -> String {
-    let which = if repeats == Repeats::Alone || plan.only.is_some() {
-        format!("--first-set {set} --attempt {attempt}")
+/// What makes an attempt again: alone if that shows the difference, else with all that was done to its pods before.
+fn again(plan: &Plan, set: u64, attempt: usize, variant: Variant, repeats: Repeats) -> Plan {
+    let alone = repeats == Repeats::Alone || plan.only.is_some();
+    let first_set = if alone {
+        set
     } else {
-        let first = plan.first_set.max(set - set % SETS_PER_WORLD);
-        let attempts = (set - first + 1) * plan.attempts_per_set;
-        format!("--first-set {first} --attempts {attempts}")
+        plan.first_set.max(set - set % SETS_PER_WORLD)
     };
-    format!(
-        "cargo xtask conformance --seed {} --iptables {} {which}",
-        plan.seed,
-        variant.name()
-    )
+    Plan {
+        first_set,
+        only: alone.then_some(attempt),
+        attempts: if alone {
+            1
+        } else {
+            (set - first_set + 1) * plan.attempts_per_set
+        },
+        variants: vec![variant],
+        ..plan.clone()
+    }
 }
 
 fn runner(seed: u64, set: u64) -> TestRunner {

@@ -93,6 +93,11 @@ fn an_option_that_only_redirect_has_is_found_and_made_small() {
         assert_eq!(given, "", "an option is left that plays no part: {report}");
     }
     assert!(!options.tproxy && !options.redirect_dns, "{report}");
+    let again = run(&found.again, &mut |_| ControlFlow::Continue(()));
+    assert_eq!((again.attempts, again.differences.len()), (1, 1), "{again}");
+    let command = found.again.command();
+    assert_eq!(again.differences[0].again.command(), command);
+    assert_eq!(again.differences[0].words, found.words, "{again}");
     assert!(
         found.attempt.source.is_none() && found.attempt.mark == 0,
         "{report}"

@@ -172,25 +172,25 @@ pub const KNOWN: &[Known] = &[
         explanation: "reach a proxy on any of them, and its `getsockname` shows the one that was called. With iptables both are about the first address of the interface.",
         applies: |case, line| {
             // The kernel keeps IPv4 addresses in the order they were added in, and IPv6 ones in the reverse.
-            let first = if case.attempt.family.is_ipv4() {
-                Place::Own
-            } else {
-                Place::Second
+            let aimed_at = match case.attempt.to {
+                Place::Own | Place::Second if case.attempt.family.is_ipv4() => Place::Own,
+                Place::Own | Place::Second => Place::Second,
+                other => other,
             };
-            let another = [Place::Own, Place::Second, Place::Other].contains(&case.attempt.to)
-                && case.attempt.to != first;
             let dropped = case.setting.options.tproxy
                 && case
                     .line(OUTCOME)
                     .is_some_and(|line| line.iptables == "TimedOut");
             let bound = case.setting.proxy == Proxy::PodAddress
+                && aimed_at != Place::Own
                 && case
                     .line(OUTCOME)
                     .is_some_and(|line| line.iptables == "ECONNREFUSED" || dropped);
             let shown = line.what == SERVER_LOCAL
+                && case.attempt.to != aimed_at
                 && endpoint(&line.redirect).0 == endpoint(case.redirect(CLIENT_PEER)).0
                 && endpoint(&line.redirect).1 == endpoint(&line.iptables).1;
-            case.attempt.from.is_none() && another && (bound || shown)
+            case.attempt.from.is_none() && (bound || shown)
         },
     },
     Known {

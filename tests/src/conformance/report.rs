@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt};
 
-use super::{attempt::Attempt, known::KNOWN, observe::Line, setting::Setting};
+use super::{Plan, attempt::Attempt, known::KNOWN, observe::Line, setting::Setting};
 use crate::options::Options;
 
 /// One attempt of so many may go wrong for reasons of time.
@@ -11,8 +11,8 @@ const UNSTEADY: u64 = 500;
 /// A difference that nobody has declared deliberate, as small as it could be made.
 #[derive(Debug)]
 pub struct Difference {
-    /// The command that makes the attempt again, and finds this.
-    pub again: String,
+    /// What makes the attempt again, and finds this.
+    pub again: Plan,
     /// The pods' options and proxy.
     pub setting: Setting,
     /// The connection.
@@ -123,7 +123,11 @@ impl Report {
         writeln!(f, "\nother differences: {}", self.differences.len())?;
         for difference in &self.differences {
             let (seen, what) = (difference.seen, difference.title());
-            writeln!(f, "  {seen:>7}  {what}\n           {}", difference.again)?;
+            writeln!(
+                f,
+                "  {seen:>7}  {what}\n           {}",
+                difference.again.command()
+            )?;
         }
         Ok(())
     }
@@ -163,7 +167,7 @@ impl Difference {
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "difference: {}", self.title())?;
-        writeln!(f, "  again    {}", self.again)?;
+        writeln!(f, "  again    {}", self.again.command())?;
         let Setting {
             options,
             proxy,

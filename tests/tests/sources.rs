@@ -1,0 +1,116 @@
+//! What a source address that the application has chosen does to connections that would be captured.
+#![allow(
+    missing_docs,
+    reason = "a test binary has no readers of its documentation"
+)]
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use redirect_tests::{
+    backend::Backend,
+    options::{DNS_PROXY_PORT, Options},
+    pod::SERVICE4,
+    protocol::{Dial, Family, Listen, Transport, canonical},
+    scene::{SERVICE, Scene, To, wildcards},
+};
+use rstest::rstest;
+
+use Backend::{Iptables, Redirect};
+use Family::{Mapped, V4, V6};
+
+#[rstest]
+fn loopback_source_is_refused_with_the_kernels_own_error(
+    #[values(Redirect, Iptables)] backend: Backend,
+    #[values(V4, Mapped)] family: Family,
+    #[values([127, 0, 0, 1], [127, 0, 0, 6])] source: [u8; 4],
+) {
+    let mut scene = Scene::new();
+    let [a, b, c, _] = scene.pod.ipv4.octets();
+    let to = |ip: Ipv4Addr| SocketAddr::new(ip.into(), 80);
+    let service = Dial::new(family, to(SERVICE4));
+    for (attached, answers) in [(false, SERVICE), (true, "15001")] {
+        if attached {
+            scene.attach(backend, &Options::ISTIO);
+        }
+        for (destination, device, errno) in [
+            (SERVICE4, None, "EINVAL"),
+            (Ipv4Addr::new(a, b, c, 255), None, "EINVAL"),
+            // The kernel looks for these on the interface that has the source address.
+            (Ipv4Addr::new(224, 0, 0, 99), None, "ENETUNREACH"),
+            (Ipv4Addr::new(239, 1, 2, 3), None, "ENETUNREACH"),
+            (Ipv4Addr::BROADCAST, None, "ENETUNREACH"),
+            (Ipv4Addr::new(224, 0, 0, 99), Some("eth0"), "EINVAL"),
+            (Ipv4Addr::BROADCAST, Some("eth0"), "EINVAL"),
+        ] {
+            let mut dial =
+                Dial::new(family, to(destination)).bind(SocketAddr::new(source.into(), 0));
+            if let Some(device) = device {
+                dial = dial.device(device);
+            }
+            let dialed = scene.app.dial(&dial);
+            assert_eq!(dialed.outcome(), errno, "attached: {attached}, {dial:?}");
+        }
+        assert_eq!(scene.app.dial(&service).outcome(), answers);
+    }
+}
+
+/// Both connected UDP sockets that ask a DNS server outside, with its queries captured.
+#[rstest]
+fn loopback_source_of_a_query_is_shown(#[values(Redirect, Iptables)] backend: Backend) {
+    let options = Options {
+        redirect_dns: true,
+        capture_all_dns: true,
+        ..Options::ISTIO
+    };
+    let mut scene = Scene::new();
+    let [_, any] = wildcards(53);
+    scene.outside.listen(Listen::new(SERVICE, any).udp());
+    let agent = SocketAddr::new(Ipv6Addr::LOCALHOST.into(), DNS_PROXY_PORT);
+    scene.proxy.listen(Listen::new("agent", agent).udp());
+    let server = scene.address(V6, To::Service(53));
+    let own = scene.pod.own(V6);
+    let ask = |scene: &mut Scene, source: IpAddr, port| {
+        let mut dial = Dial::new(V6, server).bind(SocketAddr::new(source, port));
+        dial.transport = Transport::ConnectedUdp;
+        let dialed = scene.app.dial(&dial);
+        let local = dialed.local.map(|local| local.ip());
+        assert_eq!(dialed.peer.map(canonical), Some(server));
+        (dialed.outcome().to_owned(), local)
+    };
+    let any = Ipv6Addr::UNSPECIFIED.into();
+    let loopback = Ipv6Addr::LOCALHOST.into();
+    assert_eq!(ask(&mut scene, any, 0), (SERVICE.to_owned(), Some(own)));
+    scene.attach(backend, &options);
+    for port in [0, 4055] {
+        for (source, shown) in [(loopback, loopback), (own, own), (any, own)] {
+            let expected = ("agent".to_owned(), Some(shown));
+            assert_eq!(ask(&mut scene, source, port), expected, "{source} {port}");
+        }
+    }
+}
+
+/// Connecting again leaves the source as it is, whether the application or the kernel has chosen it.
+#[rstest]
+fn source_of_a_query_stays_when_another_server_is_asked(
+    #[values(Redirect, Iptables)] backend: Backend,
+) {
+    let options = Options {
+        redirect_dns: true,
+        capture_all_dns: true,
+        ..Options::ISTIO
+    };
+    let mut scene = Scene::new();
+    scene.attach(backend, &options);
+    let own = scene.pod.own(V6);
+    let servers = [To::Service(53), To::Elsewhere(53)].map(|to| scene.address(V6, to));
+    let any = Ipv6Addr::UNSPECIFIED.into();
+    let loopback = Ipv6Addr::LOCALHOST.into();
+    for port in [0, 4056] {
+        for (source, shown) in [(loopback, loopback), (own, own), (any, own)] {
+            let bind = SocketAddr::new(source, port);
+            let seen = scene.app.datagrams(bind, &servers);
+            assert_eq!(seen.local.map(|local| local.ip()), Some(shown), "{bind}");
+            assert_eq!(seen.peer, Some(servers[1]), "{bind}");
+        }
+    }
+}
