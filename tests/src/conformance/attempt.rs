@@ -9,7 +9,7 @@ use super::{
     setting::Setting,
 };
 use crate::{
-    options::{DNS_PROXY_PORT, TPROXY_MARK},
+    options::{DNS_PROXY_PORT, SELF_MARK, TPROXY_MARK},
     pod::Pod,
     protocol::{Dial, Family, Identity, Transport, Way},
 };
@@ -41,7 +41,7 @@ const PORTS: [u16; 17] = [
     81,
     65_535,
 ];
-const MARKS: &[u32] = &[TPROXY_MARK, 1338, 42];
+const MARKS: &[u32] = &[TPROXY_MARK, SELF_MARK, 42];
 /// Buffers for `SO_ORIGINAL_DST`: exact for either family, larger, too small, and beyond a page.
 const LENGTHS: &[usize] = &[16, 28, 64, 15, 2, 20, 128, 4096, 5000];
 

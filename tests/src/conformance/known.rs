@@ -13,7 +13,7 @@ use super::{
     world::LATER_LINE,
 };
 use crate::{
-    options::{DNS_PROXY_PORT, TPROXY_MARK},
+    options::{DNS_PROXY_PORT, SELF_MARK, TPROXY_MARK},
     protocol::{Family, Transport},
 };
 
@@ -109,13 +109,13 @@ pub const KNOWN: &[Known] = &[
     },
     Known {
         name: "The agent sees a loopback address",
-        explanation: "in place of the pod's as the sender of a query from a UDP socket that the client has bound to a port and connected.",
+        explanation: "in place of the pod's as the sender of a query from a UDP socket that the client has bound to a port, also to one of the kernel's choice, and connected.",
         applies: |case, line| {
             let (shown, port) = endpoint(&line.redirect);
             line.what == SERVER_PEER
                 && case.attempt.transport == Transport::ConnectedUdp
                 && case.redirect(OUTCOME) == AGENT
-                && !case.attempt.has_ephemeral_port()
+                && matches!(case.attempt.source, Some((Place::Any, _)))
                 && ["127.0.0.1", "::1"].contains(&shown)
                 && port == endpoint(&line.iptables).1
         },
@@ -204,6 +204,38 @@ pub const KNOWN: &[Known] = &[
                 && case.attempt.from.is_some()
                 && case.attempt.mark == TPROXY_MARK
                 && !own.contains(&case.attempt.to)
+        },
+    },
+    Known {
+        name: "Marked connections from `::1` to the pod's own address in TPROXY mode",
+        explanation: "get no answer where nobody listens, as without capture: the kernel sends its reset out of the pod. With iptables the mark of `-t` brings the reset back.",
+        applies: |case, line| {
+            let own = [Place::Own, Place::Second, Place::Other];
+            let attempt = case.attempt;
+            case.setting.options.tproxy
+                && attempt.from.is_some()
+                && attempt.family == Family::V6
+                && attempt.mark == TPROXY_MARK
+                && own.contains(&attempt.to)
+                && matches!(attempt.source, Some((Place::Localhost, _)))
+                && (line.iptables.as_str(), line.redirect.as_str()) == ("ECONNREFUSED", "TimedOut")
+        },
+    },
+    Known {
+        name: "Connections with mark 1338 in TPROXY mode",
+        explanation: "that are captured on their way out reach their listener, always. With iptables they reach 15006 where `ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR` leaves 127.0.0.1 out: redirected there, they look like the proxy's calls to its own pod.",
+        applies: |case, line| {
+            let options = &case.setting.options;
+            let inbound = options.inbound_listener().to_string();
+            let elsewhere = [options.outbound_listener().to_string(), AGENT.to_owned()];
+            line.what == OUTCOME
+                && options.tproxy
+                && case.attempt.from.is_some()
+                && case.attempt.family.is_ipv4()
+                && case.attempt.mark == SELF_MARK
+                && !options.is_loopback(Ipv4Addr::LOCALHOST)
+                && [inbound.as_str(), "TimedOut"].contains(&line.iptables.as_str())
+                && elsewhere.contains(&line.redirect)
         },
     },
 ];
