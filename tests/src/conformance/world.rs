@@ -300,10 +300,10 @@ impl Side {
         }
     }
 
-    /// The process that makes this attempt. Only a mark needs a privilege.
+    /// The process that makes this attempt.
     fn dialer(&mut self, attempt: &Attempt) -> &mut Actor {
         let pod = &self.pod;
-        let key = (attempt.from.clone(), attempt.mark != 0);
+        let key = (attempt.from.clone(), attempt.is_privileged());
         self.dialers.entry(key).or_insert_with(|| {
             let (netns, cgroup) = match attempt.from {
                 Some(_) => (pod.netns.path(), Some(pod.cgroup.child("others"))),
@@ -312,7 +312,7 @@ impl Side {
             Actor::start_as(Start {
                 cgroup,
                 netns,
-                net_admin: attempt.mark != 0,
+                net_admin: attempt.is_privileged(),
                 identity: attempt.from.clone().unwrap_or(Identity::APP),
             })
         })
