@@ -144,9 +144,14 @@ fn query(ctx: &SockAddr, sock: Sock) -> i32 {
     if sock.destination_port() != 0 {
         return ALLOW;
     }
+    // The kernel refuses a source that is not the pod's, or with IP_TRANSPARENT lets it be. No answer
+    // finds back to it.
+    if !bound.is_unspecified() && !maps::is_local(netns_cookie, &bound) {
+        return ALLOW;
+    }
     let slot = DnsSlot {
         server,
-        client: if bound.is_unspecified() || !maps::is_local(netns_cookie, &bound) {
+        client: if bound.is_unspecified() {
             server.loopback_of_family()
         } else {
             bound

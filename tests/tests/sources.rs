@@ -10,13 +10,20 @@ use redirect_tests::{
     backend::Backend,
     options::{DNS_PROXY_PORT, Options},
     pod::SERVICE4,
-    protocol::{Dial, Family, Listen, Transport, canonical},
+    protocol::{Dial, Family, Identity, Listen, Setting, Transport, canonical},
     scene::{SERVICE, Scene, To, wildcards},
 };
 use rstest::rstest;
 
 use Backend::{Iptables, Redirect};
 use Family::{Mapped, V4, V6};
+
+/// Istio's options, with all DNS queries captured.
+const DNS: Options = Options {
+    redirect_dns: true,
+    capture_all_dns: true,
+    ..Options::ISTIO
+};
 
 #[rstest]
 fn loopback_source_is_refused_with_the_kernels_own_error(
@@ -57,11 +64,6 @@ fn loopback_source_is_refused_with_the_kernels_own_error(
 /// Both connected UDP sockets that ask a DNS server outside, with its queries captured.
 #[rstest]
 fn loopback_source_of_a_query_is_shown(#[values(Redirect, Iptables)] backend: Backend) {
-    let options = Options {
-        redirect_dns: true,
-        capture_all_dns: true,
-        ..Options::ISTIO
-    };
     let mut scene = Scene::new();
     let [_, any] = wildcards(53);
     scene.outside.listen(Listen::new(SERVICE, any).udp());
@@ -80,7 +82,7 @@ fn loopback_source_of_a_query_is_shown(#[values(Redirect, Iptables)] backend: Ba
     let any = Ipv6Addr::UNSPECIFIED.into();
     let loopback = Ipv6Addr::LOCALHOST.into();
     assert_eq!(ask(&mut scene, any, 0), (SERVICE.to_owned(), Some(own)));
-    scene.attach(backend, &options);
+    scene.attach(backend, &DNS);
     for port in [0, 4055] {
         for (source, shown) in [(loopback, loopback), (own, own), (any, own)] {
             let expected = ("agent".to_owned(), Some(shown));
@@ -94,13 +96,8 @@ fn loopback_source_of_a_query_is_shown(#[values(Redirect, Iptables)] backend: Ba
 fn source_of_a_query_stays_when_another_server_is_asked(
     #[values(Redirect, Iptables)] backend: Backend,
 ) {
-    let options = Options {
-        redirect_dns: true,
-        capture_all_dns: true,
-        ..Options::ISTIO
-    };
     let mut scene = Scene::new();
-    scene.attach(backend, &options);
+    scene.attach(backend, &DNS);
     let own = scene.pod.own(V6);
     let servers = [To::Service(53), To::Elsewhere(53)].map(|to| scene.address(V6, to));
     let any = Ipv6Addr::UNSPECIFIED.into();
@@ -112,5 +109,38 @@ fn source_of_a_query_stays_when_another_server_is_asked(
             assert_eq!(seen.local.map(|local| local.ip()), Some(shown), "{bind}");
             assert_eq!(seen.peer, Some(servers[1]), "{bind}");
         }
+    }
+}
+
+/// No answer finds back to an address that is not the pod's. IPv4 refuses to send from one, unless the socket is
+/// transparent.
+#[rstest]
+fn query_from_an_address_that_is_not_the_pods_ends_as_the_kernel_has_it(
+    #[values(Redirect, Iptables)] backend: Backend,
+    #[values(V4, V6, Mapped)] family: Family,
+    #[values(Transport::Udp, Transport::ConnectedUdp)] transport: Transport,
+    #[values(Setting::Freebind, Setting::Transparent)] setting: Setting,
+) {
+    let mut scene = Scene::new();
+    for at in [
+        SocketAddr::new(Ipv4Addr::LOCALHOST.into(), DNS_PROXY_PORT),
+        SocketAddr::new(Ipv6Addr::LOCALHOST.into(), DNS_PROXY_PORT),
+    ] {
+        scene.proxy.listen(Listen::new("agent", at).udp());
+    }
+    scene.attach(backend, &DNS);
+    let server = scene.address(family, To::Service(53));
+    let foreign = scene.address(family, To::Elsewhere(0));
+    let own = SocketAddr::new(scene.pod.own(family), 0);
+    let refused = family.is_ipv4() && setting == Setting::Freebind;
+    let lost = if refused { "ENETUNREACH" } else { "EAGAIN" };
+    for (source, outcome) in [(own, "agent"), (foreign, lost)] {
+        let mut dial = Dial::new(family, server)
+            .bind(source)
+            .setting(setting.clone())
+            .timeout_ms(500);
+        dial.transport = transport;
+        let dialed = scene.actor(&Identity::ROOT).dial(&dial);
+        assert_eq!(dialed.outcome(), outcome, "from {source}: {dialed:?}");
     }
 }

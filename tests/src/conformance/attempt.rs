@@ -90,14 +90,48 @@ const FOREIGN: &[Place] = &[
     Place::Peer,
     Place::Unreachable,
 ];
+/// Where a virtual machine connects to.
+const MACHINE: &[Place] = &[
+    Place::Service,
+    Place::Service,
+    Place::Own,
+    Place::Elsewhere,
+    Place::Second,
+    Place::Other,
+    Place::Gateway,
+    Place::Peer,
+    Place::OtherPeer,
+    Place::Unreachable,
+    Place::Prohibited,
+];
+/// What a process of the machine may bind to.
+const MACHINE_SOURCES: &[Place] = &[Place::Any];
 /// What a process of the peer may bind to.
 const PEER_SOURCES: &[Place] = &[Place::Any, Place::Service];
+
+/// Where a connection is made.
+#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum Origin {
+    /// In the pod, by somebody.
+    Pod(Identity),
+    /// Outside.
+    Peer,
+    /// In a virtual machine behind an interface of the pod.
+    Machine,
+}
+
+impl Origin {
+    /// Whether it is a process of the pod's.
+    pub const fn is_pod(&self) -> bool {
+        matches!(self, Self::Pod(_))
+    }
+}
 
 /// One connection.
 #[derive(Clone, Debug)]
 pub struct Attempt {
-    /// Who dials; `None` is the peer.
-    pub from: Option<Identity>,
+    /// Who dials.
+    pub from: Origin,
     /// The protocol.
     pub transport: Transport,
     /// The kind of socket.
@@ -142,9 +176,12 @@ pub fn attempts(setting: &PodSetting) -> impl Strategy<Value = Attempt> + use<> 
         6 => select(UNUSUAL),
         1 => select(NOWHERE),
     ];
+    // Without the option, what the pod forwards is another matter (docs/behaviour.md).
+    let machines = if setting.has_machine() { 40 } else { 0 };
     let ends = prop_oneof![
-        5 => (identities().prop_map(Some), family(), to, sources(SOURCES)),
-        2 => (Just(None), family(), select(POD), sources(PEER_SOURCES)),
+        50 => (identities().prop_map(Origin::Pod), family(), to, sources(SOURCES)),
+        20 => (Just(Origin::Peer), family(), select(POD), sources(PEER_SOURCES)),
+        machines => (Just(Origin::Machine), family(), select(MACHINE), sources(MACHINE_SOURCES)),
     ];
     let udp = if dns { 7 } else { 1 };
     let transport = prop_oneof![
@@ -164,7 +201,7 @@ pub fn attempts(setting: &PodSetting) -> impl Strategy<Value = Attempt> + use<> 
         |((from, family, to, source), transport, (port, query), extras)| {
             let (mark, length, before, liberty) = extras;
             let tcp = transport == Transport::Tcp;
-            let inside = from.is_some();
+            let inside = from.is_pod();
             let port_bound = source.map_or(0, |(_, port)| port);
             Attempt {
                 // Nobody answers a datagram sent to everybody.
@@ -242,7 +279,7 @@ fn sources(places: &'static [Place]) -> impl Strategy<Value = Option<(Place, u16
 
 impl Attempt {
     /// A TCP connection of an unbound socket.
-    pub const fn plain(from: Option<Identity>, family: Family, to: Place, port: u16) -> Self {
+    pub const fn plain(from: Origin, family: Family, to: Place, port: u16) -> Self {
         Self {
             from,
             transport: Transport::Tcp,
@@ -308,8 +345,9 @@ impl Attempt {
             words.push("before attach:".to_owned());
         }
         words.push(match &self.from {
-            Some(identity) => format!("{} in the pod", who(identity)),
-            None => "the peer".to_owned(),
+            Origin::Pod(identity) => format!("{} in the pod", who(identity)),
+            Origin::Peer => "the peer".to_owned(),
+            Origin::Machine => "the virtual machine".to_owned(),
         });
         words.push(
             match self.transport {

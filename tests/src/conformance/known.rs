@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::{
-    attempt::Attempt,
+    attempt::{Attempt, Origin},
     observe::{
         CLIENT_LOCAL, CLIENT_ORIGINAL, CLIENT_ORIGINAL6, CLIENT_PEER, LATER, LATER_ECHO, Line,
         OUTCOME, REPLIED, SERVER_LOCAL, SERVER_PEER, SERVER_SIZED, SERVER_SIZED6,
@@ -158,7 +158,7 @@ pub const KNOWN: &[Known] = &[
         explanation: "that would be captured are refused at once, if the kernel finds no listener. With iptables their packets are dropped, also if the proxy listens on `::1`: its calls to its own pod are looked for at `::6`.",
         applies: |case, _| {
             let at_loopback = case.setting.proxy == Proxy::Loopback
-                && case.attempt.from.is_some()
+                && case.attempt.from.is_pod()
                 && !case.attempt.family.is_ipv4();
             case.setting.options.tproxy
                 && case.attempt.transport == Transport::Tcp
@@ -177,6 +177,12 @@ pub const KNOWN: &[Known] = &[
                 Place::Own | Place::Second => Place::Second,
                 other => other,
             };
+            // REDIRECT aims at the first address of the interface that the packet came by.
+            let aimed_at = if case.attempt.from == Origin::Machine {
+                Place::Gateway
+            } else {
+                aimed_at
+            };
             let dropped = case.setting.options.tproxy
                 && case
                     .line(OUTCOME)
@@ -190,7 +196,7 @@ pub const KNOWN: &[Known] = &[
                 && case.attempt.to != aimed_at
                 && endpoint(&line.redirect).0 == endpoint(case.redirect(CLIENT_PEER)).0
                 && endpoint(&line.redirect).1 == endpoint(&line.iptables).1;
-            case.attempt.from.is_none() && (bound || shown)
+            !case.attempt.from.is_pod() && (bound || shown)
         },
     },
     Known {
@@ -201,7 +207,7 @@ pub const KNOWN: &[Known] = &[
             let options = &case.setting.options;
             options.tproxy
                 && !options.include_inbound.is_empty()
-                && case.attempt.from.is_some()
+                && case.attempt.from.is_pod()
                 && case.attempt.mark == TPROXY_MARK
                 && !own.contains(&case.attempt.to)
         },
@@ -213,7 +219,7 @@ pub const KNOWN: &[Known] = &[
             let own = [Place::Own, Place::Second, Place::Other];
             let attempt = case.attempt;
             case.setting.options.tproxy
-                && attempt.from.is_some()
+                && attempt.from.is_pod()
                 && attempt.family == Family::V6
                 && attempt.mark == TPROXY_MARK
                 && own.contains(&attempt.to)
@@ -230,7 +236,7 @@ pub const KNOWN: &[Known] = &[
             let elsewhere = [options.outbound_listener().to_string(), AGENT.to_owned()];
             line.what == OUTCOME
                 && options.tproxy
-                && case.attempt.from.is_some()
+                && case.attempt.from.is_pod()
                 && case.attempt.family.is_ipv4()
                 && case.attempt.mark == SELF_MARK
                 && !options.is_loopback(Ipv4Addr::LOCALHOST)
