@@ -144,3 +144,30 @@ fn query_from_an_address_that_is_not_the_pods_ends_as_the_kernel_has_it(
         assert_eq!(dialed.outcome(), outcome, "from {source}: {dialed:?}");
     }
 }
+
+/// Documented: only for sockets that are not transparent does the kernel look at the source before the route.
+#[rstest]
+fn foreign_source_without_a_route_is_refused(
+    #[values(Redirect, Iptables)] backend: Backend,
+    #[values(V4, Mapped)] family: Family,
+    #[values(Setting::Freebind, Setting::Transparent)] setting: Setting,
+) {
+    let mut scene = Scene::new();
+    scene.pod.netns.ip("route add unreachable 192.0.2.0/25");
+    let to = SocketAddr::new(Ipv4Addr::new(192, 0, 2, 9).into(), 80);
+    let foreign = scene.address(family, To::Elsewhere(0));
+    let dial = Dial::new(family, to).bind(foreign).setting(setting.clone());
+    for attached in [false, true] {
+        if attached {
+            scene.attach(backend, &Options::ISTIO);
+        }
+        let as_the_route = setting == Setting::Transparent || attached && backend == Redirect;
+        let expected = if as_the_route {
+            "EHOSTUNREACH"
+        } else {
+            "ENETUNREACH"
+        };
+        let dialed = scene.actor(&Identity::ROOT).dial(&dial);
+        assert_eq!(dialed.outcome(), expected, "attached: {attached}");
+    }
+}

@@ -4,13 +4,14 @@
     reason = "a test binary has no readers of its documentation"
 )]
 
-use std::net::{Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use redirect_tests::{
+    actor::Actor,
     backend::Backend,
     options::{Options, SELF_MARK, TPROXY_MARK},
-    pod::Pod,
-    protocol::{Dial, Family, Identity, Way},
+    pod::{ELSEWHERE4, Pod},
+    protocol::{Dial, Family, Identity, Start, Way},
     scene::{SERVICE, Scene, To},
 };
 use rstest::rstest;
@@ -82,4 +83,48 @@ fn connection_with_the_mark_of_the_rules_reaches_the_outbound_listener(
         "15001"
     };
     assert_eq!(dial(&mut scene, &marked), expected);
+}
+
+#[rstest]
+fn answer_to_a_foreign_source_needs_no_route_but_that_of_the_mark(
+    #[values(Redirect, Iptables)] backend: Backend,
+) {
+    let mut scene = Scene::with(Pod::new(), &TPROXY);
+    scene.pod.netns.ip("route add unreachable 192.0.2.0/25");
+    let [unreachable, reachable]: [IpAddr; 2] =
+        [Ipv4Addr::new(192, 0, 2, 9).into(), ELSEWHERE4.into()];
+    let to = scene.address(V4, To::Own(8080));
+    let outcome = |scene: &mut Scene, from: &Identity, source, mark| {
+        let dial = Dial::new(V4, to)
+            .transparent(SocketAddr::new(source, 0))
+            .way(Way::Nonblocking)
+            .timeout_ms(500)
+            .mark(mark);
+        let mut dialer = Actor::start_as(Start {
+            cgroup: Some(scene.pod.cgroup.child("others")),
+            netns: scene.pod.netns.path(),
+            net_admin: true,
+            identity: from.clone(),
+        });
+        dialer.dial(&dial).outcome().to_owned()
+    };
+    let proxys = &Identity::PROXY;
+    let apps = &Identity::APP;
+    assert_eq!(
+        outcome(&mut scene, apps, reachable, TPROXY_MARK),
+        "TimedOut"
+    );
+    scene.attach(backend, &TPROXY);
+    // Without the mark the answer leaves the pod.
+    assert_eq!(outcome(&mut scene, apps, reachable, 42), "TimedOut");
+    assert_eq!(outcome(&mut scene, apps, reachable, TPROXY_MARK), "app");
+    for (from, source, answers) in [(apps, unreachable, "app"), (proxys, reachable, "15006")] {
+        let expected = if backend == Redirect {
+            answers
+        } else {
+            "TimedOut"
+        };
+        let outcome = outcome(&mut scene, from, source, TPROXY_MARK);
+        assert_eq!(outcome, expected, "{answers}");
+    }
 }

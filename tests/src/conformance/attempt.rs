@@ -299,6 +299,12 @@ impl Attempt {
         SocketAddr::new(address(pod, self.to, self.family.is_ipv4()), self.port)
     }
 
+    /// Whether it binds to an address that is not the pod's.
+    pub fn has_foreign_source(&self) -> bool {
+        self.source
+            .is_some_and(|(place, _)| FOREIGN.contains(&place))
+    }
+
     /// Whether the process needs `CAP_NET_ADMIN`.
     pub fn is_privileged(&self) -> bool {
         self.mark != 0 || self.liberty == Some(Setting::Transparent)

@@ -9,19 +9,19 @@ use super::{
         OUTCOME, REPLIED, SERVER_LOCAL, SERVER_PEER, SERVER_SIZED, SERVER_SIZED6,
     },
     place::Place,
-    setting::{AGENT, Agent, Proxy, Setting},
+    setting::{AGENT, Agent, Proxy, Setting as PodSetting},
     world::LATER_LINE,
 };
 use crate::{
     options::{DNS_PROXY_PORT, SELF_MARK, TPROXY_MARK},
-    protocol::{Family, Transport},
+    protocol::{Family, Setting, Transport},
 };
 
 /// An attempt and all that was seen of it.
 #[derive(Clone, Copy)]
 pub struct Case<'a> {
     /// The pods' options and proxy.
-    pub setting: &'a Setting,
+    pub setting: &'a PodSetting,
     /// The connection.
     pub attempt: &'a Attempt,
     /// Both pods, line by line.
@@ -242,6 +242,31 @@ pub const KNOWN: &[Known] = &[
                 && !options.is_loopback(Ipv4Addr::LOCALHOST)
                 && [inbound.as_str(), "TimedOut"].contains(&line.iptables.as_str())
                 && elsewhere.contains(&line.redirect)
+        },
+    },
+    Known {
+        name: "A marked source that is not the pod's, in TPROXY mode,",
+        explanation: "gets its answer by the mark of `-t` alone. With iptables the answer is routed without it first, and gets lost if there is no route to that source, or if the proxy answers from 127.0.0.1.",
+        applies: |case, _| {
+            case.setting.options.tproxy
+                && case.attempt.liberty == Some(Setting::Transparent)
+                && case.attempt.has_foreign_source()
+                && case.attempt.mark == TPROXY_MARK
+                && case
+                    .line(OUTCOME)
+                    .is_some_and(|line| line.iptables == "TimedOut")
+        },
+    },
+    Known {
+        name: "An IPv4 source that is not the pod's, bound by `IP_FREEBIND`,",
+        explanation: "is refused with the error of the destination's route, if that has one. With iptables it is refused with `ENETUNREACH`, whatever the destination.",
+        applies: |case, line| {
+            line.what == OUTCOME
+                && case.attempt.family.is_ipv4()
+                && case.attempt.liberty == Some(Setting::Freebind)
+                && case.attempt.has_foreign_source()
+                && line.iptables == "ENETUNREACH"
+                && ["EHOSTUNREACH", "EACCES"].contains(&line.redirect.as_str())
         },
     },
 ];
