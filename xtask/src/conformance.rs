@@ -82,7 +82,7 @@ pub fn run(options: &Options) -> Result<()> {
     });
     progress.bar.finish_and_clear();
     anstream::println!("\n{}", report.summary());
-    if !report.differences.is_empty() {
+    if !report.agrees() {
         bail!("redirect and iptables disagree (seed {seed})");
     }
     if INTERRUPTED.load(Ordering::Relaxed) {

@@ -2,7 +2,13 @@
 
 use std::{collections::BTreeMap, fmt};
 
-use super::{Plan, attempt::Attempt, known::KNOWN, observe::Line, setting::Setting};
+use super::{
+    Plan,
+    attempt::Attempt,
+    known::KNOWN,
+    observe::{LATER_ECHO, Line, OUTCOME},
+    setting::Setting,
+};
 use crate::options::Options;
 
 /// One attempt of so many may go wrong for reasons of time.
@@ -58,17 +64,15 @@ pub struct Report {
 }
 
 impl Report {
-    /// Whether both pods did the same, but for known differences and a few that a busy machine makes.
+    /// Whether both pods did the same, but for known differences and a few answers that came too late: a busy machine
+    /// makes these.
     pub fn agrees(&self) -> bool {
-        let never = |difference: &&Difference| difference.repeats == Repeats::Never;
-        let unsteady: u64 = self
+        let (late, others): (Vec<_>, Vec<_>) = self
             .differences
             .iter()
-            .filter(never)
-            .map(|difference| difference.seen)
-            .sum();
-        self.differences.iter().all(|difference| never(&difference))
-            && unsteady * UNSTEADY <= self.attempts
+            .partition(|difference| difference.is_late());
+        let late: u64 = late.iter().map(|difference| difference.seen).sum();
+        others.is_empty() && late * UNSTEADY <= self.attempts
     }
 
     /// Counts a difference that looks like one that is reported. False if none does.
@@ -153,6 +157,19 @@ fn counts<'a>(
 }
 
 impl Difference {
+    /// Whether all there is to it is that somebody waited in vain, once.
+    fn is_late(&self) -> bool {
+        let waited = |line: &Line| {
+            [&line.iptables, &line.redirect]
+                .iter()
+                .any(|seen| *seen == "TimedOut" || seen.ends_with("EAGAIN"))
+        };
+        let ends = [OUTCOME, LATER_ECHO];
+        let mut lines = self.lines.iter();
+        self.repeats == Repeats::Never
+            && lines.any(|line| ends.contains(&line.what) && line.differs() && waited(line))
+    }
+
     /// Which lines disagree, and whether it was seen again.
     fn title(&self) -> String {
         let steadiness = match self.repeats {
