@@ -71,6 +71,13 @@ impl Address {
         }
     }
 
+    /// True for IPv4's 224.0.0.0/4 and 255.255.255.255.
+    #[inline(always)]
+    pub const fn is_v4_multicast_or_limited_broadcast(&self) -> bool {
+        let multicast = self.words_be[3] & 0xf000_0000_u32.to_be() == 0xe000_0000_u32.to_be();
+        self.is_v4() && (multicast || self.words_be[3] == u32::MAX)
+    }
+
     /// True for fe80::/10.
     #[inline(always)]
     pub const fn is_link_local(&self) -> bool {

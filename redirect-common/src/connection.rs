@@ -183,3 +183,5 @@ pub const ROLE_ACCEPTED_MACHINE: u32 = 7;
 /// A UDP socket whose DNS queries are captured: `original` is the server that it is connected to, or
 /// that it asked last.
 pub const ROLE_DNS_CLIENT: u32 = 16;
+/// The same of a socket that the application itself has bound to a loopback address.
+pub const ROLE_DNS_CLIENT_ON_LOOPBACK: u32 = 17;

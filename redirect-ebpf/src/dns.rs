@@ -5,7 +5,9 @@
 //! socket asks. Queries over TCP are captured like every connection.
 
 use redirect_common::address::Address;
-use redirect_common::connection::{Original, ROLE_DNS_CLIENT, SocketState};
+use redirect_common::connection::{
+    Original, ROLE_DNS_CLIENT, ROLE_DNS_CLIENT_ON_LOOPBACK, SocketState,
+};
 use redirect_common::decide::{Outbound, Protocol};
 use redirect_common::dns::{
     DNS_AGENT_PORT, DNS_PORT, DNS_SLOT_TRIES, DnsSlot, DnsSlotKey, slot_of,
@@ -32,7 +34,8 @@ pub fn connect(ctx: &SockAddr) -> i32 {
         return ALLOW;
     };
     // It may have been connected to a server before.
-    if sock.state().is_some() {
+    let before = sock.state().map(|state| state.role);
+    if before.is_some() {
         sock.forget();
     }
     if ctx.port() != DNS_PORT {
@@ -44,7 +47,13 @@ pub fn connect(ctx: &SockAddr) -> i32 {
         Captured::No => return ALLOW,
         Captured::NoRoute => return REFUSE,
     };
-    if !remember(sock, &query.destination) {
+    // A loopback source that the connection before has left is not the application's choice.
+    let role = if bound.is_loopback() && before != Some(ROLE_DNS_CLIENT) {
+        ROLE_DNS_CLIENT_ON_LOOPBACK
+    } else {
+        ROLE_DNS_CLIENT
+    };
+    if !remember(sock, &query.destination, role) {
         log::socket_storage_refused(netns_cookie, &query.destination, DNS_PORT);
         ctx.set_error(ENOMEM);
         return REFUSE;
@@ -135,9 +144,14 @@ fn query(ctx: &SockAddr, sock: Sock) -> i32 {
     if sock.destination_port() != 0 {
         return ALLOW;
     }
+    // The kernel refuses a source that is not the pod's, or with IP_TRANSPARENT lets it be. No answer
+    // finds back to it.
+    if !bound.is_unspecified() && !maps::is_local(netns_cookie, &bound) {
+        return ALLOW;
+    }
     let slot = DnsSlot {
         server,
-        client: if bound.is_unspecified() || !maps::is_local(netns_cookie, &bound) {
+        client: if bound.is_unspecified() {
             server.loopback_of_family()
         } else {
             bound
@@ -150,7 +164,7 @@ fn query(ctx: &SockAddr, sock: Sock) -> i32 {
     maps::count(netns_cookie, Rule::NoDnsSlot);
     log::no_dns_slot(netns_cookie, &server, DNS_PORT);
     // Right as long as the socket asks one server after the other.
-    if !remember(sock, &server) {
+    if !remember(sock, &server, ROLE_DNS_CLIENT) {
         ctx.set_error(ENOMEM);
         return REFUSE;
     }
@@ -181,7 +195,7 @@ pub fn recvmsg(ctx: &SockAddr) -> i32 {
     let source = ctx.address();
     let server = match known_slot(ctx.netns_cookie(), &source) {
         Some(slot) => Some(slot.server),
-        None => remembered(ctx, &source),
+        None => remembered(ctx, &source).map(|state| state.original.destination),
     };
     if let Some(server) = server {
         ctx.set_address(&server);
@@ -194,44 +208,45 @@ pub fn recvmsg(ctx: &SockAddr) -> i32 {
 #[inline(always)]
 pub fn getpeername(ctx: &SockAddr) -> i32 {
     if ctx.port() == DNS_AGENT_PORT
-        && let Some(server) = remembered(ctx, &ctx.address())
+        && let Some(state) = remembered(ctx, &ctx.address())
     {
-        ctx.set_address(&server);
+        ctx.set_address(&state.original.destination);
         ctx.set_port(DNS_PORT);
     }
     ALLOW
 }
 
 /// To the application, its own end is the address that it would reach the server from: resolvers
-/// compare addresses by it.
+/// compare addresses by it. One that it has chosen itself stays.
 #[inline(always)]
 pub fn getsockname(ctx: &SockAddr) -> i32 {
     let Some(sock) = ctx.sock() else {
         return ALLOW;
     };
     if sock.destination_port() == DNS_AGENT_PORT
-        && let Some(server) = remembered(ctx, &ctx.address())
-        && !server.is_loopback()
-        && let Some(route) = maps::route(ctx.netns_cookie(), &server)
+        && let Some(state) = remembered(ctx, &ctx.address())
+        && state.role != ROLE_DNS_CLIENT_ON_LOOPBACK
+        && !state.original.destination.is_loopback()
+        && let Some(route) = maps::route(ctx.netns_cookie(), &state.original.destination)
     {
         ctx.set_address(&route.source);
     }
     ALLOW
 }
 
-/// The server that the socket talks to through the agent, if this address of its connection is on
+/// What is known of the server that the socket talks to through the agent, if this address of its connection is on
 /// loopback as that of the agent is.
 #[inline(always)]
-fn remembered(ctx: &SockAddr, address: &Address) -> Option<Address> {
+fn remembered(ctx: &SockAddr, address: &Address) -> Option<&'static SocketState> {
     if !address.is_loopback() {
         return None;
     }
     let state = ctx.sock()?.state()?;
-    (state.role == ROLE_DNS_CLIENT).then_some(state.original.destination)
+    matches!(state.role, ROLE_DNS_CLIENT | ROLE_DNS_CLIENT_ON_LOOPBACK).then_some(state)
 }
 
 #[inline(always)]
-fn remember(sock: Sock, server: &Address) -> bool {
+fn remember(sock: Sock, server: &Address, role: u32) -> bool {
     sock.set_state(&SocketState {
         original: Original {
             destination: *server,
@@ -239,7 +254,7 @@ fn remember(sock: Sock, server: &Address) -> bool {
             proxy_port: DNS_AGENT_PORT,
             in_place: 0,
         },
-        role: ROLE_DNS_CLIENT,
+        role,
         _pad: 0,
     })
 }

@@ -79,7 +79,7 @@ pub fn judge(
     let refused = if wanted.action() == Action::Pass {
         None
     } else {
-        error(found, &sock.source(), local)
+        error(found, &sock.source(), &destination, local, bound_interface)
     };
     let rule = if refused.is_some() {
         Rule::NoRoute
@@ -126,13 +126,22 @@ pub fn meant(destination: Address, bound: &Address) -> Address {
 
 /// The errno that connect() to there fails with.
 #[inline(always)]
-fn error(found: Option<&RouteInfo>, bound: &Address, local: bool) -> Option<i32> {
+fn error(
+    found: Option<&RouteInfo>,
+    bound: &Address,
+    destination: &Address,
+    local: bool,
+    bound_interface: u32,
+) -> Option<i32> {
     let Some(found) = found else {
         return Some(ENETUNREACH);
     };
+    // Such destinations are taken to be on the interface that has the source address
+    // (`ip_route_output_key_hash_rcu`): with a loopback address, on `lo`.
+    let by_source = bound_interface == 0 && destination.is_v4_multicast_or_limited_broadcast();
     // A loopback address is no source for a packet that leaves (`__mkroute_output`).
     let leaves = found.flags & (ROUTE_UNREACHABLE | ROUTE_NOT_UNICAST) != ROUTE_UNREACHABLE;
-    if leaves && !local && bound.is_v4() && bound.is_loopback() {
+    if leaves && !by_source && !local && bound.is_v4() && bound.is_loopback() {
         return Some(EINVAL);
     }
     found.errno().map(|errno| errno as i32)

@@ -12,8 +12,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::protocol::{
-    Answer, Burst, Dial, Dialed, Family, Identity, Listen, Reply, Request, Start, Traffic,
+use crate::{
+    protocol::{
+        Answer, Burst, Dial, Dialed, Family, Identity, Listen, Reply, Request, Start, Step, Traffic,
+    },
+    scene::wildcards,
 };
 
 /// No single request takes longer; the largest crowd is by far the slowest.
@@ -186,7 +189,13 @@ impl Actor {
 
     /// Connects a UDP socket and looks at it.
     pub fn datagram(&mut self, to: SocketAddr) -> Dialed {
-        self.dialed(&Request::Datagram(to))
+        self.datagrams(wildcards(0)[usize::from(to.is_ipv6())], &[to])
+    }
+
+    /// Connects a UDP socket bound to `bind` to one destination after another, and looks at it.
+    pub fn datagrams(&mut self, bind: SocketAddr, to: &[SocketAddr]) -> Dialed {
+        let to = to.to_vec();
+        self.dialed(&Request::Datagram { bind, to })
     }
 
     /// Makes connections at the same time.
@@ -213,21 +222,19 @@ impl Actor {
     /// Sends a line, stops sending, and returns all that comes.
     pub fn half_close(&mut self, name: &str, line: &str) -> Result<String, String> {
         let (name, line) = (name.to_owned(), line.to_owned());
-        match self.request(&Request::HalfClose { name, line }) {
-            Answer::Said(line) => Ok(line),
-            Answer::Failed(error) => Err(error),
-            other => panic!("{other:?}"),
-        }
+        self.said(&Request::HalfClose { name, line })
     }
 
     /// Sends a line on a kept connection and returns the echo, or the name of the error.
     pub fn ask(&mut self, name: &str, line: &str) -> Result<String, String> {
         let (name, line) = (name.to_owned(), line.to_owned());
-        match self.request(&Request::Ask { name, line }) {
-            Answer::Said(line) => Ok(line),
-            Answer::Failed(error) => Err(error),
-            other => panic!("{other:?}"),
-        }
+        self.said(&Request::Ask { name, line })
+    }
+
+    /// Takes one step with a kept socket and returns what came of it, or the name of the error.
+    pub fn step(&mut self, name: &str, step: Step) -> Result<String, String> {
+        let name = name.to_owned();
+        self.said(&Request::Step { name, step })
     }
 
     /// Looks at a kept connection again.
@@ -260,6 +267,14 @@ impl Actor {
     fn dialed(&mut self, request: &Request) -> Dialed {
         match self.request(request) {
             Answer::Dialed(dialed) => *dialed,
+            other => panic!("{:?}: {request:?}: {other:?}", self.identity),
+        }
+    }
+
+    fn said(&mut self, request: &Request) -> Result<String, String> {
+        match self.request(request) {
+            Answer::Said(text) => Ok(text),
+            Answer::Failed(error) => Err(error),
             other => panic!("{:?}: {request:?}: {other:?}", self.identity),
         }
     }

@@ -48,6 +48,8 @@ pub struct Plan {
     pub seed: u64,
     /// The first option set; those before are left out.
     pub first_set: u64,
+    /// Only this attempt of each option set, counted from 0.
+    pub only: Option<usize>,
     /// How many attempts are made in all.
     pub attempts: u64,
     /// How many of them under each option set.
@@ -64,21 +66,52 @@ impl Plan {
         Self {
             seed,
             first_set: 0,
+            only: None,
             attempts,
             attempts_per_set: 50,
             variants: vec![Variant::Nft, Variant::Legacy],
             distortion: |options| options,
         }
     }
+
+    /// The command that runs it, but for the distortion.
+    pub fn command(&self) -> String {
+        let Self {
+            seed,
+            first_set,
+            attempts,
+            ..
+        } = self;
+        let iptables = match self.variants[..] {
+            [only] => format!(" --iptables {}", only.name()),
+            _ => String::new(),
+        };
+        let count = match self.only {
+            Some(only) => format!("--attempt {only}"),
+            None => format!("--attempts {attempts}"),
+        };
+        format!("cargo xtask conformance --seed {seed}{iptables} --first-set {first_set} {count}")
+    }
 }
 
-/// Runs a plan. `progress` sees the report after each option set, and may end the run.
-pub fn run(plan: &Plan, progress: &mut dyn FnMut(&Report) -> ControlFlow<()>) -> Report {
+/// What is told while a plan runs.
+#[derive(Clone, Copy, Debug)]
+pub enum News<'a> {
+    /// One more difference, as small as it could be made.
+    Found(&'a Difference),
+    /// An option set is done; the report so far.
+    SetDone(&'a Report),
+}
+
+/// Whoever is told, and may end the run.
+pub type Tell<'a> = dyn FnMut(News<'_>) -> ControlFlow<()> + 'a;
+
+/// Runs a plan.
+pub fn run(plan: &Plan, tell: &mut Tell<'_>) -> Report {
     let mut report = Report::default();
     let mut world: Option<World> = None;
     for set in plan.first_set.. {
-        let left = plan.attempts - report.attempts;
-        if left == 0 || report.differences.len() >= ENOUGH {
+        if report.attempts >= plan.attempts || report.differences.len() >= ENOUGH {
             break;
         }
         if set % SETS_PER_WORLD == 0 {
@@ -88,29 +121,37 @@ pub fn run(plan: &Plan, progress: &mut dyn FnMut(&Report) -> ControlFlow<()>) ->
             let turn = usize::try_from(set / SETS_PER_WORLD).unwrap() % plan.variants.len();
             World::new(plan.variants[turn], plan.distortion)
         });
-        run_set(
-            plan,
-            set,
-            left.min(plan.attempts_per_set),
-            world,
-            &mut report,
-        );
-        if progress(&report).is_break() {
+        let mut run = || {
+            run_set(plan, set, world, &mut report, tell)?;
+            tell(News::SetDone(&report))
+        };
+        if run().is_break() {
             break;
         }
     }
     report
 }
 
-fn run_set(plan: &Plan, set: u64, count: u64, world: &mut World, report: &mut Report) {
+fn run_set(
+    plan: &Plan,
+    set: u64,
+    world: &mut World,
+    report: &mut Report,
+    tell: &mut Tell<'_>,
+) -> ControlFlow<()> {
     // A tree that has been shrunk cannot be had back, but made again.
     let setting_tree = || settings().new_tree(&mut runner(plan.seed, set)).unwrap();
     let setting = setting_tree().current();
     let strategy = attempts(&setting);
     let mut runner = runner(plan.seed, set);
-    let mut trees: Vec<_> = (0..count)
+    let left = plan.attempts - report.attempts;
+    let all = usize::try_from(left.min(plan.attempts_per_set)).unwrap();
+    let (first, count) = plan.only.map_or((0, all), |only| (only, 1));
+    // Those before are drawn too: each takes its share of what is random.
+    let mut trees: Vec<_> = (0..first + count)
         .map(|_| strategy.new_tree(&mut runner).unwrap())
         .collect();
+    let mut trees = trees.split_off(first);
     let made: Vec<Attempt> = trees.iter().map(ValueTree::current).collect();
     let results = world.play(&setting, &made);
     report.sets += 1;
@@ -149,8 +190,7 @@ fn run_set(plan: &Plan, set: u64, count: u64, world: &mut World, report: &mut Re
         }
         report.differences.push(Difference {
             looks: vec![looks, small],
-            seed: plan.seed,
-            set,
+            again: again(plan, set, first + index, world.variant(), repeats),
             words: attempt.words(world.pod()),
             setting,
             attempt,
@@ -159,6 +199,31 @@ fn run_set(plan: &Plan, set: u64, count: u64, world: &mut World, report: &mut Re
             seen: 1,
             repeats,
         });
+        tell(News::Found(
+            &report.differences[report.differences.len() - 1],
+        ))?;
+    }
+    ControlFlow::Continue(())
+}
+
+/// What makes an attempt again: alone if that shows the difference, else with all that was done to its pods before.
+fn again(plan: &Plan, set: u64, attempt: usize, variant: Variant, repeats: Repeats) -> Plan {
+    let alone = repeats == Repeats::Alone || plan.only.is_some();
+    let first_set = if alone {
+        set
+    } else {
+        plan.first_set.max(set - set % SETS_PER_WORLD)
+    };
+    Plan {
+        first_set,
+        only: alone.then_some(attempt),
+        attempts: if alone {
+            1
+        } else {
+            (set - first_set + 1) * plan.attempts_per_set
+        },
+        variants: vec![variant],
+        ..plan.clone()
     }
 }
 

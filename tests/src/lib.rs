@@ -8,7 +8,7 @@
 //! | [`namespace`], [`cgroup`], [`pod`] | a pod and its peer, removed again whatever happens |
 //! | [`container`] | the `istio-iptables` program in a container of a pod |
 //! | [`protocol`], [`actor`] | a process with a chosen identity that dials and listens on request |
-//! | [`dial`], [`datagram`], [`burst`], [`server`], [`sockopt`] | the code that runs inside such a process |
+//! | [`dial`], [`by_hand`], [`datagram`], [`burst`], [`server`], [`sockopt`] | the code that runs inside such a process |
 //! | [`options`], [`loader`], [`iptables`], [`backend`] | the capture under test and the reference it is compared with |
 //! | [`cni`] | a container runtime's end of the CNI plugin, and a stand-in for the daemon |
 //! | [`containerd`] | a real container runtime, driven as a kubelet does it |
@@ -35,6 +35,7 @@ pub mod api_server;
 pub mod backend;
 pub mod bpffs;
 pub mod burst;
+pub mod by_hand;
 pub mod cgroup;
 pub mod cni;
 pub mod conformance;

@@ -1,11 +1,16 @@
 //! istio-iptables' options as a test states them: one value, from which the flags and the reference rules are both made.
 
-use std::{fs, net::IpAddr};
+use std::{
+    fs,
+    net::{IpAddr, Ipv4Addr},
+};
 
 /// Where Istio's agent answers captured DNS queries; it cannot be chosen.
 pub const DNS_PROXY_PORT: u16 = 15053;
 /// Istio's default for `--istio-inbound-tproxy-mark`.
 pub const TPROXY_MARK: u32 = 1337;
+/// What istio-iptables' rules set in TPROXY mode on the proxy's way to its own pod.
+pub const SELF_MARK: u32 = 1338;
 
 /// An option set. Fields hold the text of the flag; empty means that the flag is not given.
 #[derive(Clone, Copy, Debug)]
@@ -142,6 +147,15 @@ impl Options {
             variables.push(("ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR", self.loopback_cidr));
         }
         variables
+    }
+
+    /// Whether the loopback CIDR has that address.
+    pub fn is_loopback(&self, address: Ipv4Addr) -> bool {
+        let cidr = or(self.loopback_cidr, "127.0.0.1/32");
+        let (network, bits) = cidr.split_once('/').unwrap();
+        let network: Ipv4Addr = network.parse().unwrap();
+        let ignored = 32 - bits.parse::<u32>().unwrap();
+        (network.to_bits() ^ address.to_bits()) >> ignored == 0
     }
 
     /// The servers that [`Self::resolv_conf`] names.

@@ -405,6 +405,40 @@ impl Listen {
     }
 }
 
+/// One system call on one end of a connection.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub enum Step {
+    /// Listen on a socket of that name.
+    Listen {
+        /// Address and port.
+        at: SocketAddr,
+        /// Whether a connection stays in the state SYN_RECV until data comes (`TCP_DEFER_ACCEPT`).
+        deferred: bool,
+    },
+    /// Accept a connection and keep it under that name.
+    Accept {
+        /// The listener's name.
+        listener: String,
+        /// Whether one should come: otherwise the wait is short.
+        expected: bool,
+    },
+    /// Call connect(2) once, without waiting.
+    Begin {
+        /// The socket's kind.
+        family: Family,
+        /// The destination.
+        to: SocketAddr,
+    },
+    /// Send until the socket takes no more; says how many bytes it took.
+    Fill,
+    /// Stop sending.
+    Shut,
+    /// Read to the end; says how many bytes came.
+    Drain,
+    /// Say which state TCP is in.
+    State,
+}
+
 /// One thing an actor is asked to do.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub enum Request {
@@ -446,8 +480,13 @@ pub enum Request {
         /// How many.
         addresses: u32,
     },
-    /// Connect a UDP socket and look at it.
-    Datagram(SocketAddr),
+    /// Connect a UDP socket to one address after another, and look at it.
+    Datagram {
+        /// Address and port to bind before.
+        bind: SocketAddr,
+        /// The destinations, all of its family.
+        to: Vec<SocketAddr>,
+    },
     /// Make connections at the same time, each in its own thread.
     Together(Vec<Dial>),
     /// Open a place where sockets of other processes arrive.
@@ -489,6 +528,13 @@ pub enum Request {
     Look {
         /// Name of the connection.
         name: String,
+    },
+    /// Take one step with a kept socket.
+    Step {
+        /// Its name.
+        name: String,
+        /// What to do.
+        step: Step,
     },
     /// Close a kept connection.
     Hang {

@@ -88,7 +88,8 @@ impl Drop for Server {
     }
 }
 
-fn bound(listen: &Listen) -> Result<Socket, Error> {
+/// A socket bound as asked, and listening if it is one for connections.
+pub fn bound(listen: &Listen) -> Result<Socket, Error> {
     let (kind, protocol) = if listen.udp {
         (Type::DGRAM, Protocol::UDP)
     } else if listen.multipath {

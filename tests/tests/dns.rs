@@ -418,15 +418,27 @@ fn connected_socket_with_a_port_of_its_own_sees_its_address_and_the_server(
     } else {
         Ipv4Addr::UNSPECIFIED.into()
     };
-    for source in [any, scene.pod.own(family)] {
-        let mut dial = Dial::new(family, to).bind(SocketAddr::new(source, 4054));
+    // Port 0 is one of the kernel's choice.
+    for (source, port) in [
+        (any, 4054),
+        (any, 0),
+        (scene.pod.own(family), 4054),
+        (scene.pod.own(family), 0),
+    ] {
+        let mut dial = Dial::new(family, to).bind(SocketAddr::new(source, port));
         dial.transport = ConnectedUdp;
         let dialed = scene.app.dial(&dial);
         assert_eq!(dialed.outcome(), AGENT, "{dialed:#?}");
         assert_eq!(dialed.peer.map(canonical), Some(to), "{dialed:#?}");
         assert_eq!(dialed.replied.map(canonical), Some(to), "{dialed:#?}");
-        let local = SocketAddr::new(scene.pod.own(family), 4054);
-        assert_eq!(dialed.local.map(canonical), Some(local), "{dialed:#?}");
+        let local = canonical(dialed.local.unwrap());
+        assert_eq!(local.ip(), scene.pod.own(family), "{dialed:#?}");
+        assert!([0, local.port()].contains(&port), "{dialed:#?}");
+        let sender = canonical(dialed.greeting.as_ref().unwrap().peer);
+        assert_eq!(sender.port(), local.port(), "{dialed:#?}");
+        // Documented: bound to a port alone, the socket talks to the agent from loopback.
+        let shown = backend == Iptables || source != any;
+        assert_eq!(sender.ip() == local.ip(), shown, "{dialed:#?}");
     }
 }
 

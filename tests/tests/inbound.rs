@@ -4,13 +4,13 @@
     reason = "a test binary has no readers of its documentation"
 )]
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use redirect_tests::{
     backend::Backend,
     options::Options,
     pod::Pod,
-    protocol::{Dial, Family, Identity},
+    protocol::{Dial, Family, Identity, Listen},
     scene::{Attempt, Lands, Scene, To, inward, out},
 };
 use rstest::rstest;
@@ -202,5 +202,39 @@ fn second_address_and_second_link_are_captured(
         let inside = scene.address(V4, to);
         assert_eq!(scene.app.dial(&Dial::new(V4, inside)).outcome(), "app");
         assert_eq!(scene.proxy.dial(&Dial::new(V4, inside)).outcome(), "15006");
+    }
+}
+
+/// Documented: iptables aims at the first address of the interface, which is the newest one in IPv6.
+#[rstest]
+fn proxy_on_one_address_serves_all_of_the_pod(
+    #[values(Redirect, Iptables)] backend: Backend,
+    #[values(V4, V6)] family: Family,
+) {
+    let mut scene = Scene::without_proxy(Pod::new(), &Options::ISTIO);
+    let first = scene.pod.own(family);
+    let (second, bits): (IpAddr, u8) = match first {
+        IpAddr::V4(ip) => (Ipv4Addr::from_bits(ip.to_bits() + 1).into(), 24),
+        IpAddr::V6(ip) => (Ipv6Addr::from_bits(ip.to_bits() + 1).into(), 64),
+    };
+    let nodad = if family == V6 { "nodad" } else { "" };
+    scene
+        .pod
+        .netns
+        .ip(&format!("addr add {second}/{bits} dev eth0 {nodad}"));
+    let at = SocketAddr::new(first, 15006);
+    scene.proxy.listen(Listen::new("15006", at));
+    scene.attach(backend, &Options::ISTIO);
+    for called in [first, second] {
+        let dial = |port| Dial::new(family, SocketAddr::new(called, port));
+        assert_eq!(scene.outside.dial(&dial(15020)).outcome(), "app");
+        let dialed = scene.outside.dial(&dial(8080));
+        let shown = dialed.greeting.as_ref().map(|greeting| greeting.local.ip());
+        let expected = match (backend, family) {
+            (Redirect, _) => ("15006", Some(called)),
+            (Iptables, V6) => ("ECONNREFUSED", None),
+            (Iptables, _) => ("15006", Some(first)),
+        };
+        assert_eq!((dialed.outcome(), shown), expected, "{called}");
     }
 }

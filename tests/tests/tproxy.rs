@@ -12,7 +12,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use redirect_tests::{
     backend::Backend,
-    options::Options,
+    options::{Options, SELF_MARK},
     pod::Pod,
     protocol::{Dial, Family, Identity, Listen, canonical},
     scene::{Lands, Scene, To, inward, out, wildcards},
@@ -30,8 +30,6 @@ const TPROXY: Options = Options {
 };
 /// Envoy's `original_src` filter sets it.
 const MARK: u32 = 1337;
-/// What the rules set on the proxy's way to its own pod.
-const SELF_MARK: u32 = 1338;
 
 #[rstest]
 fn inbound_connections_keep_their_address(

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use redirect_tests::conformance::{self, Plan, report::Report};
+use redirect_tests::conformance::{self, News, Plan, report::Report};
+use redirect_tests::iptables::Variant;
 
 use crate::ui::{self, Mark};
 use crate::{cargo, preflight, setup};
@@ -25,9 +26,20 @@ pub struct Options {
     /// Where everything random comes from [default: another one each time]
     #[arg(long)]
     seed: Option<u64>,
-    /// Leave out the option sets before this one: `--first-set N --attempts 50` makes set N again
+    /// Leave out the option sets before this one
     #[arg(long, value_name = "N", default_value_t = 0)]
     first_set: u64,
+    /// Make only this attempt of that option set, counted from 0
+    #[arg(
+        long,
+        value_name = "N",
+        requires = "first_set",
+        conflicts_with = "attempts"
+    )]
+    attempt: Option<usize>,
+    /// Compare with this one only [default: both, in turn]
+    #[arg(long, value_name = "nft|legacy", value_parser = variant)]
+    iptables: Option<Variant>,
 }
 
 pub fn run(options: &Options) -> Result<()> {
@@ -40,6 +52,12 @@ pub fn run(options: &Options) -> Result<()> {
     let seed = options.seed.unwrap_or_else(ui::new_seed);
     let mut plan = Plan::new(seed, options.attempts);
     plan.first_set = options.first_set;
+    if options.attempt.is_some() {
+        (plan.only, plan.attempts) = (options.attempt, 1);
+    }
+    if let Some(variant) = options.iptables {
+        plan.variants = vec![variant];
+    }
     plan.variants.retain(|variant| {
         let works = variant.works();
         if !works {
@@ -52,10 +70,18 @@ pub fn run(options: &Options) -> Result<()> {
     }
     ui::step(Mark::Ok, "seed", &seed.to_string());
 
-    let mut progress = Progress::new(options.attempts);
-    let report = conformance::run(&plan, &mut |report| progress.show(report));
+    let mut progress = Progress::new(plan.attempts);
+    let report = conformance::run(&plan, &mut |news| match news {
+        News::Found(difference) => {
+            progress
+                .bar
+                .suspend(|| anstream::println!("\n{difference}"));
+            continue_unless_interrupted()
+        }
+        News::SetDone(report) => progress.show(report),
+    });
     progress.bar.finish_and_clear();
-    anstream::println!("\n{report}");
+    anstream::println!("\n{}", report.summary());
     if !report.agrees() {
         bail!("redirect and iptables disagree (seed {seed})");
     }
@@ -63,6 +89,21 @@ pub fn run(options: &Options) -> Result<()> {
         bail!("interrupted");
     }
     Ok(())
+}
+
+fn variant(name: &str) -> Result<Variant, String> {
+    [Variant::Nft, Variant::Legacy]
+        .into_iter()
+        .find(|variant| variant.name() == name)
+        .ok_or_else(|| "allowed are nft and legacy".to_owned())
+}
+
+fn continue_unless_interrupted() -> ControlFlow<()> {
+    if INTERRUPTED.load(Ordering::Relaxed) {
+        ControlFlow::Break(())
+    } else {
+        ControlFlow::Continue(())
+    }
 }
 
 struct Progress {
@@ -97,10 +138,6 @@ impl Progress {
         }
         self.bar.set_position(report.attempts);
         self.bar.set_message(message);
-        if INTERRUPTED.load(Ordering::Relaxed) {
-            ControlFlow::Break(())
-        } else {
-            ControlFlow::Continue(())
-        }
+        continue_unless_interrupted()
     }
 }

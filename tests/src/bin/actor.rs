@@ -33,13 +33,12 @@ use nix::{
 };
 use redirect_tests::{
     burst::{self, Reverser},
-    datagram,
+    by_hand, datagram,
     dial::{self, ask, connect, create, half_close, look},
     parcel,
     play::Player,
     protocol::{Answer, Dial, Dialed, Family, Identity, Request, Start, Traffic, Transport},
     raw::disconnect,
-    scene::wildcards,
     server::Server,
     sockopt::errno_name,
 };
@@ -162,6 +161,7 @@ impl Actor {
             Request::Ask { name, line } => said(ask(&self.sockets[&name], &line)),
             Request::HalfClose { name, line } => said(half_close(&self.sockets[&name], &line)),
             Request::Look { name } => Answer::Dialed(Box::new(look(&self.sockets[&name]))),
+            Request::Step { name, step } => said(by_hand::take(&mut self.sockets, &name, &step)),
             Request::Hang { name } => {
                 self.sockets.remove(&name);
                 Answer::Done
@@ -173,9 +173,9 @@ impl Actor {
             }
             Request::Spawn { name, dial } => self.spawn(name.as_deref(), &dial),
             Request::Sweep { to, addresses } => sweep(to, addresses),
-            Request::Datagram(to) => {
-                let socket = UdpSocket::bind(wildcards(0)[usize::from(to.is_ipv6())]).unwrap();
-                match socket.connect(to) {
+            Request::Datagram { bind, to } => {
+                let socket = UdpSocket::bind(bind).unwrap();
+                match to.iter().try_for_each(|to| socket.connect(to)) {
                     Ok(()) => Answer::Dialed(Box::new(look(&socket.into()))),
                     Err(error) => Answer::Failed(errno_name(&error)),
                 }

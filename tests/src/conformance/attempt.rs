@@ -6,12 +6,12 @@ use proptest::{prelude::*, sample::select};
 
 use super::{
     place::{Place, address},
-    setting::Setting,
+    setting::Setting as PodSetting,
 };
 use crate::{
-    options::{DNS_PROXY_PORT, TPROXY_MARK},
+    options::{DNS_PROXY_PORT, SELF_MARK, TPROXY_MARK},
     pod::Pod,
-    protocol::{Dial, Family, Identity, Transport, Way},
+    protocol::{Dial, Family, Identity, Setting, Transport, Way},
 };
 
 /// Longer than any handshake takes; a SYN that is dropped on the way costs this much, in milliseconds.
@@ -41,7 +41,7 @@ const PORTS: [u16; 17] = [
     81,
     65_535,
 ];
-const MARKS: &[u32] = &[TPROXY_MARK, 1338, 42];
+const MARKS: &[u32] = &[TPROXY_MARK, SELF_MARK, 42];
 /// Buffers for `SO_ORIGINAL_DST`: exact for either family, larger, too small, and beyond a page.
 const LENGTHS: &[usize] = &[16, 28, 64, 15, 2, 20, 128, 4096, 5000];
 
@@ -83,14 +83,55 @@ const SOURCES: &[Place] = &[
     Place::Localhost,
     Place::Service,
 ];
+/// Addresses that are not the pod's.
+const FOREIGN: &[Place] = &[
+    Place::Service,
+    Place::Elsewhere,
+    Place::Peer,
+    Place::Unreachable,
+];
+/// Where a virtual machine connects to.
+const MACHINE: &[Place] = &[
+    Place::Service,
+    Place::Service,
+    Place::Own,
+    Place::Elsewhere,
+    Place::Second,
+    Place::Other,
+    Place::Gateway,
+    Place::Peer,
+    Place::OtherPeer,
+    Place::Unreachable,
+    Place::Prohibited,
+];
+/// What a process of the machine may bind to.
+const MACHINE_SOURCES: &[Place] = &[Place::Any];
 /// What a process of the peer may bind to.
 const PEER_SOURCES: &[Place] = &[Place::Any, Place::Service];
+
+/// Where a connection is made.
+#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum Origin {
+    /// In the pod, by somebody.
+    Pod(Identity),
+    /// Outside.
+    Peer,
+    /// In a virtual machine behind an interface of the pod.
+    Machine,
+}
+
+impl Origin {
+    /// Whether it is a process of the pod's.
+    pub const fn is_pod(&self) -> bool {
+        matches!(self, Self::Pod(_))
+    }
+}
 
 /// One connection.
 #[derive(Clone, Debug)]
 pub struct Attempt {
-    /// Who dials; `None` is the peer.
-    pub from: Option<Identity>,
+    /// Who dials.
+    pub from: Origin,
     /// The protocol.
     pub transport: Transport,
     /// The kind of socket.
@@ -101,6 +142,8 @@ pub struct Attempt {
     pub port: u16,
     /// What to bind to; port 0 leaves that half to the kernel.
     pub source: Option<(Place, u16)>,
+    /// `IP_FREEBIND` or `IP_TRANSPARENT`: the source need not be the pod's.
+    pub liberty: Option<Setting>,
     /// `SO_MARK`, or 0.
     pub mark: u32,
     /// A buffer size for one more query of the server's `SO_ORIGINAL_DST`.
@@ -110,7 +153,7 @@ pub struct Attempt {
 }
 
 /// Connections for a setting: ports are drawn from those it names and others.
-pub fn attempts(setting: &Setting) -> impl Strategy<Value = Attempt> + use<> {
+pub fn attempts(setting: &PodSetting) -> impl Strategy<Value = Attempt> + use<> {
     let named = setting.ports_named();
     let port = if named.is_empty() {
         select(PORTS.to_vec()).boxed()
@@ -133,9 +176,12 @@ pub fn attempts(setting: &Setting) -> impl Strategy<Value = Attempt> + use<> {
         6 => select(UNUSUAL),
         1 => select(NOWHERE),
     ];
+    // Without the option, what the pod forwards is another matter (docs/behaviour.md).
+    let machines = if setting.has_machine() { 40 } else { 0 };
     let ends = prop_oneof![
-        5 => (identities().prop_map(Some), family(), to, sources(SOURCES)),
-        2 => (Just(None), family(), select(POD), sources(PEER_SOURCES)),
+        50 => (identities().prop_map(Origin::Pod), family(), to, sources(SOURCES)),
+        20 => (Just(Origin::Peer), family(), select(POD), sources(PEER_SOURCES)),
+        machines => (Just(Origin::Machine), family(), select(MACHINE), sources(MACHINE_SOURCES)),
     ];
     let udp = if dns { 7 } else { 1 };
     let transport = prop_oneof![
@@ -149,12 +195,15 @@ pub fn attempts(setting: &Setting) -> impl Strategy<Value = Attempt> + use<> {
         prop_oneof![9 => Just(0), marked => select(MARKS)],
         prop_oneof![4 => Just(None), 1 => select(LENGTHS).prop_map(Some)],
         prop::bool::weighted(before),
+        prop_oneof![9 => Just(None), 1 => liberties().prop_map(Some)],
     );
     (ends, transport, (port, query), extras).prop_map(
-        |((from, family, to, source), transport, (port, query), (mark, length, before))| {
+        |((from, family, to, source), transport, (port, query), extras)| {
+            let (mark, length, before, liberty) = extras;
             let tcp = transport == Transport::Tcp;
+            let inside = from.is_pod();
+            let port_bound = source.map_or(0, |(_, port)| port);
             Attempt {
-                from,
                 // Nobody answers a datagram sent to everybody.
                 transport: if NOWHERE.contains(&to) {
                     Transport::Tcp
@@ -164,7 +213,15 @@ pub fn attempts(setting: &Setting) -> impl Strategy<Value = Attempt> + use<> {
                 family,
                 to,
                 port: if query { 53 } else { port },
-                source,
+                // A process of the peer has its own address only.
+                source: match &liberty {
+                    Some((_, foreign)) if inside => {
+                        foreign.map(|place| (place, port_bound)).or(source)
+                    }
+                    _ => source,
+                },
+                liberty: liberty.filter(|_| inside).map(|(liberty, _)| liberty),
+                from,
                 mark,
                 // Datagrams have no connection to ask about or to look at again.
                 length: length.filter(|_| tcp),
@@ -199,6 +256,13 @@ fn identities() -> impl Strategy<Value = Identity> {
     select(apart)
 }
 
+/// What lets a socket bind to any address, and often one that is not the pod's.
+fn liberties() -> impl Strategy<Value = (Setting, Option<Place>)> {
+    let settings = select(vec![Setting::Freebind, Setting::Transparent]);
+    let places = prop_oneof![1 => Just(None), 2 => select(FOREIGN).prop_map(Some)];
+    (settings, places)
+}
+
 fn sources(places: &'static [Place]) -> impl Strategy<Value = Option<(Place, u16)>> {
     // Below the ephemeral ports, so that a bound port is never taken by chance; one that comes again; and steered ones.
     let ports = prop_oneof![
@@ -215,7 +279,7 @@ fn sources(places: &'static [Place]) -> impl Strategy<Value = Option<(Place, u16
 
 impl Attempt {
     /// A TCP connection of an unbound socket.
-    pub const fn plain(from: Option<Identity>, family: Family, to: Place, port: u16) -> Self {
+    pub const fn plain(from: Origin, family: Family, to: Place, port: u16) -> Self {
         Self {
             from,
             transport: Transport::Tcp,
@@ -223,6 +287,7 @@ impl Attempt {
             to,
             port,
             source: None,
+            liberty: None,
             mark: 0,
             length: None,
             before: false,
@@ -232,6 +297,17 @@ impl Attempt {
     /// The destination in this pod.
     pub fn destination(&self, pod: &Pod) -> SocketAddr {
         SocketAddr::new(address(pod, self.to, self.family.is_ipv4()), self.port)
+    }
+
+    /// Whether it binds to an address that is not the pod's.
+    pub fn has_foreign_source(&self) -> bool {
+        self.source
+            .is_some_and(|(place, _)| FOREIGN.contains(&place))
+    }
+
+    /// Whether the process needs `CAP_NET_ADMIN`.
+    pub fn is_privileged(&self) -> bool {
+        self.mark != 0 || self.liberty == Some(Setting::Transparent)
     }
 
     /// The address to bind to in this pod.
@@ -262,6 +338,7 @@ impl Attempt {
             } else {
                 DATAGRAM_MS
             },
+            settings: self.liberty.iter().cloned().collect(),
             probe_lengths: self.length.into_iter().collect(),
             ..Dial::new(self.family, self.destination(pod))
         }
@@ -274,8 +351,9 @@ impl Attempt {
             words.push("before attach:".to_owned());
         }
         words.push(match &self.from {
-            Some(identity) => format!("{} in the pod", who(identity)),
-            None => "the peer".to_owned(),
+            Origin::Pod(identity) => format!("{} in the pod", who(identity)),
+            Origin::Peer => "the peer".to_owned(),
+            Origin::Machine => "the virtual machine".to_owned(),
         });
         words.push(
             match self.transport {
@@ -297,7 +375,10 @@ impl Attempt {
         ));
         match (self.source, self.binding(pod)) {
             (Some((place, _)), Some(address)) => {
-                words.push(format!("from {address} ({})", place.words()))
+                words.push(format!("from {address} ({})", place.words()));
+                if let Some(liberty) = &self.liberty {
+                    words.push(format!("by {liberty:?}"));
+                }
             }
             _ => words.push("from an unbound socket".to_owned()),
         }

@@ -3,25 +3,25 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::{
-    attempt::Attempt,
+    attempt::{Attempt, Origin},
     observe::{
         CLIENT_LOCAL, CLIENT_ORIGINAL, CLIENT_ORIGINAL6, CLIENT_PEER, LATER, LATER_ECHO, Line,
         OUTCOME, REPLIED, SERVER_LOCAL, SERVER_PEER, SERVER_SIZED, SERVER_SIZED6,
     },
     place::Place,
-    setting::{AGENT, Agent, Proxy, Setting},
+    setting::{AGENT, Agent, Proxy, Setting as PodSetting},
     world::LATER_LINE,
 };
 use crate::{
-    options::{DNS_PROXY_PORT, TPROXY_MARK},
-    protocol::{Family, Transport},
+    options::{DNS_PROXY_PORT, SELF_MARK, TPROXY_MARK},
+    protocol::{Family, Setting, Transport},
 };
 
 /// An attempt and all that was seen of it.
 #[derive(Clone, Copy)]
 pub struct Case<'a> {
     /// The pods' options and proxy.
-    pub setting: &'a Setting,
+    pub setting: &'a PodSetting,
     /// The connection.
     pub attempt: &'a Attempt,
     /// Both pods, line by line.
@@ -109,13 +109,13 @@ pub const KNOWN: &[Known] = &[
     },
     Known {
         name: "The agent sees a loopback address",
-        explanation: "in place of the pod's as the sender of a query from a UDP socket that the client has bound to a port and connected.",
+        explanation: "in place of the pod's as the sender of a query from a UDP socket that the client has bound to a port, also to one of the kernel's choice, and connected.",
         applies: |case, line| {
             let (shown, port) = endpoint(&line.redirect);
             line.what == SERVER_PEER
                 && case.attempt.transport == Transport::ConnectedUdp
                 && case.redirect(OUTCOME) == AGENT
-                && !case.attempt.has_ephemeral_port()
+                && matches!(case.attempt.source, Some((Place::Any, _)))
                 && ["127.0.0.1", "::1"].contains(&shown)
                 && port == endpoint(&line.iptables).1
         },
@@ -158,7 +158,7 @@ pub const KNOWN: &[Known] = &[
         explanation: "that would be captured are refused at once, if the kernel finds no listener. With iptables their packets are dropped, also if the proxy listens on `::1`: its calls to its own pod are looked for at `::6`.",
         applies: |case, _| {
             let at_loopback = case.setting.proxy == Proxy::Loopback
-                && case.attempt.from.is_some()
+                && case.attempt.from.is_pod()
                 && !case.attempt.family.is_ipv4();
             case.setting.options.tproxy
                 && case.attempt.transport == Transport::Tcp
@@ -172,25 +172,31 @@ pub const KNOWN: &[Known] = &[
         explanation: "reach a proxy on any of them, and its `getsockname` shows the one that was called. With iptables both are about the first address of the interface.",
         applies: |case, line| {
             // The kernel keeps IPv4 addresses in the order they were added in, and IPv6 ones in the reverse.
-            let first = if case.attempt.family.is_ipv4() {
-                Place::Own
-            } else {
-                Place::Second
+            let aimed_at = match case.attempt.to {
+                Place::Own | Place::Second if case.attempt.family.is_ipv4() => Place::Own,
+                Place::Own | Place::Second => Place::Second,
+                other => other,
             };
-            let another = [Place::Own, Place::Second, Place::Other].contains(&case.attempt.to)
-                && case.attempt.to != first;
+            // REDIRECT aims at the first address of the interface that the packet came by.
+            let aimed_at = if case.attempt.from == Origin::Machine {
+                Place::Gateway
+            } else {
+                aimed_at
+            };
             let dropped = case.setting.options.tproxy
                 && case
                     .line(OUTCOME)
                     .is_some_and(|line| line.iptables == "TimedOut");
             let bound = case.setting.proxy == Proxy::PodAddress
+                && aimed_at != Place::Own
                 && case
                     .line(OUTCOME)
                     .is_some_and(|line| line.iptables == "ECONNREFUSED" || dropped);
             let shown = line.what == SERVER_LOCAL
+                && case.attempt.to != aimed_at
                 && endpoint(&line.redirect).0 == endpoint(case.redirect(CLIENT_PEER)).0
                 && endpoint(&line.redirect).1 == endpoint(&line.iptables).1;
-            case.attempt.from.is_none() && another && (bound || shown)
+            !case.attempt.from.is_pod() && (bound || shown)
         },
     },
     Known {
@@ -201,9 +207,66 @@ pub const KNOWN: &[Known] = &[
             let options = &case.setting.options;
             options.tproxy
                 && !options.include_inbound.is_empty()
-                && case.attempt.from.is_some()
+                && case.attempt.from.is_pod()
                 && case.attempt.mark == TPROXY_MARK
                 && !own.contains(&case.attempt.to)
+        },
+    },
+    Known {
+        name: "Marked connections from `::1` to the pod's own address in TPROXY mode",
+        explanation: "get no answer where nobody listens, as without capture: the kernel sends its reset out of the pod. With iptables the mark of `-t` brings the reset back.",
+        applies: |case, line| {
+            let own = [Place::Own, Place::Second, Place::Other];
+            let attempt = case.attempt;
+            case.setting.options.tproxy
+                && attempt.from.is_pod()
+                && attempt.family == Family::V6
+                && attempt.mark == TPROXY_MARK
+                && own.contains(&attempt.to)
+                && matches!(attempt.source, Some((Place::Localhost, _)))
+                && (line.iptables.as_str(), line.redirect.as_str()) == ("ECONNREFUSED", "TimedOut")
+        },
+    },
+    Known {
+        name: "Connections with mark 1338 in TPROXY mode",
+        explanation: "that are captured on their way out reach their listener, always. With iptables they reach 15006 where `ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR` leaves 127.0.0.1 out: redirected there, they look like the proxy's calls to its own pod.",
+        applies: |case, line| {
+            let options = &case.setting.options;
+            let inbound = options.inbound_listener().to_string();
+            let elsewhere = [options.outbound_listener().to_string(), AGENT.to_owned()];
+            line.what == OUTCOME
+                && options.tproxy
+                && case.attempt.from.is_pod()
+                && case.attempt.family.is_ipv4()
+                && case.attempt.mark == SELF_MARK
+                && !options.is_loopback(Ipv4Addr::LOCALHOST)
+                && [inbound.as_str(), "TimedOut"].contains(&line.iptables.as_str())
+                && elsewhere.contains(&line.redirect)
+        },
+    },
+    Known {
+        name: "A marked source that is not the pod's, in TPROXY mode,",
+        explanation: "gets its answer by the mark of `-t` alone. With iptables the answer is routed without it first, and gets lost if there is no route to that source, or if the proxy answers from 127.0.0.1.",
+        applies: |case, _| {
+            case.setting.options.tproxy
+                && case.attempt.liberty == Some(Setting::Transparent)
+                && case.attempt.has_foreign_source()
+                && case.attempt.mark == TPROXY_MARK
+                && case
+                    .line(OUTCOME)
+                    .is_some_and(|line| line.iptables == "TimedOut")
+        },
+    },
+    Known {
+        name: "An IPv4 source that is not the pod's, bound by `IP_FREEBIND`,",
+        explanation: "is refused with the error of the destination's route, if that has one. With iptables it is refused with `ENETUNREACH`, whatever the destination.",
+        applies: |case, line| {
+            line.what == OUTCOME
+                && case.attempt.family.is_ipv4()
+                && case.attempt.liberty == Some(Setting::Freebind)
+                && case.attempt.has_foreign_source()
+                && line.iptables == "ENETUNREACH"
+                && ["EHOSTUNREACH", "EACCES"].contains(&line.redirect.as_str())
         },
     },
 ];

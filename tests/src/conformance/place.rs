@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use crate::machine::{Link, Machine};
 use crate::pod::{ELSEWHERE4, ELSEWHERE6, Pod, SERVICE4, SERVICE6, Shape};
 
 /// Both pods get their addresses from this number: 10.18.52.2 and fd00:13:35::2.
@@ -18,6 +19,13 @@ const UNREACHABLE6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0x192, 0, 0, 0, 0, 9
 const PROHIBITED4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 209);
 const PROHIBITED6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0x193, 0, 0, 0, 0, 9);
 const MULTICAST6: Ipv6Addr = Ipv6Addr::new(0xff0e, 0, 0, 0, 0, 0, 0, 1);
+
+/// The pod's interface to the virtual machine.
+pub const MACHINE_INTERFACE: &str = "vm0";
+/// Tells the machine from others of the pod: it has 172.30.1.2, and the pod 172.30.1.1.
+const MACHINE_NUMBER: u8 = 1;
+const GATEWAY4: Ipv4Addr = Ipv4Addr::new(172, 30, 1, 1);
+const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfd30, 0x101, 0, 0, 0, 0, 0, 1);
 
 /// An address, by what it is to the pod.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -46,6 +54,8 @@ pub enum Place {
     Peer,
     /// The peer, on the pod's other link.
     OtherPeer,
+    /// The pod itself, by its address on the link to the virtual machine.
+    Gateway,
     /// A network that the pod's own routes call unreachable.
     Unreachable,
     /// A network that the pod's own routes prohibit.
@@ -71,6 +81,7 @@ impl Place {
             Self::Any => "the unspecified address",
             Self::Peer => "the peer",
             Self::OtherPeer => "the peer on the other link",
+            Self::Gateway => "the pod itself, by its address on the machine's link",
             Self::Unreachable => "a network with an unreachable route",
             Self::Prohibited => "a network with a prohibit route",
             Self::Broadcast => "broadcast",
@@ -97,12 +108,18 @@ pub fn address(pod: &Pod, place: Place, ipv4: bool) -> IpAddr {
         Place::Any => (Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED),
         Place::Peer => (pod.peer4, pod.peer6),
         Place::OtherPeer => (OTHER_PEER4, OTHER_PEER6),
+        Place::Gateway => (GATEWAY4, GATEWAY6),
         Place::Unreachable => (UNREACHABLE4, UNREACHABLE6),
         Place::Prohibited => (PROHIBITED4, PROHIBITED6),
         Place::Broadcast => (Ipv4Addr::new(10, 18, 52, 255), MULTICAST6),
         Place::Multicast => (Ipv4Addr::new(224, 0, 0, 99), MULTICAST6),
     };
     if ipv4 { four.into() } else { six.into() }
+}
+
+/// The virtual machine of such a pod.
+pub fn machine(pod: &Pod) -> Machine {
+    Machine::new(pod, MACHINE_INTERFACE, MACHINE_NUMBER, Link::Plain)
 }
 
 /// A pod with all of these places.

@@ -2,7 +2,13 @@
 
 use std::{collections::BTreeMap, fmt};
 
-use super::{attempt::Attempt, known::KNOWN, observe::Line, setting::Setting};
+use super::{
+    Plan,
+    attempt::Attempt,
+    known::KNOWN,
+    observe::{LATER_ECHO, Line, OUTCOME},
+    setting::Setting,
+};
 use crate::options::Options;
 
 /// One attempt of so many may go wrong for reasons of time.
@@ -11,10 +17,8 @@ const UNSTEADY: u64 = 500;
 /// A difference that nobody has declared deliberate, as small as it could be made.
 #[derive(Debug)]
 pub struct Difference {
-    /// The run's seed and the number of the option set.
-    pub seed: u64,
-    /// Counted from 0.
-    pub set: u64,
+    /// What makes the attempt again, and finds this.
+    pub again: Plan,
     /// The pods' options and proxy.
     pub setting: Setting,
     /// The connection.
@@ -60,17 +64,15 @@ pub struct Report {
 }
 
 impl Report {
-    /// Whether both pods did the same, but for known differences and a few that a busy machine makes.
+    /// Whether both pods did the same, but for known differences and a few answers that came too late: a busy machine
+    /// makes these.
     pub fn agrees(&self) -> bool {
-        let never = |difference: &&Difference| difference.repeats == Repeats::Never;
-        let unsteady: u64 = self
+        let (late, others): (Vec<_>, Vec<_>) = self
             .differences
             .iter()
-            .filter(never)
-            .map(|difference| difference.seen)
-            .sum();
-        self.differences.iter().all(|difference| never(&difference))
-            && unsteady * UNSTEADY <= self.attempts
+            .partition(|difference| difference.is_late());
+        let late: u64 = late.iter().map(|difference| difference.seen).sum();
+        others.is_empty() && late * UNSTEADY <= self.attempts
     }
 
     /// Counts a difference that looks like one that is reported. False if none does.
@@ -97,11 +99,13 @@ impl Report {
     }
 }
 
-impl fmt::Display for Report {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for difference in &self.differences {
-            writeln!(f, "{difference}")?;
-        }
+impl Report {
+    /// The report without the details of each difference.
+    pub fn summary(&self) -> impl fmt::Display {
+        fmt::from_fn(|f| self.summarize(f))
+    }
+
+    fn summarize(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
             "{} attempts under {} option sets",
@@ -120,7 +124,25 @@ impl fmt::Display for Report {
             f,
             known.map(|name| (name, self.known.get(name).copied().unwrap_or_default())),
         )?;
-        writeln!(f, "\nother differences: {}", self.differences.len())
+        writeln!(f, "\nother differences: {}", self.differences.len())?;
+        for difference in &self.differences {
+            let (seen, what) = (difference.seen, difference.title());
+            writeln!(
+                f,
+                "  {seen:>7}  {what}\n           {}",
+                difference.again.command()
+            )?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for difference in &self.differences {
+            writeln!(f, "{difference}")?;
+        }
+        self.summarize(f)
     }
 }
 
@@ -134,21 +156,35 @@ fn counts<'a>(
     Ok(())
 }
 
-impl fmt::Display for Difference {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl Difference {
+    /// Whether all there is to it is that somebody waited in vain, once.
+    fn is_late(&self) -> bool {
+        let waited = |line: &Line| {
+            [&line.iptables, &line.redirect]
+                .iter()
+                .any(|seen| *seen == "TimedOut" || seen.ends_with("EAGAIN"))
+        };
+        let ends = [OUTCOME, LATER_ECHO];
+        let mut lines = self.lines.iter();
+        self.repeats == Repeats::Never
+            && lines.any(|line| ends.contains(&line.what) && line.differs() && waited(line))
+    }
+
+    /// Which lines disagree, and whether it was seen again.
+    fn title(&self) -> String {
         let steadiness = match self.repeats {
             Repeats::Alone => "",
-            Repeats::AtOnce => ", only after the attempts before it",
-            Repeats::Never => ", not seen again when repeated",
+            Repeats::AtOnce => " (only after the attempts before it)",
+            Repeats::Never => " (not seen again when repeated)",
         };
-        writeln!(
-            f,
-            "difference in {} attempts (seed {}, option set {}{steadiness}): {}",
-            self.seen,
-            self.seed,
-            self.set,
-            self.unknown.join("; ")
-        )?;
+        format!("{}{steadiness}", self.unknown.join("; "))
+    }
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "difference: {}", self.title())?;
+        writeln!(f, "  again    {}", self.again.command())?;
         let Setting {
             options,
             proxy,

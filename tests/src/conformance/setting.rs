@@ -157,6 +157,8 @@ const SERVICE_RESOLVES: &str = concat!(
 );
 /// One that the pod has not is among them.
 const INTERFACES: &[&str] = &["eth1", "eth0", "net1", "eth1,net1"];
+/// What virtual machines are behind, by `-k`; there is one, behind the first.
+const MACHINES: &[&str] = &["vm0", "vm0,net1", "net1", "vm+"];
 const PROXY_PORTS: &[&str] = &["", "15101", "61001"];
 const INBOUND_PORTS: &[&str] = &["", "15106", "15001"];
 const TUNNEL_PORTS: &[&str] = &["", "15108", "80"];
@@ -262,6 +264,7 @@ pub fn settings() -> impl Strategy<Value = Setting> {
         prop_oneof![2 => Just(DNS[0]), 3 => select(DNS)],
         prop::bool::weighted(0.25),
         prop_oneof![4 => Just(""), 1 => select(INTERFACES)],
+        prop_oneof![4 => Just(""), 1 => select(MACHINES)],
     );
     let around = (
         prop_oneof![
@@ -304,6 +307,8 @@ pub fn settings() -> impl Strategy<Value = Setting> {
                 resolv_conf: capture.0.2,
                 tproxy: capture.1,
                 exclude_interfaces: capture.2,
+                // Refused with TPROXY.
+                virtual_interfaces: if capture.1 { "" } else { capture.3 },
                 ..Options::BARE
             },
             proxy: around.0,
@@ -356,6 +361,11 @@ impl Setting {
             self.options.inbound_listener(),
         ]
         .into()
+    }
+
+    /// Whether `-k` names the interface to the virtual machine.
+    pub fn has_machine(&self) -> bool {
+        self.options.virtual_interfaces.contains("vm")
     }
 
     /// Whether `-u` or `-g` names the agent's user or group.

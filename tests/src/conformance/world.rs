@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    attempt::Attempt,
+    attempt::{Attempt, Origin},
     observe::{Line, OUTCOME, Seen, compare},
     place::{self, Place},
     setting::{AGENT, Setting},
@@ -16,6 +16,7 @@ use crate::{
     actor::Actor,
     iptables::{self, Variant},
     loader,
+    machine::Machine,
     options::{DNS_PROXY_PORT, Options},
     pod::Pod,
     protocol::{Answer, Dialed, Family, Identity, Listen, Request, Start},
@@ -84,6 +85,11 @@ impl World {
     /// The addresses, which are those of both.
     pub fn pod(&self) -> &Pod {
         &self.redirect.pod
+    }
+
+    /// Which iptables captures one of them.
+    pub const fn variant(&self) -> Variant {
+        self.variant
     }
 
     /// Takes on a setting and makes every attempt in both pods.
@@ -212,10 +218,14 @@ fn first_attempts() -> Vec<Attempt> {
     let mut attempts = Vec::new();
     for (from, places) in [
         (
-            Some(Identity::APP),
+            Origin::Pod(Identity::APP),
             [Place::Service, Place::Peer, Place::OtherPeer],
         ),
-        (None, [Place::Own, Place::Second, Place::Other]),
+        (Origin::Peer, [Place::Own, Place::Second, Place::Other]),
+        (
+            Origin::Machine,
+            [Place::Service, Place::Gateway, Place::Own],
+        ),
     ] {
         for family in [Family::V4, Family::V6] {
             for to in places {
@@ -228,17 +238,19 @@ fn first_attempts() -> Vec<Attempt> {
 
 /// One pod and its processes, which go before it.
 struct Side {
-    dialers: BTreeMap<(Option<Identity>, bool), Actor>,
+    dialers: BTreeMap<(Origin, bool), Actor>,
     proxy: Actor,
     proxy_names: Vec<String>,
     _app: Actor,
     _service: Actor,
+    machine: Machine,
     pod: Pod,
 }
 
 impl Side {
     fn new() -> Self {
         let pod = place::pod();
+        let machine = place::machine(&pod);
         let inside = |role: &str, identity: Identity| {
             Actor::start(&pod.netns.path(), Some(pod.cgroup.child(role)), identity)
         };
@@ -270,6 +282,7 @@ impl Side {
             proxy_names: Vec::new(),
             _app: app,
             _service: service,
+            machine,
             pod,
         }
     }
@@ -295,20 +308,24 @@ impl Side {
         }
     }
 
-    /// The process that makes this attempt. Only a mark needs a privilege.
+    /// The process that makes this attempt.
     fn dialer(&mut self, attempt: &Attempt) -> &mut Actor {
-        let pod = &self.pod;
-        let key = (attempt.from.clone(), attempt.mark != 0);
+        let (pod, machine) = (&self.pod, &self.machine);
+        let key = (attempt.from.clone(), attempt.is_privileged());
         self.dialers.entry(key).or_insert_with(|| {
-            let (netns, cgroup) = match attempt.from {
-                Some(_) => (pod.netns.path(), Some(pod.cgroup.child("others"))),
-                None => (pod.peer.path(), None),
+            let (netns, cgroup, identity) = match &attempt.from {
+                Origin::Pod(identity) => {
+                    let cgroup = pod.cgroup.child("others");
+                    (pod.netns.path(), Some(cgroup), identity.clone())
+                }
+                Origin::Peer => (pod.peer.path(), None, Identity::APP),
+                Origin::Machine => (machine.netns.path(), None, Identity::APP),
             };
             Actor::start_as(Start {
                 cgroup,
                 netns,
-                net_admin: attempt.mark != 0,
-                identity: attempt.from.clone().unwrap_or(Identity::APP),
+                net_admin: attempt.is_privileged(),
+                identity,
             })
         })
     }

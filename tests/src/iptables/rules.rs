@@ -5,10 +5,7 @@
 
 use std::{collections::BTreeSet, fmt::Write as _, net::IpAddr};
 
-use crate::options::{DNS_PROXY_PORT, Options, TPROXY_MARK, or};
-
-/// Marks connections of the proxy to its own pod, so that TPROXY takes them.
-const OUTBOUND_MARK: &str = "1338";
+use crate::options::{DNS_PROXY_PORT, Options, SELF_MARK, TPROXY_MARK, or};
 
 /// The `iptables-restore` input for one family.
 pub fn rules(options: &Options, ipv6: bool) -> String {
@@ -279,7 +276,7 @@ impl<'a> RuleSet<'a> {
         ));
         for (kind, owners) in [("uid", self.uids), ("gid", self.gids)] {
             for id in items(owners) {
-                text.mangle(format!("OUTPUT ! -d {} -p tcp -o lo -m owner --{kind}-owner {id} -j MARK --set-mark {OUTBOUND_MARK}", self.loopback));
+                text.mangle(format!("OUTPUT ! -d {} -p tcp -o lo -m owner --{kind}-owner {id} -j MARK --set-mark {SELF_MARK}", self.loopback));
             }
         }
         text.mangle(format!(
@@ -288,7 +285,7 @@ impl<'a> RuleSet<'a> {
         for (place, condition) in [
             (1, format!("-m mark --mark {TPROXY_MARK}")),
             (2, format!("-s {} -i lo", self.own)),
-            (3, format!("-i lo -m mark ! --mark {OUTBOUND_MARK}")),
+            (3, format!("-i lo -m mark ! --mark {SELF_MARK}")),
         ] {
             text.insert(
                 Table::Mangle,
