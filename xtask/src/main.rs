@@ -1,10 +1,12 @@
-//! What a developer types: `cargo xtask setup | build | test | conformance | demo | bench | vm`.
+//! What a developer types: `cargo xtask setup | build | test | fuzz | conformance | deny | demo | bench | vm`.
 
 mod bench;
 mod cargo;
 mod conformance;
 mod debian;
 mod demo;
+mod deny;
+mod fuzz;
 mod preflight;
 mod setup;
 mod test;
@@ -38,6 +40,10 @@ enum Task {
     },
     /// Check formatting and lints, run unit, property and kernel-level tests (as root)
     Test(test::Options),
+    /// Feed every parser and conversion with random input, as long as wanted
+    Fuzz(fuzz::Options),
+    /// Check licences, sources and known weaknesses of every dependency with cargo-deny
+    Deny,
     /// Make random connections under random options, beside real iptables, and compare (as root)
     Conformance(conformance::Options),
     /// Capture a pod with a real Envoy and show where its connections go (as root)
@@ -61,6 +67,8 @@ fn main() -> ExitCode {
         Task::Setup => setup::run(),
         Task::Build { release } => cargo::build(release),
         Task::Test(options) => test::run(&options),
+        Task::Fuzz(options) => fuzz::run(&options),
+        Task::Deny => deny::run(),
         Task::Conformance(options) => conformance::run(&options),
         Task::Demo(options) => demo::run(&options),
         Task::Bench(options) => bench::run(&options),
