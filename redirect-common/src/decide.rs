@@ -224,7 +224,7 @@ pub fn machine(pod: &PodConfig, lists: &impl Lists, destination: &Address) -> Ru
 
 /// Is the uid or the gid one of the proxy's?
 #[inline(always)]
-fn is_proxy(pod: &PodConfig, owner: Owner) -> bool {
+pub fn is_proxy(pod: &PodConfig, owner: Owner) -> bool {
     has_id(&pod.proxy_uids, pod.proxy_uid_count, owner.uid)
         || has_id(&pod.proxy_gids, pod.proxy_gid_count, owner.gid)
 }

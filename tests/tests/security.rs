@@ -26,7 +26,7 @@ use rstest::rstest;
 
 use Backend::{Iptables, Redirect};
 use Family::{Mapped, V4, V6};
-use Lands::{Direct, Inbound, Outbound};
+use Lands::{Inbound, Outbound};
 
 const APP: Identity = Identity::APP;
 
@@ -186,7 +186,7 @@ fn network_namespace_made_inside_of_the_pod_leads_nowhere(
     let scene = attached(backend, &Options::ISTIO);
     let (to, cgroup) = (scene.address(V4, To::Service(80)), scene.pod.cgroup.path());
     assert_eq!(answers(&scene, cgroup, &[], to), "15001");
-    let unreachable = nix::libc::ENETUNREACH.to_string();
+    let unreachable = libc::ENETUNREACH.to_string();
     assert_eq!(answers(&scene, cgroup, words, to), unreachable);
 }
 
@@ -337,47 +337,57 @@ fn source_forged_outside_gets_no_connection(
     scene.attempt(family, &inward(8080, Inbound)).unwrap();
 }
 
+/// When the proxy begins to listen.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Proxy {
+    First,
+    Last,
+    LastAndBeforeAttach,
+}
+
 #[rstest]
 fn foreign_listeners_on_the_proxys_ports_neither_push_it_out_nor_take_its_place(
     #[values(Redirect, Iptables)] backend: Backend,
-    #[values(false, true)] first: bool,
+    #[values(Proxy::First, Proxy::Last, Proxy::LastAndBeforeAttach)] proxy: Proxy,
 ) {
     let mut scene = Scene::without_proxy(Pod::new(), &Options::ISTIO);
-    scene.attach(backend, &Options::ISTIO);
+    if proxy != Proxy::LastAndBeforeAttach {
+        scene.attach(backend, &Options::ISTIO);
+    }
     let own = scene.pod.ipv4;
     let listen = |scene: &mut Scene| {
         // The proxy binds one address of each port, which leaves the others free.
-        scene
-            .proxy
-            .listen(Listen::new("15001", (Ipv4Addr::LOCALHOST, 15001).into()));
+        let outbound = (Ipv4Addr::LOCALHOST, 15001).into();
+        scene.proxy.listen(Listen::new("15001", outbound));
         scene
             .proxy
             .listen(Listen::new("15006", (own, 15006).into()));
     };
-    if !first {
+    if proxy == Proxy::First {
         listen(&mut scene);
     }
     for port in PROXY_PORTS {
         for number in 1..=20 {
-            let loopback: IpAddr = Ipv4Addr::new(127, 0, 1, number).into();
             // No address of the pod: IP_FREEBIND takes no privilege.
-            let foreign: IpAddr = Ipv4Addr::new(192, 0, 2, number).into();
-            for address in [loopback, foreign] {
-                scene
-                    .app
-                    .listen(Listen::new("thief", (address, port).into()).freebind());
+            let foreign: IpAddr = Ipv4Addr::new(1, 0, 2, number).into();
+            let loopback: IpAddr = Ipv4Addr::new(127, 0, 1, number).into();
+            for address in [foreign, loopback] {
+                let thief = Listen::new("thief", (address, port).into());
+                scene.app.listen(thief.freebind());
             }
         }
         let group = Listen::new("thief", wildcards(port)[1]).reuseport(20);
         scene.app.listen(group);
     }
-    if first {
+    if proxy != Proxy::First {
         listen(&mut scene);
     }
+    if proxy == Proxy::LastAndBeforeAttach {
+        scene.attach(backend, &Options::ISTIO);
+    }
     for _ in 0..5 {
-        scene
-            .attempt(V4, &out(APP, To::Service(80), Outbound))
-            .unwrap();
+        let outbound = out(APP, To::Service(80), Outbound);
+        scene.attempt(V4, &outbound).unwrap();
         scene.attempt(V4, &inward(8080, Inbound)).unwrap();
     }
     // The control: they do listen.

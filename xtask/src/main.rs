@@ -11,6 +11,8 @@ mod preflight;
 mod setup;
 mod test;
 mod ui;
+#[cfg(test)]
+mod unsafe_code;
 mod vm;
 
 use std::process::ExitCode;
