@@ -40,7 +40,9 @@ pub fn run(options: &Options) -> Result<()> {
     command.arg("test");
     for package in PACKAGES {
         command.arg("--package").arg(package);
-        // Overflow checks and debug assertions stay on, as they do not in a release build.
+    }
+    // Overflow checks and debug assertions stay on, as they do not in a release build.
+    for package in PACKAGES.into_iter().chain(["proptest"]) {
         let optimised = format!("profile.dev.package.{package}.opt-level=2");
         command.arg("--config").arg(optimised);
     }
