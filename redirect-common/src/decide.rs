@@ -159,7 +159,7 @@ fn is_tproxied(pod: &PodConfig, lists: &impl Lists, to: &Outbound) -> bool {
     {
         return false;
     }
-    let marked = to.mark == SELF_MARK || is_proxy(pod, to);
+    let marked = to.mark == SELF_MARK || is_proxy(pod, to.owner, to.in_proxy_container);
     marked && inbound_port(pod, lists, to.port) == Rule::InboundCaptured
 }
 
@@ -220,11 +220,11 @@ pub fn machine(pod: &PodConfig, lists: &impl Lists, destination: &Address) -> Ru
 
 /// Does any rule take it for the proxy's?
 #[inline(always)]
-fn is_proxy(pod: &PodConfig, to: &Outbound) -> bool {
+pub fn is_proxy(pod: &PodConfig, owner: Option<Owner>, in_proxy_container: bool) -> bool {
     if pod.has(FLAG_PROXY_CONTAINER) {
-        return to.in_proxy_container;
+        return in_proxy_container;
     }
-    to.owner.is_some_and(|owner| {
+    owner.is_some_and(|owner| {
         has_id(&pod.proxy_uids, pod.proxy_uid_count, owner.uid)
             || has_id(&pod.proxy_gids, pod.proxy_gid_count, owner.gid)
     })

@@ -17,7 +17,6 @@ use redirect_common::pod::{
 };
 use redirect_common::verdict::{Action, Rule};
 
-const CASES: u32 = 3_000;
 const CONNECTIONS_PER_CASE: usize = 8;
 
 const OUTBOUND_PORT: u16 = 15001;
@@ -907,29 +906,33 @@ fn any_packets() -> impl Strategy<Value = Vec<Packet>> {
     vec(any_packet(), CONNECTIONS_PER_CASE)
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(CASES) })]
+mod fuzz {
+    use super::*;
 
-    #[test]
-    fn outbound_decides_as_the_rules_do(options in any_options(), packets in any_packets()) {
-        for packet in &packets {
-            let wanted = by_the_rules_out(&options, packet);
-            prop_assert_eq!(decided_out(&options, packet), wanted, "{:?}", packet);
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn outbound_decides_as_the_rules_do(options in any_options(), packets in any_packets()) {
+            for packet in &packets {
+                let wanted = by_the_rules_out(&options, packet);
+                prop_assert_eq!(decided_out(&options, packet), wanted, "{:?}", packet);
+            }
         }
-    }
 
-    #[test]
-    fn inbound_decides_as_the_rules_do(options in any_options(), packets in any_packets()) {
-        for packet in packets.iter().filter(|packet| packet.protocol == Protocol::Tcp) {
-            // From outside: by another interface than lo, and without a mark. With TPROXY, `-k` is refused.
-            let packet = &Packet {
-                interface: packet.interface.max(LO + 1),
-                mark: 0,
-                from_machine: packet.from_machine && options.tproxy_mark.is_none(),
-                ..*packet
-            };
-            let wanted = by_the_rules_in(&options, packet);
-            prop_assert_eq!(decided_in(&options, packet), wanted, "{:?}", packet);
+        #[test]
+        fn inbound_decides_as_the_rules_do(options in any_options(), packets in any_packets()) {
+            for packet in packets.iter().filter(|packet| packet.protocol == Protocol::Tcp) {
+                // From outside: by another interface than lo, and without a mark. With TPROXY, `-k` is refused.
+                let packet = &Packet {
+                    interface: packet.interface.max(LO + 1),
+                    mark: 0,
+                    from_machine: packet.from_machine && options.tproxy_mark.is_none(),
+                    ..*packet
+                };
+                let wanted = by_the_rules_in(&options, packet);
+                prop_assert_eq!(decided_in(&options, packet), wanted, "{:?}", packet);
+            }
         }
     }
 }

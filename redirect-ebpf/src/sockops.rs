@@ -240,6 +240,6 @@ fn listening(ctx: &SockOps) {
     }
     let of_agent = port == DNS_AGENT_PORT && pod.has(FLAG_DNS);
     if port == pod.outbound_port || port == pod.inbound_port || of_agent {
-        listeners::record(ctx, netns_cookie, port);
+        listeners::record(ctx, sock, (netns_cookie, pod), port);
     }
 }

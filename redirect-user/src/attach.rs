@@ -5,12 +5,14 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, Result, bail};
 use redirect_common::connection::SocketState;
 use redirect_common::listener::{LISTENER_SLOTS, ListenerKey};
 use redirect_common::pod::PodConfig;
+use redirect_common::route::{ROUTE_LOCAL, ROUTE_PREFIX_BITS, RouteKey};
 
 use crate::collect;
 use crate::detach;
@@ -29,7 +31,7 @@ use crate::proxy::ProxyIdentity;
 use crate::record::{self, KubernetesPod, Notes};
 use crate::settings;
 use crate::sys::bpf;
-use crate::tables::Tables;
+use crate::tables::{RoutePrefix, Tables};
 use crate::tproxy::{self, Change};
 
 /// What to attach.
@@ -144,7 +146,7 @@ pub fn attach(request: &Request) -> Result<Outcome> {
             .counts
             .insert_zeroed(&notes.netns_cookie)
             .context("writing COUNTS")?;
-        let found = find_listeners(&tables, request, &notes)?;
+        let found = find_listeners(&tables, request, &notes, &config)?;
         changed |= link(&pins, &programs, request, &notes, attached.as_ref())?;
         let before = tables.pods.get(&notes.netns_cookie)?;
         let kept = notes.with_also(&obsolete);
@@ -170,7 +172,7 @@ pub fn attach(request: &Request) -> Result<Outcome> {
                 .context("writing PODS")?;
             changed = true;
             // A proxy may have begun to listen before its port was known to the sockops program.
-            find_listeners(&tables, request, &notes)?;
+            find_listeners(&tables, request, &notes, &config)?;
         }
         // Only now: until the policy is written these interfaces are captured by the old one.
         changed |=
@@ -323,15 +325,31 @@ fn sync_routes(tables: &Tables, notes: &Notes, table: &RoutingTable) -> Result<b
     Ok(changed)
 }
 
-/// Finds the listeners that were there before the sockops program was, and hands them over.
-fn find_listeners(tables: &Tables, request: &Request, notes: &Notes) -> Result<Listeners> {
+/// Finds the listeners that were there before the sockops program was, and hands them over: the
+/// proxy's first, as there is room for some only.
+fn find_listeners(
+    tables: &Tables,
+    request: &Request,
+    notes: &Notes,
+    config: &PodConfig,
+) -> Result<Listeners> {
+    let of_proxy = |uid| {
+        let uids = config.proxy_uids.iter();
+        uids.take(config.proxy_uid_count as usize)
+            .any(|range| range.contains(uid))
+    };
     let ports: Vec<u16> = request.policy.listeners().map(|(port, _)| port).collect();
     let found = listeners(&request.netns, &ports)?;
     for port in ports.into_iter().collect::<HashSet<_>>() {
-        let on_port = found
-            .found
-            .iter()
-            .filter(|listener| listener.address.port() == port);
+        let mut on_port = Vec::new();
+        for listener in &found.found {
+            if listener.address.port() == port
+                && is_reachable(tables, notes.netns_cookie, listener.address.ip())?
+            {
+                on_port.push(listener);
+            }
+        }
+        on_port.sort_by_key(|listener| !of_proxy(listener.uid));
         for (slot, listener) in (0..LISTENER_SLOTS).zip(on_port) {
             let key = ListenerKey::new(notes.netns_cookie, port, slot);
             let fd = listener.fd.as_raw_fd() as u32;
@@ -349,6 +367,20 @@ fn find_listeners(tables: &Tables, request: &Request, notes: &Notes) -> Result<L
         }
     }
     Ok(found)
+}
+
+/// Whether what is bound there gets connections: `IP_FREEBIND` lets everybody bind addresses that are
+/// not the pod's.
+fn is_reachable(tables: &Tables, netns_cookie: u64, address: IpAddr) -> Result<bool> {
+    if address.is_unspecified() || address.is_loopback() {
+        return Ok(true);
+    }
+    let key = RoutePrefix {
+        prefix_bits: ROUTE_PREFIX_BITS + 128,
+        data: RouteKey::new(netns_cookie, address.into()),
+    };
+    let route = tables.routes.get(&key).context("reading ROUTES")?;
+    Ok(route.is_some_and(|route| route.flags & ROUTE_LOCAL != 0))
 }
 
 fn warn_about_listeners(found: &Listeners, policy: &Policy) {

@@ -4,6 +4,8 @@ mod call;
 mod config;
 mod daemon;
 mod error;
+#[cfg(test)]
+mod fuzz;
 pub mod install;
 mod plugin;
 mod result;

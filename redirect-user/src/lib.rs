@@ -10,6 +10,8 @@ pub mod cni;
 mod collect;
 pub mod detach;
 pub mod follow;
+#[cfg(test)]
+mod fuzz;
 pub mod istio_iptables;
 pub mod kernel;
 pub mod machines;

@@ -6,6 +6,8 @@
 pub mod api;
 pub mod daemon;
 pub mod decision;
+#[cfg(test)]
+mod fuzz;
 mod http;
 mod keeper;
 mod metrics;

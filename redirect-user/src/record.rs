@@ -65,19 +65,17 @@ impl Notes {
         let Some(record) = tables.records.get(&cgroup_id).context("reading RECORDS")? else {
             return Ok(None);
         };
-        let notes = Self::decode(cgroup_id, &record);
+        let notes = Self::decode(&record)
+            .with_context(|| format!("record of cgroup {cgroup_id} is corrupt"));
         Ok(notes.inspect_err(|error| tracing::warn!("{error:#}")).ok())
     }
 
-    fn decode(cgroup_id: u64, record: &Record) -> Result<Self> {
-        let json = record.json.get(..record.length as usize).with_context(|| {
-            format!(
-                "record of cgroup {cgroup_id}: length {} is too large",
-                record.length
-            )
-        })?;
-        serde_json::from_slice(json)
-            .with_context(|| format!("record of cgroup {cgroup_id} is corrupt"))
+    fn decode(record: &Record) -> Result<Self> {
+        let json = record
+            .json
+            .get(..record.length as usize)
+            .with_context(|| format!("length {} is too large", record.length))?;
+        Ok(serde_json::from_slice(json)?)
     }
 
     /// These notes, with more to be taken back.
@@ -110,4 +108,109 @@ pub fn all(tables: &Tables) -> Result<Vec<(u64, Notes)>> {
         all.extend(Notes::read(tables, cgroup_id)?.map(|notes| (cgroup_id, notes)));
     }
     Ok(all)
+}
+
+#[cfg(test)]
+mod fuzz {
+    use ipnet::IpNet;
+    use prop::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::fuzz::{bytes, config, edits, text};
+    use crate::options::{IdRange, PortRange};
+    use crate::proxy::ProxyContainer;
+
+    fn notes() -> impl Strategy<Value = Notes> {
+        let change = prop_oneof![
+            any::<(bool, u32, u32)>().prop_map(|(ipv6, mark, table)| Change::Rule {
+                ipv6,
+                mark,
+                table
+            }),
+            any::<(bool, u32)>().prop_map(|(ipv6, table)| Change::Route { ipv6, table }),
+            (text(), text()).prop_map(|(path, before)| Change::Sysctl { path, before }),
+        ];
+        let nets = vec((any::<[u8; 16]>(), 0..=128_u8), 0..5);
+        let ports = vec(any::<(u16, u16)>(), 0..5);
+        let ids = vec(any::<(u32, u32)>(), 0..5);
+        let texts = (text(), text(), text(), prop::option::of(text()));
+        (
+            texts,
+            vec(change, 0..4),
+            nets,
+            ports,
+            ids,
+            any::<(u64, bool)>(),
+        )
+            .prop_map(
+                |((a, b, c, sandbox), changes, nets, ports, ids, (number, flag))| {
+                    let nets = nets
+                        .into_iter()
+                        .filter_map(|(ip, bits)| IpNet::new(ip.into(), bits).ok());
+                    let ports = ports
+                        .into_iter()
+                        .map(|(first, last)| PortRange { first, last });
+                    let ids = ids.into_iter().map(|(first, last)| IdRange { first, last });
+                    let container = ProxyContainer {
+                        id: c.clone(),
+                        cgroup: a.clone().into(),
+                        cgroup_id: number,
+                        level: number as u16,
+                    };
+                    Notes {
+                        version: a.clone(),
+                        build: number,
+                        cgroup: b.clone().into(),
+                        netns: c.clone(),
+                        netns_cookie: number,
+                        netns_inode: !number,
+                        ipv6: flag,
+                        run_by: flag.then_some(number as i32),
+                        changes,
+                        pod: flag.then_some(KubernetesPod {
+                            namespace: a,
+                            name: b,
+                            uid: c,
+                            sandbox,
+                        }),
+                        policy: Policy {
+                            exclude_outbound_cidrs: nets.collect(),
+                            exclude_inbound_ports: ports.collect(),
+                            owner_groups_exclude: ids.collect(),
+                            ..Policy::default()
+                        },
+                        proxy: ProxyIdentity::Container {
+                            container: flag.then_some(container),
+                        },
+                    }
+                },
+            )
+    }
+
+    proptest! {
+        #![proptest_config(config(4))]
+
+        #[test]
+        fn any_notes_are_read_as_they_were_written(notes in notes()) {
+            let record = notes.encode().expect("short enough");
+            prop_assert_eq!(Notes::decode(&record).expect("notes"), notes);
+        }
+
+        #[test]
+        fn any_record_is_read_or_refused(notes in notes(), edits in edits(), length in prop::option::of(any::<u32>()), bytes in bytes()) {
+            let whole = serde_json::to_string(&notes).expect("JSON");
+            for json in [edits.of(&whole).as_bytes(), &bytes[..]] {
+                let mut record = Record::zeroed();
+                let used = json.len().min(RECORD_BYTES);
+                record.json[..used].copy_from_slice(&json[..used]);
+                record.length = length.unwrap_or(used as u32);
+                // What can be read can be shown and stored again, whatever a later version has left out.
+                if let Ok(read) = Notes::decode(&record) {
+                    let _shown = (read.policy.to_string(), read.policy.digest());
+                    prop_assert_eq!(Notes::decode(&read.encode().expect("no longer")).expect("notes"), read);
+                }
+            }
+        }
+    }
 }

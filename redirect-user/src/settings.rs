@@ -424,3 +424,64 @@ mod tests {
         }
     }
 }
+
+#[cfg(test)]
+mod fuzz {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::fuzz::config;
+
+    /// Often near the place of the IPv4 addresses.
+    fn ipv6() -> impl Strategy<Value = Ipv6Addr> {
+        const MAPPED: u128 = 0xffff << 32;
+        prop_oneof![
+            any::<Ipv6Addr>(),
+            any::<u32>().prop_map(|low| Ipv6Addr::from_bits(MAPPED | u128::from(low))),
+            (0..128_u32, any::<u32>())
+                .prop_map(|(bit, low)| Ipv6Addr::from_bits(MAPPED ^ 1 << bit ^ u128::from(low))),
+        ]
+    }
+
+    fn covers(prefixes: &[(Address, u32)], address: IpAddr) -> bool {
+        let bits = |address: Address| u128::from_be_bytes(address.octets());
+        let wanted = bits(address.into());
+        prefixes
+            .iter()
+            .any(|(network, length)| (bits(*network) ^ wanted).leading_zeros() >= *length)
+    }
+
+    proptest! {
+        #![proptest_config(config(1))]
+
+        #[test]
+        fn any_port_range_has_exactly_its_ports(a: u16, b: u16, port: u16) {
+            let range = PortRange { first: a.min(b), last: a.max(b) };
+            let prefixes: Vec<_> = port_prefixes(range).collect();
+            prop_assert!(prefixes.len() <= 30);
+            for port in [port, range.first, range.last, range.first.wrapping_sub(1), range.last.wrapping_add(1)] {
+                let covered = prefixes.iter().any(|(start, bits)| *bits == 0 || (port ^ start) >> (16 - bits) == 0);
+                prop_assert_eq!(covered, (range.first..=range.last).contains(&port), "{}", port);
+            }
+        }
+
+        #[test]
+        fn any_network_has_exactly_its_addresses(v4: Ipv4Addr, v6 in ipv6(), bits in 0..=128_u8, other4: Ipv4Addr, other6 in ipv6()) {
+            for net in [IpNet::new(v4.into(), bits % 33), IpNet::new(v6.into(), bits)] {
+                let net = net.expect("a network").trunc();
+                let prefixes = prefixes_of_family(&net);
+                let mapped = |address: Ipv6Addr| address.to_ipv4_mapped().is_some();
+                // An IPv4-mapped address stands for the IPv4 one, which no IPv6 network has.
+                let inside = |address: Ipv6Addr| net.contains(&IpAddr::from(address)) && !mapped(address);
+                for address in [other6, v6] {
+                    if !mapped(address) {
+                        prop_assert_eq!(covers(&prefixes, address.into()), inside(address), "{} {}", net, address);
+                    }
+                }
+                for address in [other4, v4] {
+                    prop_assert_eq!(covers(&prefixes, address.into()), net.contains(&IpAddr::from(address)), "{} {}", net, address);
+                }
+            }
+        }
+    }
+}

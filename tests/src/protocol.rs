@@ -330,6 +330,8 @@ pub struct Listen {
     pub delay_ms: u64,
     /// Whether the socket is of `IPPROTO_MPTCP`.
     pub multipath: bool,
+    /// `IP_FREEBIND`: the address need not be there.
+    pub freebind: bool,
 }
 
 /// What a listener does with a connection.
@@ -359,7 +361,14 @@ impl Listen {
             backlog: 4096,
             delay_ms: 0,
             multipath: false,
+            freebind: false,
         }
+    }
+
+    /// At an address that nobody has, with `IP_FREEBIND`.
+    pub const fn freebind(mut self) -> Self {
+        self.freebind = true;
+        self
     }
 
     /// With `IP_TRANSPARENT`, as iptables' TPROXY asks for.

@@ -108,6 +108,9 @@ pub fn bound(listen: &Listen) -> Result<Socket, Error> {
     if listen.transparent {
         set_transparent(&socket, listen.at.is_ipv4())?;
     }
+    if listen.freebind {
+        socket.set_freebind_v4(true)?;
+    }
     socket.bind(&listen.at.into())?;
     if !listen.udp {
         socket.listen(listen.backlog)?;

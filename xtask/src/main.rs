@@ -1,15 +1,19 @@
-//! What a developer types: `cargo xtask setup | build | test | conformance | soak | demo | bench | vm`.
+//! What a developer types: `cargo xtask setup | build | test | fuzz | conformance | soak | deny | demo | bench | vm`.
 
 mod bench;
 mod cargo;
 mod conformance;
 mod debian;
 mod demo;
+mod deny;
+mod fuzz;
 mod preflight;
 mod setup;
 mod soak;
 mod test;
 mod ui;
+#[cfg(test)]
+mod unsafe_code;
 mod vm;
 
 use std::process::ExitCode;
@@ -39,6 +43,10 @@ enum Task {
     },
     /// Check formatting and lints, run unit, property and kernel-level tests (as root)
     Test(test::Options),
+    /// Feed every parser and conversion with random input, as long as wanted
+    Fuzz(fuzz::Options),
+    /// Check licences, sources and known weaknesses of every dependency with cargo-deny
+    Deny,
     /// Make random connections under random options, beside real iptables, and compare (as root)
     Conformance(conformance::Options),
     /// Put pods under load while their capture changes at random, and check every connection (as root)
@@ -64,6 +72,8 @@ fn main() -> ExitCode {
         Task::Setup => setup::run(),
         Task::Build { release } => cargo::build(release),
         Task::Test(options) => test::run(&options),
+        Task::Fuzz(options) => fuzz::run(&options),
+        Task::Deny => deny::run(),
         Task::Conformance(options) => conformance::run(&options),
         Task::Soak(options) => soak::run(&options),
         Task::Demo(options) => demo::run(&options),

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::Args;
 
 use crate::ui::{self, Mark};
-use crate::{cargo, preflight, setup};
+use crate::{cargo, fuzz, preflight, setup};
 pub use skips::LOG_VARIABLE as SKIP_LOG;
 use skips::Skips;
 pub use tally::Tally;
@@ -133,6 +133,9 @@ fn build() -> Result<Command> {
 
 fn unit_tests(options: &Options, skips: &Skips) -> Result<Command> {
     let mut command = test_command(skips)?;
+    if std::env::var_os(fuzz::CASES).is_none() {
+        command.env(fuzz::CASES, fuzz::CASES_IN_TESTS);
+    }
     command.args([
         "--workspace",
         "--exclude",

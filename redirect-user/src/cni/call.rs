@@ -99,7 +99,7 @@ fn pod(arguments: &str) -> Result<Option<PodName>> {
         (_, None) => Ok(None),
         (None, Some(name)) => Err(Failure::new(
             Code::Environment,
-            format!("CNI_ARGS: K8S_POD_NAME={name} without K8S_POD_NAMESPACE: both are needed"),
+            format!("CNI_ARGS: K8S_POD_NAME={name:?} without K8S_POD_NAMESPACE: both are needed"),
         )),
         (Some(namespace), Some(name)) => Ok(Some(PodName {
             namespace,
@@ -172,8 +172,10 @@ mod tests {
         for none in ["", "IgnoreUnknown=1", "K8S_POD_NAME=;K8S_POD_NAMESPACE=a"] {
             assert_eq!(pod(none).expect("valid"), None, "{none}");
         }
-        for bad in ["K8S_POD_NAME", "K8S_POD_NAME=a"] {
-            assert_eq!(pod(bad).expect_err(bad).code, Code::Environment);
+        for bad in ["K8S_POD_NAME", "K8S_POD_NAME=a\nb"] {
+            let error = pod(bad).expect_err(bad);
+            assert_eq!(error.code, Code::Environment);
+            assert_eq!(error.message.lines().count(), 1, "{error}");
         }
     }
 

@@ -206,7 +206,9 @@ fn read<T: DeserializeOwned>(fields: &Fields, name: &str, allowed: &str) -> Resu
     let Some(raw) = fields.get(name) else {
         return Ok(None);
     };
-    serde_json::from_str(raw.get()).map_err(|_| wrong(name, raw.get(), allowed))
+    // The value may have been written on several lines; the message is one.
+    let value = || raw.get().replace(char::is_control, " ");
+    serde_json::from_str(raw.get()).map_err(|_| wrong(name, value(), allowed))
 }
 
 fn within<T>(outer: &str, result: Result<T>) -> Result<T> {
@@ -276,6 +278,10 @@ mod tests {
             (
                 r#","runtimeConfig":[]"#,
                 "runtimeConfig: []: allowed: an object",
+            ),
+            (
+                ",\"runtimeConfig\":[1,\n2]",
+                "runtimeConfig: [1, 2]: allowed: an object",
             ),
             (
                 r#","runtimeConfig":{"cgroupPath":1}"#,

@@ -4,7 +4,7 @@
 //! program can neither start nor remove pods.
 
 mod files;
-mod list;
+pub(super) mod list;
 mod watch;
 
 use std::fs;

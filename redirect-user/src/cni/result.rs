@@ -1,8 +1,9 @@
 //! What `ADD` answers: the result of the plugins before this one, as it came.
 
-use serde::Deserialize;
+use std::collections::BTreeMap;
+
 use serde_json::json;
-use serde_json::value::RawValue;
+use serde_json::value::{RawValue, to_raw_value};
 
 use super::config::Version;
 use super::error::{Code, Failure, Result};
@@ -12,32 +13,30 @@ pub fn echo(previous: Option<&RawValue>, version: Version) -> Result<String> {
     let Some(previous) = previous else {
         return Ok(json!({ "cniVersion": version.as_str(), "dns": {} }).to_string());
     };
-    #[derive(Deserialize)]
-    struct Head {
-        #[serde(rename = "cniVersion")]
-        version: Option<String>,
-    }
-    let head: Head = serde_json::from_str(previous.get())
-        .map_err(|error| Failure::new(Code::Config, format!("prevResult: {error}")))?;
-    match head.version.as_deref() {
-        Some(same) if same == version.as_str() => Ok(previous.get().to_owned()),
-        None => relabelled(previous, version),
-        Some(other) if Version::parse(other).is_some_and(|other| other.reads_as(version)) => {
-            relabelled(previous, version)
+    let wrong = |error| Failure::new(Code::Config, format!("prevResult: {error}"));
+    let mut fields: BTreeMap<String, Box<RawValue>> =
+        serde_json::from_str(previous.get()).map_err(wrong)?;
+    let written: Option<Option<String>> = fields
+        .get("cniVersion")
+        .map(|raw| serde_json::from_str(raw.get()))
+        .transpose()
+        .map_err(wrong)?;
+    match written.flatten().as_deref() {
+        Some(same) if same == version.as_str() => return Ok(previous.get().to_owned()),
+        Some(other) if !Version::parse(other).is_some_and(|other| other.reads_as(version)) => {
+            return Err(Failure::new(
+                Code::Config,
+                format!(
+                    "prevResult.cniVersion: {other:?}: allowed is {version}, as cniVersion says"
+                ),
+            ));
         }
-        Some(other) => Err(Failure::new(
-            Code::Config,
-            format!("prevResult.cniVersion: {other:?}: allowed is {version}, as cniVersion says"),
-        )),
+        _ => {}
     }
-}
-
-fn relabelled(previous: &RawValue, version: Version) -> Result<String> {
-    let mut fields: serde_json::Map<String, serde_json::Value> =
-        serde_json::from_str(previous.get())
-            .map_err(|error| Failure::new(Code::Config, format!("prevResult: {error}")))?;
-    fields.insert("cniVersion".to_owned(), version.as_str().into());
-    Ok(serde_json::Value::Object(fields).to_string())
+    // Every other field stays as it was written: numbers, too, of which a parser keeps only so many digits.
+    let label = to_raw_value(version.as_str()).map_err(wrong)?;
+    fields.insert("cniVersion".to_owned(), label);
+    serde_json::to_string(&fields).map_err(wrong)
 }
 
 #[cfg(test)]
@@ -59,6 +58,12 @@ mod tests {
         let old = raw(r#"{"cniVersion":"0.3.1","ips":[]}"#);
         let echoed = echo(Some(&old), Version::V0_4_0).expect("alike");
         assert_eq!(echoed, r#"{"cniVersion":"0.4.0","ips":[]}"#);
+        let exact = raw(r#"{"cniVersion":"0.4.0","n":-9.060041486363714e+145}"#);
+        let echoed = echo(Some(&exact), Version::V0_3_1).expect("alike");
+        assert_eq!(
+            echoed,
+            r#"{"cniVersion":"0.3.1","n":-9.060041486363714e+145}"#
+        );
         let error = echo(Some(&old), Version::V1_0_0).expect_err("not alike");
         assert!(
             error
@@ -66,7 +71,7 @@ mod tests {
                 .starts_with("prevResult.cniVersion: \"0.3.1\""),
             "{error}"
         );
-        for bad in ["[]", "1", "null"] {
+        for bad in ["[]", "1", "null", "[\"1.0.0\"]"] {
             let error = echo(Some(&raw(bad)), Version::V1_0_0).expect_err(bad);
             assert_eq!(error.code, Code::Config);
         }

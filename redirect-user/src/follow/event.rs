@@ -3,7 +3,7 @@
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use redirect_common::dns::DNS_AGENT_PORT;
 use redirect_common::log::{
@@ -96,8 +96,12 @@ impl Decision {
             |rule| rule.label().to_owned(),
         );
         let owner = |id| (id != NO_OWNER).then_some(id);
+        // A clock that was never set may be younger than the machine.
+        let age = Duration::from_nanos(now_ns.saturating_sub(raw.time_ns));
+        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
+        let time = UNIX_EPOCH + since_epoch.unwrap_or_default().saturating_sub(age);
         Self {
-            time: SystemTime::now() - Duration::from_nanos(now_ns.saturating_sub(raw.time_ns)),
+            time,
             cgroups,
             netns_cookie: raw.netns_cookie,
             direction: if label.starts_with("inbound-") {
@@ -196,6 +200,16 @@ mod tests {
 
     use super::*;
 
+    #[test]
+    fn decision_older_than_the_clock_is_of_its_beginning() {
+        let decision = Decision::new(&Raw::default(), u64::MAX, Vec::new());
+        assert!(
+            decision
+                .to_string()
+                .starts_with("1970-01-01T00:00:00.000Z ")
+        );
+    }
+
     fn told(rule: Rule, uid: u32) -> String {
         told_of(libc::IPPROTO_TCP, rule, uid)
     }
@@ -262,5 +276,30 @@ mod tests {
             told(Rule::InboundPortExcluded, NO_OWNER),
             "/pod 10.0.0.2 -> 203.0.113.10:80 passed: inbound-port-excluded"
         );
+    }
+}
+
+#[cfg(test)]
+mod fuzz {
+    use bytemuck::pod_read_unaligned;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::fuzz::config;
+
+    proptest! {
+        #![proptest_config(config(1))]
+
+        #[test]
+        fn any_record_is_shown(bytes: [[u8; 16]; 5], rule in prop_oneof![any::<u32>(), 0..40_u32], now_ns: u64) {
+            let mut raw: Raw = pod_read_unaligned(bytes.as_flattened());
+            raw.rule = rule;
+            let decision = Decision::new(&raw, now_ns, vec!["/pod".into()]);
+            let json = serde_json::to_value(Event::Decision(decision.clone())).expect("JSON");
+            prop_assert_eq!(&json["event"], "decision");
+            let line = decision.to_string();
+            prop_assert!(line.lines().count() == 1 && line.ends_with(&decision.rule), "{}", line);
+            prop_assert_eq!(decision.proxy_port.is_some(), decision.action == Outcome::Captured);
+        }
     }
 }

@@ -94,3 +94,24 @@ mod tests {
         }
     }
 }
+
+#[cfg(test)]
+mod fuzz {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::fuzz::{config, text};
+
+    proptest! {
+        #![proptest_config(config(1))]
+
+        #[test]
+        fn any_message_is_split(message in prop_oneof![text(), "(netns )?[0-9]{0,22}(: )?( to ::ffff:)?[a-z: ]{0,9}"], cookie: u64) {
+            let (found, text) = split(&message);
+            prop_assert!(found.is_none() || message.starts_with("netns "));
+            prop_assert!(text.len() <= message.len());
+            let (found, rest) = split(&format!("netns {cookie}: {message}"));
+            prop_assert_eq!((found, rest), (Some(cookie), message.replacen(" to ::ffff:", " to ", 1)));
+        }
+    }
+}

@@ -408,3 +408,29 @@ mod tests {
         ));
     }
 }
+
+#[cfg(test)]
+mod fuzz {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::fuzz::{config, text};
+
+    proptest! {
+        #![proptest_config(config(1))]
+
+        #[test]
+        fn any_map_translates_one_to_one_or_refuses(text in prop_oneof![text(), "(([0-9]{1,3}|4294967[0-9]{3}) ([0-9]{1,3}|42949672[0-9]{2}) ([0-9]{1,3}|4294967295)\n){0,4}"], a: u32, b in prop_oneof![any::<u32>(), 0..9_u32]) {
+            let Ok(map) = IdMap::parse(1, &text, &text) else { return Ok(()) };
+            for (first, last) in [(a.min(b), a.max(b)), (b, b.saturating_add(3)), (a, a), (b, a)] {
+                match map.uids(first, last) {
+                    Ok((from, to)) => {
+                        prop_assert_eq!(to.wrapping_sub(from), last - first);
+                        prop_assert!(from <= to);
+                    }
+                    Err(error) => prop_assert!(!error.to_string().is_empty()),
+                }
+            }
+        }
+    }
+}

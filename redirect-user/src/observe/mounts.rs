@@ -99,3 +99,33 @@ mod tests {
         assert_eq!(mounts_in(host)[0].root, Path::new("/../../.."));
     }
 }
+
+#[cfg(test)]
+mod fuzz {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::fuzz::{config, text};
+
+    proptest! {
+        #![proptest_config(config(1))]
+
+        #[test]
+        fn any_mountinfo_is_read(text in prop_oneof![text(), "(([0-9/a\\\\]{1,4} ){0,6}- cgroup2? x\n){0,4}"]) {
+            drop(choose_mountpoint(mounts_in(&text)));
+        }
+
+        #[test]
+        fn any_path_is_unescaped_as_the_kernel_escapes_it(path in text()) {
+            // seq_escape() in fs/proc_namespace.c: these four.
+            let escaped: String = path
+                .chars()
+                .map(|c| match c {
+                    ' ' | '\t' | '\n' | '\\' => format!("\\{:03o}", c as u32),
+                    c => c.to_string(),
+                })
+                .collect();
+            prop_assert_eq!(unescape(&escaped), PathBuf::from(path));
+        }
+    }
+}

@@ -51,7 +51,7 @@ pub(super) fn servers_of(path: &Path) -> Result<Vec<IpAddr>, String> {
 }
 
 /// The addresses of all `nameserver` lines; what is not an address is ignored, as by Istio.
-fn servers_in(text: &str) -> Vec<IpAddr> {
+pub(super) fn servers_in(text: &str) -> Vec<IpAddr> {
     let mut servers: Vec<IpAddr> = text
         .lines()
         .filter_map(|line| {

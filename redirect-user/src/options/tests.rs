@@ -3,10 +3,10 @@
 use std::collections::HashMap;
 
 use clap::{CommandFactory, Parser};
-use proptest::prelude::*;
 
 use super::*;
 
+mod fuzz;
 mod istio_iptables;
 mod refused;
 
@@ -595,39 +595,4 @@ fn system_names_find_root_and_survive_a_nul() {
     assert_eq!(SystemNames.group("root"), Some(0));
     assert_eq!(SystemNames.user("a\0b"), None);
     assert_eq!(SystemNames.tcp_service("no such service"), None);
-}
-
-/// Text that comes close to what options look like, and any other.
-fn value() -> impl Strategy<Value = String> {
-    prop_oneof!["[0-9a-f:.,/* +-]{0,24}", ".{0,24}", any::<String>()]
-}
-
-proptest! {
-    #[test]
-    fn any_value_gives_a_policy_or_one_line(value in value()) {
-        for &(_, flag, variable, _) in FLAGS {
-            let flag = format!("{}={value}", flag.split('=').next().unwrap_or_default());
-            let flags = try_policy(&[&flag], &[]);
-            let variables = try_policy(&[], &[(variable, &value)]);
-            for error in [flags, variables].into_iter().filter_map(Result::err) {
-                let text = error.to_string();
-                prop_assert!(text.lines().count() == 1 && text.starts_with(|c: char| c == '-' || c.is_ascii_uppercase()), "{text}");
-            }
-        }
-    }
-
-    #[test]
-    fn ports_printed_and_read_again_are_the_same(pairs in prop::collection::vec((any::<u16>(), any::<u16>()), 0..20)) {
-        let text = pairs.iter().map(|(a, b)| format!("{}-{}", a.min(b), a.max(b))).collect::<Vec<_>>().join(",");
-        let first = policy(&["-b", &text]).inbound_ports;
-        let printed = first.to_string();
-        prop_assert_eq!(&policy(&["-b", &printed]).inbound_ports, &first);
-        // A set of ranges changes only at their ends.
-        let ends = pairs.iter().flat_map(|&(a, b)| [a, b]);
-        for port in ends.flat_map(|end| [end.saturating_sub(1), end, end.saturating_add(1)]) {
-            let given = pairs.iter().any(|(a, b)| (a.min(b)..=a.max(b)).contains(&&port));
-            let kept = first.listed().iter().any(|range| (range.first..=range.last).contains(&port));
-            prop_assert_eq!(given, kept, "{}", port);
-        }
-    }
 }

@@ -12,7 +12,10 @@ struct DropIn {
     flags: IstioIptablesFlags,
 }
 
-fn try_call(args: &[&str], variables: &[(&str, &str)]) -> Result<IstioIptables, OptionError> {
+pub(super) fn try_call(
+    args: &[&str],
+    variables: &[(&str, &str)],
+) -> Result<IstioIptables, OptionError> {
     match DropIn::try_parse_from([&["istio-iptables"], args].concat()) {
         Ok(call) => call.flags.validate_with(&env_of(variables), &TestNames),
         Err(error) => panic!("{args:?}: {error}"),
@@ -230,14 +233,4 @@ fn every_flag_and_variable_has_a_refused_value() {
         assert!(refused, "{name}");
     }
     assert!(own.len() >= 25, "{own:?}");
-}
-
-proptest! {
-    #[test]
-    fn any_timeout_is_read_or_refused(text in prop_oneof!["[0-9.hmsunµ +-]{0,12}", any::<String>()]) {
-        let timeout = format!("--probe-timeout={text}");
-        if let Ok(call) = try_call(&["--run-validation", &timeout], &[]) {
-            prop_assert!(call.validation.is_some_and(|validation| !validation.timeout.is_zero()));
-        }
-    }
 }
