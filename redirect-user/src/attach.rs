@@ -26,7 +26,7 @@ use crate::options::{Dns, Ipv6, Policy};
 use crate::pins::Pins;
 use crate::programs::{self, Entered, HOOKS, Hook, Need, Programs, SK_LOOKUP, Side};
 use crate::proxy::ProxyIdentity;
-use crate::record::{self, KubernetesPod, Notes};
+use crate::record::{KubernetesPod, Notes};
 use crate::settings;
 use crate::sys::bpf;
 use crate::tables::Tables;
@@ -103,19 +103,22 @@ pub fn attach(request: &Request) -> Result<Outcome> {
     let pins = Pins::open()?;
     let programs = Programs::open_or_load(&pins)?;
     let tables = Tables::open(&pins)?;
-    collect::gone(&pins, &tables)?;
-    refuse_overlap(&tables, request, &notes, &config)?;
+    let mut noted = collect::gone(&pins, &tables)?;
+    refuse_overlap(&tables, &noted, request, &notes, &config)?;
 
     let cgroup_id = request.cgroup.id();
-    if Notes::read(&tables, cgroup_id)?
+    let own = noted.iter().position(|(id, _)| *id == cgroup_id);
+    let mut attached = own.map(|own| noted.swap_remove(own).1);
+    if attached
+        .as_ref()
         .is_some_and(|attached| attached.netns_cookie != notes.netns_cookie)
     {
         // The cgroup has moved to another network namespace: `sk_lookup` hangs on the old one.
         detach::one(&pins, &tables, cgroup_id)?;
+        attached = None;
     }
     let known = pins.pod(cgroup_id).is_dir();
-    let attached = Notes::read(&tables, cgroup_id)?;
-    let made = changes_made(&tables, cgroup_id, &notes)?;
+    let made = changes_made(attached.as_ref(), &noted, &notes);
     notes.changes = tproxy::plan(&request.netns, &request.policy, ipv6, &made)?;
     let obsolete: Vec<_> = made
         .into_iter()
@@ -193,7 +196,7 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         Ok(outcome) => {
             // Whatever the outcome: a call that was killed, or a pod that has gone, may have left something.
             collect::unused_lists(&tables)?;
-            collect::unused_programs(&pins, &tables)?;
+            collect::unused_programs(&pins, noted.iter().map(|(_, other)| other.build))?;
             Ok(outcome)
         }
         Err(error) => {
@@ -212,16 +215,15 @@ pub fn attach(request: &Request) -> Result<Outcome> {
     }
 }
 
-/// What was made in the namespace for this cgroup, or for another one that shares it.
-fn changes_made(tables: &Tables, cgroup_id: u64, notes: &Notes) -> Result<Vec<Change>> {
-    let mut all = record::all(tables)?;
+/// What was made in the namespace for this cgroup, or for one of the `others` that shares it.
+fn changes_made(attached: Option<&Notes>, others: &[(u64, Notes)], notes: &Notes) -> Vec<Change> {
     // The cgroup's own notes first: those of the others are copies.
-    all.sort_by_key(|(id, _)| *id != cgroup_id);
-    Ok(all
+    attached
         .into_iter()
-        .find(|(_, known)| known.netns_cookie == notes.netns_cookie && !known.changes.is_empty())
-        .map(|(_, known)| known.changes)
-        .unwrap_or_default())
+        .chain(others.iter().map(|(_, other)| other))
+        .find(|known| known.netns_cookie == notes.netns_cookie && !known.changes.is_empty())
+        .map(|known| known.changes.clone())
+        .unwrap_or_default()
 }
 
 /// Writes down what is about to be made, so that it is taken back even after a kill. The rest of the
@@ -264,17 +266,18 @@ pub fn captures_ipv6(policy: &Policy, netns: &NetworkNamespace) -> Result<bool> 
 /// A connection must meet each program once, and a network namespace has one policy.
 fn refuse_overlap(
     tables: &Tables,
+    noted: &[(u64, Notes)],
     request: &Request,
     notes: &Notes,
     config: &PodConfig,
 ) -> Result<()> {
     let relatives = request.cgroup.relatives()?;
-    for (cgroup_id, other) in record::all(tables)? {
-        if cgroup_id == request.cgroup.id() {
+    for (cgroup_id, other) in noted {
+        if *cgroup_id == request.cgroup.id() {
             continue;
         }
         let theirs = other.cgroup.display();
-        if relatives.contains(&cgroup_id) {
+        if relatives.contains(cgroup_id) {
             bail!(
                 "--cgroup {}: overlaps {theirs}, which is attached; detach that first",
                 request.cgroup,

@@ -128,7 +128,10 @@ fn finish(pins: &Pins, tables: &Tables) -> Result<()> {
     if pins.pods()?.is_empty() {
         return pins.remove_all();
     }
-    collect::unused_programs(pins, tables)?;
+    let used = record::all(tables)?
+        .into_iter()
+        .map(|(_, notes)| notes.build);
+    collect::unused_programs(pins, used)?;
     collect::unused_lists(tables)
 }
 

@@ -24,7 +24,8 @@ use nix::{
     sched::{CloneFlags, unshare},
 };
 use redirect_common::{
-    connection::FlowKey,
+    connection::{DestinationKey, FlowKey, Original},
+    dns::{DnsSlot, DnsSlotKey},
     listener::ListenerKey,
     lists::ListKey,
     pod::PodConfig,
@@ -126,6 +127,46 @@ impl Objects {
             }
         }
         objects
+    }
+
+    /// All that is loaded and works with the loader's pinned maps, pinned itself or not: programs, their links, and all
+    /// maps of those programs.
+    pub fn loaded() -> Self {
+        let mut objects = Self::default();
+        let is_map = |pin: &&PathBuf| pin.parent() == Some(Path::new("maps"));
+        for pin in pins().iter().filter(is_map) {
+            let info = MapInfo::from_pin(Path::new(ROOT).join(pin)).unwrap();
+            objects.maps.insert(info.id());
+        }
+        // An object that goes while the others are listed is an error in the list.
+        let mut used = BTreeSet::new();
+        for program in loaded_programs().flatten() {
+            let maps = program.map_ids().unwrap().unwrap();
+            if maps.iter().any(|map| objects.maps.contains(map)) {
+                objects.programs.insert(program.id());
+                used.extend(maps);
+            }
+        }
+        objects.maps.append(&mut used);
+        objects.links = loaded_links()
+            .flatten()
+            .filter(|link| objects.programs.contains(&link.program_id()))
+            .map(|link| link.id())
+            .collect();
+        objects
+    }
+
+    /// Those of both.
+    pub fn with(mut self, other: Self) -> Self {
+        self.links.extend(other.links);
+        self.programs.extend(other.programs);
+        self.maps.extend(other.maps);
+        self
+    }
+
+    /// How many links, programs and maps.
+    pub fn counts(&self) -> [usize; 3] {
+        [self.links.len(), self.programs.len(), self.maps.len()]
     }
 
     /// Ids of links.
@@ -290,6 +331,25 @@ pub fn flows() -> Option<Vec<FlowKey>> {
             .map(|key| bytemuck::pod_read_unaligned(&key))
             .collect(),
     )
+}
+
+/// How many entries programs have made in the maps that hold them until detach, by name of the map.
+pub fn traces() -> BTreeMap<&'static str, usize> {
+    const ORIGINAL: usize = size_of::<Original>();
+    [
+        (
+            "DESTINATIONS",
+            hash::<{ size_of::<DestinationKey>() }, ORIGINAL>("DESTINATIONS"),
+        ),
+        (
+            "DNS_SLOTS",
+            hash::<{ size_of::<DnsSlotKey>() }, { size_of::<DnsSlot>() }>("DNS_SLOTS"),
+        ),
+    ]
+    .into_iter()
+    .filter_map(|(name, contents)| Some((name, contents?.len())))
+    .chain(flows().map(|flows| ("FLOWS", flows.len())))
+    .collect()
 }
 
 fn counts() -> Option<Contents> {
