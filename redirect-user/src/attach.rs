@@ -8,13 +8,16 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, Result, bail};
+use redirect_common::POLICY_LAYOUT_VERSION;
 use redirect_common::connection::SocketState;
 use redirect_common::listener::{LISTENER_SLOTS, ListenerKey};
 use redirect_common::pod::PodConfig;
+use redirect_common::verdict::COUNTERS;
 
 use crate::collect;
 use crate::detach;
 use crate::kernel;
+use crate::layouts;
 use crate::machines;
 use crate::observe::cgroup::Cgroup;
 use crate::observe::identity::UserNamespace;
@@ -90,6 +93,8 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         cgroup: request.cgroup.path().to_owned(),
         netns: request.netns.name().to_owned(),
         netns_cookie: request.netns.cookie()?,
+        layout: POLICY_LAYOUT_VERSION,
+        counted_before: Vec::new(),
         netns_inode: request.netns.inode(),
         ipv6,
         run_by: request.run_by,
@@ -118,6 +123,29 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         attached = None;
     }
     let known = pins.pod(cgroup_id).is_dir();
+    if let Some(attached) = &attached {
+        notes.layout = attached.layout;
+        notes.counted_before.clone_from(&attached.counted_before);
+    }
+    // Programs of another layout of the maps run until they are replaced: these are their notes.
+    let taken_over = attached
+        .as_ref()
+        .filter(|attached| attached.layout != POLICY_LAYOUT_VERSION);
+    if taken_over.is_some() {
+        // Room for the counters that are written down then.
+        let counted_before = vec![u64::MAX; COUNTERS];
+        Notes {
+            counted_before,
+            ..notes.clone()
+        }
+        .encode()?;
+    }
+    let shares_maps = taken_over.is_some_and(|attached| {
+        let same = |other: &Notes| {
+            other.netns_cookie == attached.netns_cookie && other.layout == attached.layout
+        };
+        noted.iter().any(|(_, other)| same(other))
+    });
     let made = changes_made(attached.as_ref(), &noted, &notes);
     notes.changes = tproxy::plan(&request.netns, &request.policy, ipv6, &made)?;
     let obsolete: Vec<_> = made
@@ -148,6 +176,10 @@ pub fn attach(request: &Request) -> Result<Outcome> {
             .insert_zeroed(&notes.netns_cookie)
             .context("writing COUNTS")?;
         let found = find_listeners(&tables, request, &notes)?;
+        if let Some(attached) = taken_over {
+            let config = settings::pod_config(&attached.policy, attached.ipv6, &ids, &interfaces)?;
+            layouts::enter(&tables, attached, &config)?;
+        }
         changed |= link(&pins, &programs, request, &notes, attached.as_ref())?;
         let before = tables.pods.get(&notes.netns_cookie)?;
         let kept = notes.with_also(&obsolete);
@@ -180,6 +212,17 @@ pub fn attach(request: &Request) -> Result<Outcome> {
             machines::remove_others(&tables, &request.netns, &request.policy.virtual_interfaces)?;
         if !obsolete.is_empty() {
             tproxy::take_back(&request.netns, &obsolete)?;
+        }
+        if let Some(attached) = taken_over {
+            let entered = layouts::entered(&pins, attached, notes.clone())?;
+            tables
+                .records
+                .set(&cgroup_id, &entered.encode()?)
+                .context("writing RECORDS")?;
+            if !shares_maps {
+                layouts::leave(&pins, attached)?;
+            }
+        } else if !obsolete.is_empty() {
             tables
                 .records
                 .set(&cgroup_id, &record)
@@ -196,7 +239,7 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         Ok(outcome) => {
             // Whatever the outcome: a call that was killed, or a pod that has gone, may have left something.
             collect::unused_lists(&tables)?;
-            collect::unused_programs(&pins, noted.iter().map(|(_, other)| other.build))?;
+            collect::unused_builds(&pins, &noted)?;
             Ok(outcome)
         }
         Err(error) => {

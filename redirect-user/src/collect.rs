@@ -10,6 +10,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 use crate::detach;
+use crate::layouts;
 use crate::pins::{self, Pins};
 use crate::programs::{self, SK_LOOKUP};
 use crate::record::{self, Notes};
@@ -78,12 +79,14 @@ pub(crate) fn unused_lists(tables: &Tables) -> Result<()> {
         .context("writing LISTS")
 }
 
-/// Unpins the programs of all builds but this one and those `used`: what pods are recorded with. A link that still runs
-/// another one, since an upgrade was killed, keeps it.
-pub(crate) fn unused_programs(pins: &Pins, used: impl IntoIterator<Item = u64>) -> Result<()> {
+/// Unpins the programs of all builds, and the maps of all layouts, but of this one and of those that `others` are recorded
+/// with. A link that still runs another program, since an upgrade was killed, keeps it.
+pub(crate) fn unused_builds(pins: &Pins, others: &[(u64, Notes)]) -> Result<()> {
     let mut builds = vec![programs::build_id()];
-    builds.extend(used);
+    builds.extend(others.iter().map(|(_, notes)| notes.build));
     pins.programs_but(&builds)?
         .iter()
-        .try_for_each(|directory| pins.withdraw(directory))
+        .try_for_each(|directory| pins.withdraw(directory))?;
+    // After the programs: these would go on with maps that are no longer found.
+    layouts::remove_unused(pins, others.iter().map(|(_, notes)| notes.layout))
 }

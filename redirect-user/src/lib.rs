@@ -12,6 +12,7 @@ pub mod detach;
 pub mod follow;
 pub mod istio_iptables;
 pub mod kernel;
+mod layouts;
 pub mod machines;
 pub mod node;
 pub mod observe;

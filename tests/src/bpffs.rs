@@ -24,6 +24,7 @@ use nix::{
     sched::{CloneFlags, unshare},
 };
 use redirect_common::{
+    POLICY_LAYOUT_VERSION,
     connection::{DestinationKey, FlowKey, Original},
     dns::{DnsSlot, DnsSlotKey},
     listener::ListenerKey,
@@ -108,7 +109,7 @@ impl Objects {
             let name = pin.to_string_lossy().into_owned();
             if path.is_dir() {
                 continue;
-            } else if name.starts_with("maps/") {
+            } else if is_map(&pin) {
                 objects.maps.insert(MapInfo::from_pin(&path).unwrap().id());
             } else if name.starts_with("programs-") {
                 let info = aya::programs::ProgramInfo::from_pin(&path).unwrap();
@@ -133,8 +134,7 @@ impl Objects {
     /// maps of those programs.
     pub fn loaded() -> Self {
         let mut objects = Self::default();
-        let is_map = |pin: &&PathBuf| pin.parent() == Some(Path::new("maps"));
-        for pin in pins().iter().filter(is_map) {
+        for pin in pins().iter().filter(|pin| is_map(pin)) {
             let info = MapInfo::from_pin(Path::new(ROOT).join(pin)).unwrap();
             objects.maps.insert(info.id());
         }
@@ -383,10 +383,19 @@ fn trie<const K: usize, const V: usize>(name: &str) -> Option<Contents> {
     Some(keys(map.keys()).map(entry).collect())
 }
 
+/// Below a directory of maps.
+fn is_map(pin: &Path) -> bool {
+    let directory = pin.parent().and_then(Path::to_str);
+    directory.is_some_and(|name| name == "maps" || name.starts_with("maps-"))
+}
+
 fn open(name: &str, kind: impl FnOnce(MapData) -> Map) -> Option<Map> {
-    let path = Path::new(ROOT).join("maps").join(name);
-    path.exists()
-        .then(|| kind(MapData::from_pin(path).unwrap()))
+    let own = format!("maps-{POLICY_LAYOUT_VERSION}");
+    ["maps", &own]
+        .map(|directory| Path::new(ROOT).join(directory).join(name))
+        .into_iter()
+        .find(|path| path.exists())
+        .map(|path| kind(MapData::from_pin(path).unwrap()))
 }
 
 fn keys<K: Pod>(keys: impl Iterator<Item = Result<K, MapError>>) -> impl Iterator<Item = K> {

@@ -26,6 +26,8 @@ impl LightPod {
         let process = std::process::id();
         let uid = format!("{process:08x}-0000-4000-8000-1{number:011x}");
         let netns = Namespace::new(&format!("rd-{process}-light-{number}"));
+        // Otherwise link-local addresses appear seconds later, and routes change under a test.
+        netns.sysctl(&[("ipv6/conf/default/disable_ipv6", "1")]);
         let [x, y] = number.to_be_bytes();
         let (own, gateway) = (Ipv4Addr::new(10, x, y, 2), Ipv4Addr::new(10, x, y, 1));
         netns.ip(&format!(
