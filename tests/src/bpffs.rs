@@ -11,8 +11,7 @@ use std::{
 use aya::{
     Pod,
     maps::{
-        HashMap, LpmTrie, Map, MapData, MapError, MapInfo, PerCpuHashMap, SockHash, loaded_maps,
-        lpm_trie::Key,
+        HashMap, LpmTrie, Map, MapData, MapError, MapInfo, PerCpuHashMap, SockHash, lpm_trie::Key,
     },
     programs::{
         links::{FdLink, PinnedLink},
@@ -34,6 +33,8 @@ use redirect_common::{
     route::{RouteInfo, RouteKey},
     verdict::COUNTERS,
 };
+
+use crate::map_ids::map_ids;
 
 /// Where the loader expects it.
 const MOUNT_POINT: &str = "/sys/fs/bpf";
@@ -207,13 +208,10 @@ impl Objects {
     }
 
     /// Waits until the kernel has freed all of them. Those that stay are returned.
-    ///
-    /// Seldom, and not at once: listing maps opens them, and the kernel never frees a program array that is closed again
-    /// before it has begun to clear it (`prog_array_map_clear` takes a reference for work that is queued already).
     pub fn wait_until_freed(&self) -> Self {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            thread::sleep(Duration::from_millis(200));
+            thread::sleep(Duration::from_millis(50));
             let alive = self.alive();
             if alive.is_empty() || Instant::now() > deadline {
                 return alive;
@@ -235,10 +233,7 @@ impl Objects {
                 &self.programs,
                 loaded_programs().flatten().map(|i| i.id()).collect(),
             ),
-            maps: keep(
-                &self.maps,
-                loaded_maps().flatten().map(|i| i.id()).collect(),
-            ),
+            maps: keep(&self.maps, map_ids()),
         }
     }
 }

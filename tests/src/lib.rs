@@ -54,6 +54,7 @@ pub mod kubernetes;
 pub mod light;
 pub mod loader;
 pub mod machine;
+mod map_ids;
 pub mod maps;
 pub mod namespace;
 pub mod options;

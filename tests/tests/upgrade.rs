@@ -258,7 +258,9 @@ fn another_layout_of_the_maps_takes_over_pods_one_by_one() {
                         now[0] >= counted[0] && now[1] >= counted[1],
                         "{now:?} {counted:?}"
                     );
-                    pods.iter().for_each(|pod| drop(pod.counted(&status)));
+                    for pod in &pods {
+                        pod.counted(&status);
+                    }
                 }
                 pods[done].check();
                 let said = attach(of_layout(to), &pods[done].scene.pod);
