@@ -140,12 +140,6 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         }
         .encode()?;
     }
-    let shares_maps = taken_over.is_some_and(|attached| {
-        let same = |other: &Notes| {
-            other.netns_cookie == attached.netns_cookie && other.layout == attached.layout
-        };
-        noted.iter().any(|(_, other)| same(other))
-    });
     let made = changes_made(attached.as_ref(), &noted, &notes);
     notes.changes = tproxy::plan(&request.netns, &request.policy, ipv6, &made)?;
     let obsolete: Vec<_> = made
@@ -177,7 +171,14 @@ pub fn attach(request: &Request) -> Result<Outcome> {
             .context("writing COUNTS")?;
         let found = find_listeners(&tables, request, &notes)?;
         if let Some(attached) = taken_over {
-            let config = settings::pod_config(&attached.policy, attached.ipv6, &ids, &interfaces)?;
+            let mut config = settings::pod_config(
+                &attached.policy,
+                &attached.proxy,
+                attached.ipv6,
+                &ids,
+                &interfaces,
+            )?;
+            config.foreign_buckets = settings::foreign_buckets(&table);
             layouts::enter(&tables, attached, &config)?;
         }
         changed |= link(&pins, &programs, request, &notes, attached.as_ref())?;
@@ -219,15 +220,14 @@ pub fn attach(request: &Request) -> Result<Outcome> {
                 .records
                 .set(&cgroup_id, &entered.encode()?)
                 .context("writing RECORDS")?;
-            if !shares_maps {
-                layouts::leave(&pins, attached)?;
-            }
         } else if !obsolete.is_empty() {
             tables
                 .records
                 .set(&cgroup_id, &record)
                 .context("writing RECORDS")?;
         }
+        // Also after a call that was killed here.
+        layouts::leave(&pins, &notes, &noted)?;
         warn_about_listeners(&found, &request.policy);
         Ok(match (known && before.is_some(), changed) {
             (false, _) => Outcome::Attached,

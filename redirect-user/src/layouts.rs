@@ -5,7 +5,7 @@
 //! then the other build's entries go. Whatever program a connection meets meanwhile, old or new, finds the same policy in its
 //! own maps, and the connection itself in the maps that all builds share.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use redirect_common::POLICY_LAYOUT_VERSION;
@@ -90,12 +90,21 @@ pub(crate) fn entered(pins: &Pins, before: &Notes, mut notes: Notes) -> Result<N
     Ok(notes)
 }
 
-/// Removes what the other build's programs went by, once none of them is attached.
-pub(crate) fn leave(pins: &Pins, before: &Notes) -> Result<()> {
-    for name in ["PODS", "COUNTS"] {
-        if let Some(map) = other(pins, before, name)? {
-            map.remove(before.netns_cookie)
-                .with_context(|| format!("writing {name} of layout {}", before.layout))?;
+/// Removes what programs of other builds went by, once none of them is attached. `others` are the notes on other cgroups,
+/// which may share the namespace and still have such programs.
+pub(crate) fn leave(pins: &Pins, notes: &Notes, others: &[(u64, Notes)]) -> Result<()> {
+    for directory in pins.renewed_but(&[POLICY_LAYOUT_VERSION])? {
+        let is_used = |other: &Notes| {
+            other.netns_cookie == notes.netns_cookie && pins.renewed(other.layout) == directory
+        };
+        if others.iter().any(|(_, other)| is_used(other)) {
+            continue;
+        }
+        for path in ["PODS", "COUNTS"].map(|name| directory.join(name)) {
+            if let Some(map) = open(&path)? {
+                map.remove(notes.netns_cookie)
+                    .with_context(|| format!("writing {}", path.display()))?;
+            }
         }
     }
     Ok(())
@@ -115,7 +124,10 @@ fn other(pins: &Pins, notes: &Notes, name: &str) -> Result<Option<OtherTable>> {
     if notes.layout == POLICY_LAYOUT_VERSION {
         return Ok(None);
     }
-    let path: PathBuf = pins.renewed(notes.layout).join(name);
-    OtherTable::open(&path, tables::possible_cpus()?)
+    open(&pins.renewed(notes.layout).join(name))
+}
+
+fn open(path: &Path) -> Result<Option<OtherTable>> {
+    OtherTable::open(path, tables::possible_cpus()?)
         .with_context(|| format!("opening map {}", path.display()))
 }

@@ -8,7 +8,12 @@
     reason = "a test panics where it fails, also in its helpers"
 )]
 
-use std::{fs, process::Command};
+use std::{
+    fs,
+    process::{Command, Stdio},
+    thread,
+    time::Instant,
+};
 
 use redirect_tests::{
     bpffs::{self, Objects},
@@ -29,6 +34,8 @@ use Family::{V4, V6};
 
 /// How often the build changes under traffic.
 const ROUNDS: usize = 6;
+/// How often a call that takes a pod over is killed.
+const KILLS: u32 = 16;
 
 fn attach(by: Command, pod: &Pod) -> String {
     let mut command = attach_by(by, pod);
@@ -288,6 +295,44 @@ fn another_layout_of_the_maps_takes_over_pods_one_by_one() {
             assert_eq!(pod.scene.outside.dial(&pod.inward).outcome(), "app");
         }
         assert!(bpffs::pins().is_empty());
+    });
+}
+
+#[rstest]
+fn take_over_that_was_killed_is_completed_by_the_next_call() {
+    bpffs::private(|| {
+        let mut pod = Busy::new(V4);
+        attach(redirect(), &pod.scene.pod);
+        pod.start();
+        // How long a whole call takes here and now: it is killed at one moment after the other.
+        let begun = Instant::now();
+        attach(redirect_of_other_layout(), &pod.scene.pod);
+        let whole = begun.elapsed();
+        for (step, to) in (0..KILLS).zip([1, 2].into_iter().cycle()) {
+            let mut command = attach_by(of_layout(to), &pod.scene.pod);
+            let mut child = command
+                .args(Options::ISTIO.arguments())
+                .stdout(Stdio::null())
+                .spawn()
+                .unwrap();
+            thread::sleep(whole * step / KILLS);
+            child.kill().unwrap();
+            child.wait().unwrap();
+            pod.check();
+            for layout in [1, 2] {
+                pod.counted(&status_by(of_layout(layout)));
+            }
+            attach(of_layout(to), &pod.scene.pod);
+            pod.check();
+            assert_eq!(layouts(), [format!("maps-{to}")]);
+            assert_eq!(builds(), 1);
+        }
+        let made = pod.stop();
+        assert_eq!(pod.counted(&status_by(redirect())), made);
+        let detached = detach(pod.scene.pod.cgroup.path());
+        assert!(detached.status.success(), "{}", errors(&detached));
+        assert!(bpffs::pins().is_empty());
+        assert_eq!(pod.scene.app.dial(&pod.out).outcome(), "service");
     });
 }
 

@@ -48,7 +48,7 @@ pub fn run(options: &Options) -> Result<()> {
         step("eBPF lints", clippy_ebpf()?)?,
         step("tests", unit_tests(options, &skips)?)?,
         step("build", build()?)?,
-        step("build of another map layout", build_other_layout()?)?,
+        step("build of another map layout", cargo::build_other_layout()?)?,
     ];
     // Except these: they run the built programs, and the last build's would answer for this one's.
     let mut builds = outcomes.iter().filter(|o| o.name.starts_with("build"));
@@ -130,15 +130,6 @@ fn clippy_ebpf() -> Result<Command> {
 fn build() -> Result<Command> {
     let mut command = cargo::at_root()?;
     command.arg("build");
-    Ok(command)
-}
-
-/// The program that tests of upgrades change to.
-fn build_other_layout() -> Result<Command> {
-    let mut command = cargo::at_root()?;
-    command.args(["build", "--package", "redirect-user"]);
-    command.args(["--features", "other-layout"]);
-    command.args(["--bin", "redirect-other-layout"]);
     Ok(command)
 }
 
