@@ -20,10 +20,16 @@ fn main() -> Result<()> {
     }
     println!("cargo:rerun-if-changed=../redirect-common/src");
     let toolchain = env::var("RUSTUP_TOOLCHAIN").unwrap_or_else(|_| "stable".into());
+    let features: &[&str] = if env::var_os("CARGO_FEATURE_OTHER_LAYOUT").is_some() {
+        &["other-layout"]
+    } else {
+        &[]
+    };
     aya_build::build_ebpf(
         [Package {
             name: "redirect-ebpf",
             root_dir: concat!(env!("CARGO_MANIFEST_DIR"), "/../redirect-ebpf"),
+            features,
             ..Default::default()
         }],
         Toolchain::Custom(&toolchain),

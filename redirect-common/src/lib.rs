@@ -18,9 +18,15 @@ pub mod route;
 pub mod verdict;
 pub mod virtual_machine;
 
-/// Bumped whenever a map's key, value or meaning changes; part of the pin directory's name, so
-/// that programs never meet maps of another layout.
+/// Layout of the maps that outlive every upgrade, since established connections rely on them. Bumped
+/// whenever key, value or meaning of one changes; part of the pin directory's name. A loader refuses
+/// to work beside pods of another one, so prefer padding, or another map.
 pub const LAYOUT_VERSION: u32 = 2;
+
+/// Layout of the other maps: an upgrade fills new ones. Bumped whenever key, value or meaning of one
+/// changes, so that programs never meet maps of another layout. Two things hold in all of them: the
+/// keys of `PODS` and `COUNTS` are cookies, and a rule's counter keeps its place.
+pub const POLICY_LAYOUT_VERSION: u32 = if cfg!(feature = "other-layout") { 2 } else { 1 };
 
 /// Asserts a map type's size at compile time: the kernel and the verifier count in bytes.
 macro_rules! assert_size {

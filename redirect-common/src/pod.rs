@@ -60,6 +60,9 @@ impl IdRange {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct PodConfig {
+    /// Puts everything else in another place.
+    #[cfg(feature = "other-layout")]
+    pub _moved: [u64; 3],
     /// Which lists in `LISTS` are this pod's; pods with equal lists share them.
     pub policy: u64,
     /// `FLAG_` bits.
@@ -104,6 +107,7 @@ pub struct PodConfig {
     pub proxy_cgroup: u64,
 }
 
+#[cfg(not(feature = "other-layout"))]
 crate::assert_size!(PodConfig, 896);
 
 impl PodConfig {

@@ -22,14 +22,21 @@ use crate::ctx::{InheritedSkStorage, lru_get, map_get, map_get_mut};
 
 const ADDRESS_BITS: u32 = 128;
 
+/// As many as a node can have pods, many times over.
+const MOST_PODS: u32 = if cfg!(feature = "other-layout") {
+    8192
+} else {
+    4096
+};
+
 /// Not preallocated: elements are then freed only after an RCU grace period, so a program never
 /// reads half of an old and half of a new policy.
 #[map]
-pub static PODS: HashMap<u64, PodConfig> = HashMap::pinned(4096, BPF_F_NO_PREALLOC);
+pub static PODS: HashMap<u64, PodConfig> = HashMap::pinned(MOST_PODS, BPF_F_NO_PREALLOC);
 
 #[map]
 pub static COUNTS: PerCpuHashMap<u64, [u64; COUNTERS]> =
-    PerCpuHashMap::pinned(4096, BPF_F_NO_PREALLOC);
+    PerCpuHashMap::pinned(MOST_PODS, BPF_F_NO_PREALLOC);
 
 #[map]
 pub static LISTS: LpmTrie<ListKey, u8> = LpmTrie::pinned(1 << 18, BPF_F_NO_PREALLOC);

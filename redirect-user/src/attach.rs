@@ -9,14 +9,17 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, Result, bail};
+use redirect_common::POLICY_LAYOUT_VERSION;
 use redirect_common::connection::SocketState;
 use redirect_common::listener::{LISTENER_SLOTS, ListenerKey};
 use redirect_common::pod::PodConfig;
 use redirect_common::route::{ROUTE_LOCAL, ROUTE_PREFIX_BITS, RouteKey};
+use redirect_common::verdict::COUNTERS;
 
 use crate::collect;
 use crate::detach;
 use crate::kernel;
+use crate::layouts;
 use crate::machines;
 use crate::observe::cgroup::Cgroup;
 use crate::observe::identity::UserNamespace;
@@ -28,7 +31,7 @@ use crate::options::{Dns, Ipv6, Policy};
 use crate::pins::Pins;
 use crate::programs::{self, Entered, HOOKS, Hook, Need, Programs, SK_LOOKUP, Side};
 use crate::proxy::ProxyIdentity;
-use crate::record::{self, KubernetesPod, Notes};
+use crate::record::{KubernetesPod, Notes};
 use crate::settings;
 use crate::sys::bpf;
 use crate::tables::{RoutePrefix, Tables};
@@ -92,6 +95,8 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         cgroup: request.cgroup.path().to_owned(),
         netns: request.netns.name().to_owned(),
         netns_cookie: request.netns.cookie()?,
+        layout: POLICY_LAYOUT_VERSION,
+        counted_before: Vec::new(),
         netns_inode: request.netns.inode(),
         ipv6,
         run_by: request.run_by,
@@ -105,19 +110,39 @@ pub fn attach(request: &Request) -> Result<Outcome> {
     let pins = Pins::open()?;
     let programs = Programs::open_or_load(&pins)?;
     let tables = Tables::open(&pins)?;
-    collect::gone(&pins, &tables)?;
-    refuse_overlap(&tables, request, &notes, &config)?;
+    let mut noted = collect::gone(&pins, &tables)?;
+    refuse_overlap(&tables, &noted, request, &notes, &config)?;
 
     let cgroup_id = request.cgroup.id();
-    if Notes::read(&tables, cgroup_id)?
+    let own = noted.iter().position(|(id, _)| *id == cgroup_id);
+    let mut attached = own.map(|own| noted.swap_remove(own).1);
+    if attached
+        .as_ref()
         .is_some_and(|attached| attached.netns_cookie != notes.netns_cookie)
     {
         // The cgroup has moved to another network namespace: `sk_lookup` hangs on the old one.
         detach::one(&pins, &tables, cgroup_id)?;
+        attached = None;
     }
     let known = pins.pod(cgroup_id).is_dir();
-    let attached = Notes::read(&tables, cgroup_id)?;
-    let made = changes_made(&tables, cgroup_id, &notes)?;
+    if let Some(attached) = &attached {
+        notes.layout = attached.layout;
+        notes.counted_before.clone_from(&attached.counted_before);
+    }
+    // Programs of another layout of the maps run until they are replaced: these are their notes.
+    let taken_over = attached
+        .as_ref()
+        .filter(|attached| attached.layout != POLICY_LAYOUT_VERSION);
+    if taken_over.is_some() {
+        // Room for the counters that are written down then.
+        let counted_before = vec![u64::MAX; COUNTERS];
+        Notes {
+            counted_before,
+            ..notes.clone()
+        }
+        .encode()?;
+    }
+    let made = changes_made(attached.as_ref(), &noted, &notes);
     notes.changes = tproxy::plan(&request.netns, &request.policy, ipv6, &made)?;
     let obsolete: Vec<_> = made
         .into_iter()
@@ -147,6 +172,17 @@ pub fn attach(request: &Request) -> Result<Outcome> {
             .insert_zeroed(&notes.netns_cookie)
             .context("writing COUNTS")?;
         let found = find_listeners(&tables, request, &notes, &config)?;
+        if let Some(attached) = taken_over {
+            let mut config = settings::pod_config(
+                &attached.policy,
+                &attached.proxy,
+                attached.ipv6,
+                &ids,
+                &interfaces,
+            )?;
+            config.foreign_buckets = settings::foreign_buckets(&table);
+            layouts::enter(&tables, attached, &config)?;
+        }
         changed |= link(&pins, &programs, request, &notes, attached.as_ref())?;
         let before = tables.pods.get(&notes.netns_cookie)?;
         let kept = notes.with_also(&obsolete);
@@ -179,11 +215,21 @@ pub fn attach(request: &Request) -> Result<Outcome> {
             machines::remove_others(&tables, &request.netns, &request.policy.virtual_interfaces)?;
         if !obsolete.is_empty() {
             tproxy::take_back(&request.netns, &obsolete)?;
+        }
+        if let Some(attached) = taken_over {
+            let entered = layouts::entered(&pins, attached, notes.clone())?;
+            tables
+                .records
+                .set(&cgroup_id, &entered.encode()?)
+                .context("writing RECORDS")?;
+        } else if !obsolete.is_empty() {
             tables
                 .records
                 .set(&cgroup_id, &record)
                 .context("writing RECORDS")?;
         }
+        // Also after a call that was killed here.
+        layouts::leave(&pins, &notes, &noted)?;
         warn_about_listeners(&found, &request.policy);
         Ok(match (known && before.is_some(), changed) {
             (false, _) => Outcome::Attached,
@@ -195,7 +241,7 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         Ok(outcome) => {
             // Whatever the outcome: a call that was killed, or a pod that has gone, may have left something.
             collect::unused_lists(&tables)?;
-            collect::unused_programs(&pins, &tables)?;
+            collect::unused_builds(&pins, &noted)?;
             Ok(outcome)
         }
         Err(error) => {
@@ -214,16 +260,15 @@ pub fn attach(request: &Request) -> Result<Outcome> {
     }
 }
 
-/// What was made in the namespace for this cgroup, or for another one that shares it.
-fn changes_made(tables: &Tables, cgroup_id: u64, notes: &Notes) -> Result<Vec<Change>> {
-    let mut all = record::all(tables)?;
+/// What was made in the namespace for this cgroup, or for one of the `others` that shares it.
+fn changes_made(attached: Option<&Notes>, others: &[(u64, Notes)], notes: &Notes) -> Vec<Change> {
     // The cgroup's own notes first: those of the others are copies.
-    all.sort_by_key(|(id, _)| *id != cgroup_id);
-    Ok(all
+    attached
         .into_iter()
-        .find(|(_, known)| known.netns_cookie == notes.netns_cookie && !known.changes.is_empty())
-        .map(|(_, known)| known.changes)
-        .unwrap_or_default())
+        .chain(others.iter().map(|(_, other)| other))
+        .find(|known| known.netns_cookie == notes.netns_cookie && !known.changes.is_empty())
+        .map(|known| known.changes.clone())
+        .unwrap_or_default()
 }
 
 /// Writes down what is about to be made, so that it is taken back even after a kill. The rest of the
@@ -266,17 +311,18 @@ pub fn captures_ipv6(policy: &Policy, netns: &NetworkNamespace) -> Result<bool> 
 /// A connection must meet each program once, and a network namespace has one policy.
 fn refuse_overlap(
     tables: &Tables,
+    noted: &[(u64, Notes)],
     request: &Request,
     notes: &Notes,
     config: &PodConfig,
 ) -> Result<()> {
     let relatives = request.cgroup.relatives()?;
-    for (cgroup_id, other) in record::all(tables)? {
-        if cgroup_id == request.cgroup.id() {
+    for (cgroup_id, other) in noted {
+        if *cgroup_id == request.cgroup.id() {
             continue;
         }
         let theirs = other.cgroup.display();
-        if relatives.contains(&cgroup_id) {
+        if relatives.contains(cgroup_id) {
             bail!(
                 "--cgroup {}: overlaps {theirs}, which is attached; detach that first",
                 request.cgroup,

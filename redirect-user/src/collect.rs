@@ -1,7 +1,7 @@
 //! Collecting what nothing refers to any more: the kernel keeps a pinned link whose cgroup or
 //! network namespace has gone.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -10,26 +10,30 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 use crate::detach;
+use crate::layouts;
 use crate::pins::{self, Pins};
 use crate::programs::{self, SK_LOOKUP};
 use crate::record::{self, Notes};
 use crate::sys::bpf::{self, LinkTarget};
 use crate::tables::Tables;
 
-/// Removes pods whose cgroup or network namespace has gone, and notes without links.
-pub(crate) fn gone(pins: &Pins, tables: &Tables) -> Result<()> {
-    let linked = pins.pods()?;
-    for cgroup_id in &linked {
-        if is_gone(pins, *cgroup_id)? || is_left_over(tables, *cgroup_id)? {
-            detach::one(pins, tables, *cgroup_id)?;
+/// Removes pods whose cgroup or network namespace has gone, and notes without links. Returns the notes on those that
+/// stay: they are read once, since a node has many.
+pub(crate) fn gone(pins: &Pins, tables: &Tables) -> Result<Vec<(u64, Notes)>> {
+    let linked: HashSet<u64> = pins.pods()?.into_iter().collect();
+    let mut noted: HashMap<u64, Notes> = record::all(tables)?.into_iter().collect();
+    let keys = tables.records.keys().context("reading RECORDS")?;
+    let mut gone: Vec<u64> = keys.into_iter().filter(|id| !linked.contains(id)).collect();
+    for cgroup_id in linked {
+        if is_gone(pins, cgroup_id)? || noted.get(&cgroup_id).is_some_and(is_left_over) {
+            gone.push(cgroup_id);
         }
     }
-    for cgroup_id in tables.records.keys().context("reading RECORDS")? {
-        if !linked.contains(&cgroup_id) {
-            detach::one(pins, tables, cgroup_id)?;
-        }
+    for cgroup_id in gone {
+        detach::one(pins, tables, cgroup_id)?;
+        noted.remove(&cgroup_id);
     }
-    Ok(())
+    Ok(noted.into_iter().collect())
 }
 
 /// True if the kernel has cut the links off, or they are incomplete. An error is no answer: the pod may well be there.
@@ -48,15 +52,12 @@ fn is_gone(pins: &Pins, cgroup_id: u64) -> Result<bool> {
 
 /// True for a command whose `redirect run` was killed, once the command itself has ended. Its empty
 /// cgroup goes too.
-fn is_left_over(tables: &Tables, cgroup_id: u64) -> Result<bool> {
-    let Some(notes) = Notes::read(tables, cgroup_id)? else {
-        return Ok(false);
-    };
+fn is_left_over(notes: &Notes) -> bool {
     let Some(pid) = notes.run_by else {
-        return Ok(false);
+        return false;
     };
     // Only an empty cgroup can be removed.
-    Ok(!Path::new("/proc").join(pid.to_string()).exists() && fs::remove_dir(&notes.cgroup).is_ok())
+    !Path::new("/proc").join(pid.to_string()).exists() && fs::remove_dir(&notes.cgroup).is_ok()
 }
 
 /// Removes lists of policies that no pod has, once no program reads them any more.
@@ -78,12 +79,14 @@ pub(crate) fn unused_lists(tables: &Tables) -> Result<()> {
         .context("writing LISTS")
 }
 
-/// Unpins the programs of other builds that no pod is recorded with. A link that still runs one, since an upgrade
-/// was killed, keeps it.
-pub(crate) fn unused_programs(pins: &Pins, tables: &Tables) -> Result<()> {
+/// Unpins the programs of all builds, and the maps of all layouts, but of this one and of those that `others` are recorded
+/// with. A link that still runs another program, since an upgrade was killed, keeps it.
+pub(crate) fn unused_builds(pins: &Pins, others: &[(u64, Notes)]) -> Result<()> {
     let mut builds = vec![programs::build_id()];
-    builds.extend(record::all(tables)?.iter().map(|(_, notes)| notes.build));
+    builds.extend(others.iter().map(|(_, notes)| notes.build));
     pins.programs_but(&builds)?
         .iter()
-        .try_for_each(|directory| pins.withdraw(directory))
+        .try_for_each(|directory| pins.withdraw(directory))?;
+    // After the programs: these would go on with maps that are no longer found.
+    layouts::remove_unused(pins, others.iter().map(|(_, notes)| notes.layout))
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use crate::collect;
+use crate::layouts;
 use crate::machines;
 use crate::pins::{self, Pins};
 use crate::programs::{HOOKS, SK_LOOKUP};
@@ -81,10 +82,7 @@ pub(crate) fn one(pins: &Pins, tables: &Tables, cgroup_id: u64) -> Result<()> {
     let directory = pins.pod(cgroup_id);
     let namespace_is_gone = namespace_is_gone(&directory)?;
     if let Some(notes) = notes.as_ref().filter(|_| !shared) {
-        tables
-            .pods
-            .remove(&notes.netns_cookie)
-            .context("writing PODS")?;
+        layouts::let_alone(pins, tables, notes)?;
         bpf::wait_for_running_programs().context("membarrier")?;
         wait_for_handshakes(tables, notes.netns_cookie)?;
     }
@@ -128,7 +126,7 @@ fn finish(pins: &Pins, tables: &Tables) -> Result<()> {
     if pins.pods()?.is_empty() {
         return pins.remove_all();
     }
-    collect::unused_programs(pins, tables)?;
+    collect::unused_builds(pins, &record::all(tables)?)?;
     collect::unused_lists(tables)
 }
 

@@ -14,6 +14,7 @@ pub mod follow;
 mod fuzz;
 pub mod istio_iptables;
 pub mod kernel;
+mod layouts;
 pub mod machines;
 pub mod node;
 pub mod observe;

@@ -1,7 +1,8 @@
 //! The pin directory: where maps, programs and links live when no process of ours does.
 //!
 //! ```text
-//! /sys/fs/bpf/redirect/v2/maps/NAME               shared by all pods
+//! /sys/fs/bpf/redirect/v2/maps/NAME               shared by all pods and builds
+//!                         maps-LAYOUT/NAME        shared by all pods of builds with that layout of them
 //!                         programs-HASH/NAME      shared by all pods, one directory per build
 //!                         pods/CGROUP_ID/NAME     one link per hook
 //! ```
@@ -16,7 +17,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{FsType, statfs};
-use redirect_common::LAYOUT_VERSION;
+use redirect_common::{LAYOUT_VERSION, POLICY_LAYOUT_VERSION};
 
 use crate::sys::bpf;
 use crate::tables;
@@ -37,10 +38,12 @@ impl Pins {
     /// Opens the directory, making it (and mounting bpffs) if needed, and waits for the lock.
     pub fn open() -> Result<Self> {
         mount_bpffs()?;
+        refuse_other_layouts()?;
         make(&root())?;
         let pins = Self::lock()?;
         // Under the lock: the last detach removes these.
         make(&pins.root.join("maps"))?;
+        make(&pins.renewed(POLICY_LAYOUT_VERSION))?;
         make(&pins.root.join("pods"))?;
         Ok(pins)
     }
@@ -61,7 +64,7 @@ impl Pins {
 
     /// False after a kill while the maps were made or removed: nothing is attached then.
     pub fn is_complete(&self) -> bool {
-        self.root.join("pods").is_dir() && tables::NAMES.iter().all(|name| self.map(name).exists())
+        self.root.join("pods").is_dir() && tables::KEPT.iter().all(|name| self.map(name).exists())
     }
 
     fn lock() -> Result<Self> {
@@ -75,9 +78,26 @@ impl Pins {
         Ok(pins)
     }
 
-    /// Where a map is pinned.
+    /// Where this build's map of that name is pinned.
     pub fn map(&self, name: &str) -> PathBuf {
-        self.root.join("maps").join(name)
+        if tables::RENEWED.contains(&name) {
+            self.renewed(POLICY_LAYOUT_VERSION).join(name)
+        } else {
+            self.root.join("maps").join(name)
+        }
+    }
+
+    /// Where the maps of that layout are pinned that an upgrade renews.
+    pub fn renewed(&self, layout: u32) -> PathBuf {
+        self.root.join(format!("maps-{layout}"))
+    }
+
+    /// Directories of those maps, of all layouts but these.
+    pub fn renewed_but(&self, layouts: &[u32]) -> Result<Vec<PathBuf>> {
+        let kept: Vec<PathBuf> = layouts.iter().map(|layout| self.renewed(*layout)).collect();
+        let mut directories = entries(&self.root)?;
+        directories.retain(|path| file_name(path).starts_with("maps-") && !kept.contains(path));
+        Ok(directories)
     }
 
     /// Directories of programs, one per build.
@@ -187,10 +207,28 @@ pub fn remove(directory: &Path) -> Result<()> {
     }
 }
 
+fn all_roots() -> PathBuf {
+    Path::new(BPFFS).join("redirect")
+}
+
 fn root() -> PathBuf {
-    Path::new(BPFFS)
-        .join("redirect")
-        .join(format!("v{LAYOUT_VERSION}"))
+    all_roots().join(format!("v{LAYOUT_VERSION}"))
+}
+
+/// A pod that is attached by a build with other kept maps would be attached twice.
+fn refuse_other_layouts() -> Result<()> {
+    if !all_roots().is_dir() {
+        return Ok(());
+    }
+    for other in entries(&all_roots())? {
+        let pods = other.join("pods");
+        ensure!(
+            other == root() || !pods.is_dir() || entries(&pods)?.is_empty(),
+            "{}: pods are attached by a release whose connections this one cannot take over; detach them with that one first (`redirect detach --all`)",
+            pods.display()
+        );
+    }
+    Ok(())
 }
 
 fn make(path: &Path) -> Result<()> {

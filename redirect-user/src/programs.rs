@@ -364,7 +364,7 @@ pub fn attach_sk_lookup(program: &OwnedFd, netns: impl AsFd) -> Result<OwnedFd> 
 }
 
 fn load_object(loader: &mut EbpfLoader<'_>, pins: &Pins) -> Result<Ebpf> {
-    for name in tables::NAMES {
+    for name in tables::KEPT.iter().chain(tables::RENEWED) {
         loader.map_pin_path(name, pins.map(name));
     }
     loader.load(OBJECT).context("loading the eBPF object")

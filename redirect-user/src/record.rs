@@ -19,6 +19,12 @@ pub struct Notes {
     pub version: String,
     /// [`build_id`](crate::programs::build_id) of the programs that are attached.
     pub build: u64,
+    /// `POLICY_LAYOUT_VERSION` of the maps that they go by.
+    #[serde(default = "first_layout")]
+    pub layout: u32,
+    /// Connections counted in maps of other layouts, by number of the rule.
+    #[serde(default)]
+    pub counted_before: Vec<u64>,
     /// The cgroup's directory.
     pub cgroup: PathBuf,
     /// Path the network namespace was opened by; it may have gone since.
@@ -43,6 +49,11 @@ pub struct Notes {
     /// Who is the proxy.
     #[serde(default)]
     pub proxy: ProxyIdentity,
+}
+
+/// Of notes that do not tell.
+const fn first_layout() -> u32 {
+    1
 }
 
 /// A pod of Kubernetes that the node's daemon has attached.
@@ -161,6 +172,8 @@ mod fuzz {
                     Notes {
                         version: a.clone(),
                         build: number,
+                        layout: number as u32,
+                        counted_before: vec![number; usize::from(flag)],
                         cgroup: b.clone().into(),
                         netns: c.clone(),
                         netns_cookie: number,

@@ -5,10 +5,12 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use aya::maps::MapInfo;
+use redirect_common::POLICY_LAYOUT_VERSION;
 use redirect_common::listener::ListenerKey;
 use redirect_common::verdict::Rule;
 use serde::Serialize;
 
+use crate::layouts;
 use crate::machines;
 use crate::observe::cgroup::Cgroup;
 use crate::observe::interfaces::interfaces;
@@ -55,7 +57,7 @@ pub struct Pod {
     pub capturing: bool,
     /// Whether the addresses, routes and excluded interfaces known here are those of the namespace,
     /// and what TPROXY needs is there; None if it is found neither by the path it was attached
-    /// with nor by a process of the pod.
+    /// with nor by a process of the pod, or if a build with another layout attached it.
     pub routes_current: Option<bool>,
     /// By pattern of `-k`: the interfaces that match, and whether the machines behind them are
     /// captured; None if the namespace is not found.
@@ -133,18 +135,14 @@ pub fn traffic() -> Result<Vec<Traffic>> {
     let mut pods = BTreeMap::new();
     for (_, notes) in record::all(&tables)? {
         let cookie = notes.netns_cookie;
-        let per_cpu = tables.counts.get(&cookie)?;
-        let connections = Rule::ALL
-            .iter()
-            .map(|rule| (*rule, per_cpu.iter().map(|cpu| cpu[*rule as usize]).sum()));
         let on_port = |port| {
             let here = |key: &&ListenerKey| key.netns_cookie == cookie && key.port == port;
             known.iter().filter(here).count()
         };
         let pod = Traffic {
             netns_cookie: cookie,
-            capturing: tables.pods.get(&cookie)?.is_some(),
-            connections: connections.collect(),
+            capturing: layouts::is_capturing(&pins, &tables, &notes)?,
+            connections: layouts::connections(&pins, &tables, &notes)?,
             listeners: [notes.policy.outbound_port, notes.policy.inbound_port].map(on_port),
             knows_proxy: notes.proxy.is_known(),
         };
@@ -169,6 +167,8 @@ pub fn fill() -> Result<Vec<Fill>> {
         ("LISTENERS", tables.listeners.keys()?.len()),
     ]
     .into_iter()
+    // A layout that only other builds have attached pods with has no maps of this one.
+    .filter(|(map, _)| pins.map(map).exists())
     .map(|(map, entries)| {
         let info = MapInfo::from_pin(pins.map(map))?;
         Ok(Fill {
@@ -201,10 +201,14 @@ fn pod(pins: &Pins, tables: &Tables, cgroup_id: u64, notes: Notes) -> Result<Pod
         .map(|(port, _)| on_port(port))
         .collect();
     Ok(Pod {
-        capturing: tables.pods.get(&notes.netns_cookie)?.is_some(),
+        capturing: layouts::is_capturing(pins, tables, &notes)?,
         routes_current: routes_current(tables, &notes),
         virtual_interfaces: virtual_interfaces(pins, &notes),
-        connections: connections(tables, notes.netns_cookie)?,
+        connections: layouts::connections(pins, tables, &notes)?
+            .into_iter()
+            .filter(|(_, count)| *count > 0)
+            .map(|(rule, count)| (rule.label(), count))
+            .collect(),
         listeners,
         cgroup_id,
         cgroup: notes.cgroup,
@@ -217,20 +221,6 @@ fn pod(pins: &Pins, tables: &Tables, cgroup_id: u64, notes: Notes) -> Result<Pod
         policy: notes.policy,
         proxy: notes.proxy,
     })
-}
-
-fn connections(tables: &Tables, netns_cookie: u64) -> Result<BTreeMap<&'static str, u64>> {
-    let per_cpu = tables.counts.get(&netns_cookie)?;
-    Ok(Rule::ALL
-        .iter()
-        .map(|rule| {
-            (
-                rule.label(),
-                per_cpu.iter().map(|cpu| cpu[*rule as usize]).sum(),
-            )
-        })
-        .filter(|(_, count)| *count > 0)
-        .collect())
 }
 
 fn virtual_interfaces(
@@ -253,6 +243,10 @@ fn virtual_interfaces(
 }
 
 fn routes_current(tables: &Tables, notes: &Notes) -> Option<bool> {
+    if notes.layout != POLICY_LAYOUT_VERSION {
+        // They are written in a way that this build does not know.
+        return None;
+    }
     let netns = namespace(notes)?;
     let wanted = settings::route_entries(notes.netns_cookie, &routing_table(&netns).ok()?);
     let known = crate::detach::routes_of(tables, notes.netns_cookie).ok()?;

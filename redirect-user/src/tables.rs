@@ -66,12 +66,9 @@ pub struct RoutePrefix {
     pub data: RouteKey,
 }
 
-/// Names of the maps in the object, which are those of their pins.
-pub const NAMES: &[&str] = &[
-    "PODS",
-    "COUNTS",
-    "LISTS",
-    "ROUTES",
+/// Names of the maps that every build shares, since established connections and other loaders rely on
+/// them. Names are those in the object and of the pins.
+pub const KEPT: &[&str] = &[
     "DESTINATIONS",
     "DNS_SLOTS",
     "FLOWS",
@@ -80,6 +77,15 @@ pub const NAMES: &[&str] = &[
     "LISTENERS",
     "SOCKETS",
     "RECORDS",
+];
+
+/// Names of the maps that builds of the same [`POLICY_LAYOUT_VERSION`](redirect_common::POLICY_LAYOUT_VERSION)
+/// share. An upgrade to another one fills new ones.
+pub const RENEWED: &[&str] = &[
+    "PODS",
+    "COUNTS",
+    "LISTS",
+    "ROUTES",
     "NETNS",
     "FOLLOWERS",
     "DECISIONS",
@@ -87,14 +93,14 @@ pub const NAMES: &[&str] = &[
 ];
 
 impl Tables {
-    /// Opens the pinned maps.
+    /// Opens the pinned maps. Those that an upgrade renews are empty if only builds of another layout have attached pods.
     pub fn open(pins: &Pins) -> Result<Self> {
         Ok(Self {
-            pods: open(pins, "PODS")?,
-            counts: PerCpuTable::open(&pins.map("COUNTS"), possible_cpus()?)
+            pods: open_or_empty(pins, "PODS")?,
+            counts: PerCpuTable::open_or_empty(&pins.map("COUNTS"), possible_cpus()?)
                 .context("opening map COUNTS")?,
-            lists: open(pins, "LISTS")?,
-            routes: open(pins, "ROUTES")?,
+            lists: open_or_empty(pins, "LISTS")?,
+            routes: open_or_empty(pins, "ROUTES")?,
             destinations: open(pins, "DESTINATIONS")?,
             dns_slots: open(pins, "DNS_SLOTS")?,
             flows: open(pins, "FLOWS")?,
@@ -103,7 +109,7 @@ impl Tables {
             listeners: open(pins, "LISTENERS")?,
             sockets: open(pins, "SOCKETS")?,
             records: open(pins, "RECORDS")?,
-            followers: open(pins, "FOLLOWERS")?,
+            followers: open_or_empty(pins, "FOLLOWERS")?,
         })
     }
 }
@@ -113,6 +119,12 @@ fn open<K: Pod, V: Pod>(pins: &Pins, name: &str) -> Result<Table<K, V>> {
     Table::open(&path).with_context(|| format!("opening map {}", path.display()))
 }
 
-fn possible_cpus() -> Result<usize> {
+fn open_or_empty<K: Pod, V: Pod>(pins: &Pins, name: &str) -> Result<Table<K, V>> {
+    let path = pins.map(name);
+    Table::open_or_empty(&path).with_context(|| format!("opening map {}", path.display()))
+}
+
+/// How many values an entry of a per-CPU map has.
+pub(crate) fn possible_cpus() -> Result<usize> {
     aya::util::nr_cpus().map_err(|(path, error)| anyhow::anyhow!("reading {path}: {error}"))
 }

@@ -11,8 +11,7 @@ use std::{
 use aya::{
     Pod,
     maps::{
-        HashMap, LpmTrie, Map, MapData, MapError, MapInfo, PerCpuHashMap, SockHash, loaded_maps,
-        lpm_trie::Key,
+        HashMap, LpmTrie, Map, MapData, MapError, MapInfo, PerCpuHashMap, SockHash, lpm_trie::Key,
     },
     programs::{
         links::{FdLink, PinnedLink},
@@ -24,7 +23,9 @@ use nix::{
     sched::{CloneFlags, unshare},
 };
 use redirect_common::{
-    connection::FlowKey,
+    POLICY_LAYOUT_VERSION,
+    connection::{DestinationKey, FlowKey, Original},
+    dns::{DnsSlot, DnsSlotKey},
     listener::ListenerKey,
     lists::ListKey,
     pod::PodConfig,
@@ -32,6 +33,8 @@ use redirect_common::{
     route::{RouteInfo, RouteKey},
     verdict::COUNTERS,
 };
+
+use crate::map_ids::map_ids;
 
 /// Where the loader expects it.
 const MOUNT_POINT: &str = "/sys/fs/bpf";
@@ -107,7 +110,7 @@ impl Objects {
             let name = pin.to_string_lossy().into_owned();
             if path.is_dir() {
                 continue;
-            } else if name.starts_with("maps/") {
+            } else if is_map(&pin) {
                 objects.maps.insert(MapInfo::from_pin(&path).unwrap().id());
             } else if name.starts_with("programs-") {
                 let info = aya::programs::ProgramInfo::from_pin(&path).unwrap();
@@ -126,6 +129,45 @@ impl Objects {
             }
         }
         objects
+    }
+
+    /// All that is loaded and works with the loader's pinned maps, pinned itself or not: programs, their links, and all
+    /// maps of those programs.
+    pub fn loaded() -> Self {
+        let mut objects = Self::default();
+        for pin in pins().iter().filter(|pin| is_map(pin)) {
+            let info = MapInfo::from_pin(Path::new(ROOT).join(pin)).unwrap();
+            objects.maps.insert(info.id());
+        }
+        // An object that goes while the others are listed is an error in the list.
+        let mut used = BTreeSet::new();
+        for program in loaded_programs().flatten() {
+            let maps = program.map_ids().unwrap().unwrap();
+            if maps.iter().any(|map| objects.maps.contains(map)) {
+                objects.programs.insert(program.id());
+                used.extend(maps);
+            }
+        }
+        objects.maps.append(&mut used);
+        objects.links = loaded_links()
+            .flatten()
+            .filter(|link| objects.programs.contains(&link.program_id()))
+            .map(|link| link.id())
+            .collect();
+        objects
+    }
+
+    /// Those of both.
+    pub fn with(mut self, other: Self) -> Self {
+        self.links.extend(other.links);
+        self.programs.extend(other.programs);
+        self.maps.extend(other.maps);
+        self
+    }
+
+    /// How many links, programs and maps.
+    pub fn counts(&self) -> [usize; 3] {
+        [self.links.len(), self.programs.len(), self.maps.len()]
     }
 
     /// Ids of links.
@@ -166,13 +208,10 @@ impl Objects {
     }
 
     /// Waits until the kernel has freed all of them. Those that stay are returned.
-    ///
-    /// Seldom, and not at once: listing maps opens them, and the kernel never frees a program array that is closed again
-    /// before it has begun to clear it (`prog_array_map_clear` takes a reference for work that is queued already).
     pub fn wait_until_freed(&self) -> Self {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            thread::sleep(Duration::from_millis(200));
+            thread::sleep(Duration::from_millis(50));
             let alive = self.alive();
             if alive.is_empty() || Instant::now() > deadline {
                 return alive;
@@ -194,10 +233,7 @@ impl Objects {
                 &self.programs,
                 loaded_programs().flatten().map(|i| i.id()).collect(),
             ),
-            maps: keep(
-                &self.maps,
-                loaded_maps().flatten().map(|i| i.id()).collect(),
-            ),
+            maps: keep(&self.maps, map_ids()),
         }
     }
 }
@@ -292,6 +328,25 @@ pub fn flows() -> Option<Vec<FlowKey>> {
     )
 }
 
+/// How many entries programs have made in the maps that hold them until detach, by name of the map.
+pub fn traces() -> BTreeMap<&'static str, usize> {
+    const ORIGINAL: usize = size_of::<Original>();
+    [
+        (
+            "DESTINATIONS",
+            hash::<{ size_of::<DestinationKey>() }, ORIGINAL>("DESTINATIONS"),
+        ),
+        (
+            "DNS_SLOTS",
+            hash::<{ size_of::<DnsSlotKey>() }, { size_of::<DnsSlot>() }>("DNS_SLOTS"),
+        ),
+    ]
+    .into_iter()
+    .filter_map(|(name, contents)| Some((name, contents?.len())))
+    .chain(flows().map(|flows| ("FLOWS", flows.len())))
+    .collect()
+}
+
 fn counts() -> Option<Contents> {
     let map = open("COUNTS", Map::PerCpuHashMap)?;
     let map: PerCpuHashMap<MapData, [u8; 8], [u8; 8 * COUNTERS]> = map.try_into().unwrap();
@@ -323,10 +378,19 @@ fn trie<const K: usize, const V: usize>(name: &str) -> Option<Contents> {
     Some(keys(map.keys()).map(entry).collect())
 }
 
+/// Below a directory of maps.
+fn is_map(pin: &Path) -> bool {
+    let directory = pin.parent().and_then(Path::to_str);
+    directory.is_some_and(|name| name == "maps" || name.starts_with("maps-"))
+}
+
 fn open(name: &str, kind: impl FnOnce(MapData) -> Map) -> Option<Map> {
-    let path = Path::new(ROOT).join("maps").join(name);
-    path.exists()
-        .then(|| kind(MapData::from_pin(path).unwrap()))
+    let own = format!("maps-{POLICY_LAYOUT_VERSION}");
+    ["maps", &own]
+        .map(|directory| Path::new(ROOT).join(directory).join(name))
+        .into_iter()
+        .find(|path| path.exists())
+        .map(|path| kind(MapData::from_pin(path).unwrap()))
 }
 
 fn keys<K: Pod>(keys: impl Iterator<Item = Result<K, MapError>>) -> impl Iterator<Item = K> {

@@ -1,7 +1,7 @@
 //! `redirect daemon` beside a test.
 
 use std::{
-    env,
+    env, fs,
     io::{BufRead as _, BufReader, Read as _, Write as _},
     net::TcpStream,
     os::unix::net::UnixStream,
@@ -34,6 +34,15 @@ use crate::{
 pub const PATIENCE: Duration = Duration::from_secs(40);
 
 static DAEMONS: AtomicU32 = AtomicU32::new(0);
+
+/// What a process takes of the machine.
+#[derive(Clone, Debug)]
+pub struct Usage {
+    /// Resident memory, in kB.
+    pub resident_kb: u64,
+    /// What its descriptors refer to.
+    pub descriptors: Vec<PathBuf>,
+}
 
 /// A running daemon; killed with this value.
 pub struct Daemon {
@@ -118,14 +127,44 @@ impl Daemon {
         command
     }
 
+    /// What it takes of the machine.
+    pub fn usage(&self) -> Usage {
+        let process = Path::new("/proc").join(self.child.id().to_string());
+        let status = fs::read_to_string(process.join("status")).unwrap();
+        // proc_pid_status(5): kilobytes.
+        let resident = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:")?.strip_suffix(" kB"));
+        let mut descriptors: Vec<PathBuf> = fs::read_dir(process.join("fd"))
+            .unwrap()
+            // One that is closed meanwhile is none.
+            .filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
+            .collect();
+        descriptors.sort();
+        Usage {
+            resident_kb: resident.unwrap().trim().parse().unwrap(),
+            descriptors,
+        }
+    }
+
     /// Where it listens.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 
     /// Waits for something of it to come true, and shows its log if it does not.
-    pub fn until<T>(&self, what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-        let deadline = Instant::now() + PATIENCE;
+    pub fn until<T>(&self, what: &str, look: impl FnMut() -> Option<T>) -> T {
+        self.until_within(PATIENCE, what, look)
+    }
+
+    /// The same, with another limit.
+    pub fn until_within<T>(
+        &self,
+        patience: Duration,
+        what: &str,
+        mut look: impl FnMut() -> Option<T>,
+    ) -> T {
+        let deadline = Instant::now() + patience;
         loop {
             if let Some(found) = look() {
                 return found;
@@ -206,7 +245,7 @@ impl Daemon {
     /// Ends it without a chance to tidy up; its socket is removed.
     pub fn kill(&mut self) {
         self.end(Signal::SIGKILL);
-        std::fs::remove_file(&self.socket).unwrap();
+        fs::remove_file(&self.socket).unwrap();
     }
 
     /// Asks it to end, and waits for that.
@@ -241,7 +280,7 @@ impl Drop for Daemon {
         if matches!(self.child.try_wait(), Ok(None)) {
             let _already_gone = self.child.kill();
             let _reaped = self.child.wait();
-            let _left_in_tmp = std::fs::remove_file(&self.socket);
+            let _left_in_tmp = fs::remove_file(&self.socket);
         }
     }
 }

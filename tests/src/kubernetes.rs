@@ -69,7 +69,11 @@ pub fn laid_out(mut pod: Pod, layout: Layout) -> Pod {
 
 /// The pod's object after injection, with a native name and these annotations besides.
 pub fn object(pod: &Pod, annotations: &[(&str, &str)]) -> Value {
-    let uid = uid(pod);
+    object_of(pod.netns.name(), &uid(pod), annotations)
+}
+
+/// The same, of a pod with that name and uid.
+pub fn object_of(name: &str, uid: &str, annotations: &[(&str, &str)]) -> Value {
     let mut all = serde_json::Map::new();
     all.insert(STATUS.to_owned(), json!("{}"));
     for (name, value) in annotations {
@@ -77,7 +81,7 @@ pub fn object(pod: &Pod, annotations: &[(&str, &str)]) -> Value {
     }
     json!({
         "apiVersion": "v1", "kind": "Pod",
-        "metadata": {"namespace": "shop", "name": pod.netns.name(), "uid": uid, "annotations": all, "labels": {}},
+        "metadata": {"namespace": "shop", "name": name, "uid": uid, "annotations": all, "labels": {}},
         "spec": {
             "nodeName": NODE,
             "containers": [

@@ -18,6 +18,7 @@
 //! | [`tracer`] | running the loader call by call, and killing it after any of them, or refusing it |
 //! | [`faults`] | what a loader leaves that was killed or refused a call |
 //! | [`api_server`], [`daemon`], [`kubernetes`] | a node: the Kubernetes API played, `redirect daemon`, pods as the API tells them |
+//! | [`light`] | pods by the hundred |
 //! | [`foreign`] | somebody else's eBPF program on the same hook |
 //! | [`machine`] | a virtual machine behind an interface of a pod |
 //! | [`scene`] | a pod with a proxy, an application and a service |
@@ -51,8 +52,10 @@ pub mod foreign;
 pub mod iptables;
 pub mod judge;
 pub mod kubernetes;
+pub mod light;
 pub mod loader;
 pub mod machine;
+mod map_ids;
 pub mod maps;
 pub mod namespace;
 pub mod options;

@@ -24,6 +24,12 @@ pub fn redirect() -> Command {
     clean(Command::new(program()))
 }
 
+/// A call of the same program with another layout of the maps that an upgrade fills anew. It is built by
+/// `cargo build -p redirect-user --features other-layout --bin redirect-other-layout`.
+pub fn redirect_of_other_layout() -> Command {
+    clean(Command::new(executable("redirect-other-layout")))
+}
+
 /// A call of `redirect` by somebody in a network namespace.
 pub fn redirect_inside(netns: &Namespace) -> Command {
     let mut command = clean(netns.command("env"));
@@ -188,7 +194,12 @@ pub fn detach(cgroup: &Path) -> Output {
 
 /// `redirect status -o json`.
 pub fn status() -> serde_json::Value {
-    let output = run(["status", "-o", "json"]);
+    status_by(redirect())
+}
+
+/// The same by any call of `redirect`.
+pub fn status_by(mut command: Command) -> serde_json::Value {
+    let output = finish(command.args(["status", "-o", "json"]));
     assert!(output.status.success(), "status: {}", errors(&output));
     serde_json::from_slice(&output.stdout).unwrap()
 }

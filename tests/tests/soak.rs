@@ -122,5 +122,5 @@ fn stranger(cast: &mut Cast) {
 
 /// Holds a map until this process ends.
 fn leak(_: &mut Cast) {
-    std::mem::forget(MapData::from_pin("/sys/fs/bpf/redirect/v1/maps/PODS"));
+    std::mem::forget(MapData::from_pin("/sys/fs/bpf/redirect/v2/maps-1/PODS"));
 }

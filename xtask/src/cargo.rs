@@ -78,6 +78,17 @@ fn cargo_home() -> Option<PathBuf> {
         .or_else(by_default)
 }
 
+/// The program that tests of upgrades change to: its maps have another layout.
+pub const OTHER_LAYOUT: &str = "redirect-other-layout";
+
+/// The call that builds [`OTHER_LAYOUT`], next to `redirect`.
+pub fn build_other_layout() -> Result<Command> {
+    let mut command = at_root()?;
+    command.args(["build", "--package", "redirect-user"]);
+    command.args(["--features", "other-layout", "--bin", OTHER_LAYOUT]);
+    Ok(command)
+}
+
 /// Builds what the demo and the tests run; redirect-user's build script builds the eBPF object on
 /// the way. Not this program, which is running.
 pub fn build(release: bool) -> Result<()> {

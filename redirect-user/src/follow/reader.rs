@@ -12,6 +12,7 @@ use anyhow::{Context, Result};
 use aya::maps::{Map, MapData, RingBuf};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use redirect_common::POLICY_LAYOUT_VERSION;
 use redirect_common::log::{self, FOLLOWER_LOG, FOLLOWER_RUN, Follower};
 use rustix::time::{ClockId, clock_gettime};
 
@@ -19,7 +20,7 @@ use super::event::{Decision, Event, Message};
 use super::messages::{Messages, Raw};
 use super::{Wanted, busy};
 use crate::pins::{self, Pins};
-use crate::programs::HOOKS;
+use crate::programs::{self, HOOKS};
 use crate::record;
 use crate::sys::bpf;
 use crate::tables::Tables;
@@ -81,8 +82,12 @@ impl Reader {
         let Some(pins) = Pins::open_existing()? else {
             return Ok(None);
         };
+        if !pins.map("DECISIONS").exists() {
+            // Only builds of another layout have attached pods.
+            return Ok(None);
+        }
         let tables = Tables::open(&pins)?;
-        let Some(mut messages) = messages(&pins)? else {
+        let Some(mut messages) = messages(&pins, &tables)? else {
             return Ok(None);
         };
         let path = pins.map("DECISIONS");
@@ -250,9 +255,20 @@ fn log_reads(tables: &Tables) -> Result<bool> {
 }
 
 /// Messages are found by a program that writes them. None if no program is pinned.
-fn messages(pins: &Pins) -> Result<Option<Messages>> {
+fn messages(pins: &Pins, tables: &Tables) -> Result<Option<Messages>> {
     let mut failed = None;
-    for directory in pins.all_programs()? {
+    // Builds of another layout have ring buffers of their own.
+    let mut builds = vec![programs::build_id()];
+    builds.extend(
+        record::all(tables)?
+            .into_iter()
+            .filter(|(_, notes)| notes.layout == POLICY_LAYOUT_VERSION)
+            .map(|(_, notes)| notes.build),
+    );
+    for directory in builds.into_iter().map(|build| pins.programs(build)) {
+        if !directory.is_dir() {
+            continue;
+        }
         for hook in HOOKS {
             let program = bpf::open_pinned(&directory.join(hook.program))?;
             match Messages::of_program(bpf::program_id(program.as_fd())?) {

@@ -287,10 +287,21 @@ pub fn wait_for_running_programs() -> io::Result<()> {
     }
 }
 
+/// What the commands on elements of a map take.
+fn element(map: BorrowedFd<'_>, key: u64, value: u64, flags: u64) -> bpf_attr {
+    let mut attr = empty();
+    attr.__bindgen_anon_2.map_fd = map.as_raw_fd() as u32;
+    attr.__bindgen_anon_2.key = key;
+    attr.__bindgen_anon_2.__bindgen_anon_1.value = value;
+    attr.__bindgen_anon_2.flags = flags;
+    attr
+}
+
 /// A map with keys `K` and values `V`, which are exactly the kernel's bytes.
 #[derive(Debug)]
 pub struct Table<K, V> {
-    fd: OwnedFd,
+    /// None: a map that nobody has made yet, which is empty.
+    fd: Option<OwnedFd>,
     _types: PhantomData<fn() -> (K, V)>,
 }
 
@@ -315,30 +326,38 @@ impl<K: Pod, V: Pod> Table<K, V> {
             ));
         }
         Ok(Self {
-            fd,
+            fd: Some(fd),
             _types: PhantomData,
         })
     }
 
-    fn attr(&self, key: *const K, value: u64, flags: u64) -> bpf_attr {
-        let mut attr = empty();
-        attr.__bindgen_anon_2.map_fd = self.fd.as_raw_fd() as u32;
-        attr.__bindgen_anon_2.key = key as u64;
-        attr.__bindgen_anon_2.__bindgen_anon_1.value = value;
-        attr.__bindgen_anon_2.flags = flags;
-        attr
+    /// The same, but no error if no map is pinned there: it is empty then, and cannot be written.
+    pub fn open_or_empty(path: &Path) -> io::Result<Self> {
+        match Self::open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Self {
+                fd: None,
+                _types: PhantomData,
+            }),
+            result => result,
+        }
+    }
+
+    /// `ENOENT` if there is no map, as for a key that is not in it.
+    fn attr(&self, key: *const K, value: u64, flags: u64) -> io::Result<bpf_attr> {
+        let Some(fd) = &self.fd else {
+            return Err(io::Error::from_raw_os_error(libc::ENOENT));
+        };
+        Ok(element(fd.as_fd(), key as u64, value, flags))
     }
 
     /// The value of a key.
     pub fn get(&self, key: &K) -> io::Result<Option<V>> {
         let mut value = V::zeroed();
-        let mut attr = self.attr(key, (&raw mut value) as u64, 0);
-        // SAFETY: key and value have the sizes that `open` compared.
-        match unsafe { bpf(bpf_cmd::BPF_MAP_LOOKUP_ELEM, &mut attr) } {
-            Ok(_) => Ok(Some(value)),
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
-            Err(error) => Err(error),
-        }
+        let found = self
+            .attr(key, (&raw mut value) as u64, 0)
+            // SAFETY: key and value have the sizes that `open` compared.
+            .and_then(|mut attr| unsafe { bpf(bpf_cmd::BPF_MAP_LOOKUP_ELEM, &mut attr) });
+        Ok(some_or_absent(found)?.map(|_| value))
     }
 
     /// Inserts or replaces.
@@ -357,19 +376,18 @@ impl<K: Pod, V: Pod> Table<K, V> {
     }
 
     fn update(&self, key: &K, value: &V, flags: u64) -> io::Result<()> {
-        let mut attr = self.attr(key, std::ptr::from_ref(value) as u64, flags);
+        let mut attr = self.attr(key, std::ptr::from_ref(value) as u64, flags)?;
         // SAFETY: key and value have the sizes that `open` compared.
         unsafe { bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr) }.map(drop)
     }
 
     /// Removes a key; it may be absent.
     pub fn remove(&self, key: &K) -> io::Result<()> {
-        let mut attr = self.attr(key, 0, 0);
-        // SAFETY: the key has the size that `open` compared.
-        match unsafe { bpf(bpf_cmd::BPF_MAP_DELETE_ELEM, &mut attr) } {
-            Err(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(error),
-            _ => Ok(()),
-        }
+        let removed = self
+            .attr(key, 0, 0)
+            // SAFETY: the key has the size that `open` compared.
+            .and_then(|mut attr| unsafe { bpf(bpf_cmd::BPF_MAP_DELETE_ELEM, &mut attr) });
+        some_or_absent(removed).map(drop)
     }
 
     /// All keys, in the map's own order.
@@ -381,15 +399,77 @@ impl<K: Pod, V: Pod> Table<K, V> {
             let key = current
                 .as_ref()
                 .map_or(std::ptr::null(), std::ptr::from_ref);
-            let mut attr = self.attr(key, (&raw mut next) as u64, 0);
-            // SAFETY: null or a key, and room for a key.
-            match unsafe { bpf(bpf_cmd::BPF_MAP_GET_NEXT_KEY, &mut attr) } {
-                Ok(_) => keys.push(next),
-                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(keys),
-                Err(error) => return Err(error),
+            let found = self
+                .attr(key, (&raw mut next) as u64, 0)
+                // SAFETY: null or a key, and room for a key.
+                .and_then(|mut attr| unsafe { bpf(bpf_cmd::BPF_MAP_GET_NEXT_KEY, &mut attr) });
+            if some_or_absent(found)?.is_none() {
+                return Ok(keys);
             }
+            keys.push(next);
             current = Some(next);
         }
+    }
+}
+
+/// None where there is no such key, or no map.
+fn some_or_absent<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// A map with keys `u64` whose values are of any size: one of another build.
+#[derive(Debug)]
+pub struct OtherTable {
+    fd: OwnedFd,
+    /// Bytes that a look-up fills.
+    bytes: usize,
+}
+
+impl OtherTable {
+    /// Opens a pinned map; None if there is none. `cpus` is the number of possible CPUs. An `InvalidData` error if its
+    /// keys are of another size.
+    pub fn open(path: &Path, cpus: usize) -> io::Result<Option<Self>> {
+        let Some(fd) = some_or_absent(open_pinned(path))? else {
+            return Ok(None);
+        };
+        // SAFETY: as in `Table::open`.
+        let info: bpf_map_info = unsafe { info(fd.as_fd()) }?;
+        if info.key_size as usize != size_of::<u64>() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!(
+                    "{} has keys of {} bytes, not 8",
+                    path.display(),
+                    info.key_size
+                ),
+            ));
+        }
+        // Room for a value of every CPU, which the kernel pads, whether it is such a map or not.
+        let bytes = (info.value_size as usize).next_multiple_of(8) * cpus;
+        Ok(Some(Self { fd, bytes }))
+    }
+
+    /// The bytes of a key's value, one CPU's after the other's if it is a per-CPU map; with zeroes behind.
+    pub fn get(&self, key: u64) -> io::Result<Option<Vec<u8>>> {
+        let mut value = vec![0_u8; self.bytes];
+        let key = &raw const key;
+        let mut attr = element(self.fd.as_fd(), key as u64, value.as_mut_ptr() as u64, 0);
+        // SAFETY: `open` compared the key's size, and there is room for the value on every CPU.
+        let found = unsafe { bpf(bpf_cmd::BPF_MAP_LOOKUP_ELEM, &mut attr) };
+        Ok(some_or_absent(found)?.map(|_| value))
+    }
+
+    /// Removes a key; it may be absent.
+    pub fn remove(&self, key: u64) -> io::Result<()> {
+        let key = &raw const key;
+        let mut attr = element(self.fd.as_fd(), key as u64, 0, 0);
+        // SAFETY: `open` compared the key's size.
+        let removed = unsafe { bpf(bpf_cmd::BPF_MAP_DELETE_ELEM, &mut attr) };
+        some_or_absent(removed).map(drop)
     }
 }
 
@@ -401,31 +481,30 @@ pub struct PerCpuTable<K, V> {
 }
 
 impl<K: Pod, V: Pod + Zeroable> PerCpuTable<K, V> {
-    /// Opens a pinned map; `cpus` is the number of possible CPUs.
-    pub fn open(path: &Path, cpus: usize) -> io::Result<Self> {
+    /// As [`Table::open_or_empty`]; `cpus` is the number of possible CPUs.
+    pub fn open_or_empty(path: &Path, cpus: usize) -> io::Result<Self> {
         // The kernel pads each CPU's value to eight bytes.
         const { assert!(size_of::<V>().is_multiple_of(8)) };
-        let table = Table::open(path)?;
+        let table = Table::open_or_empty(path)?;
         Ok(Self { table, cpus })
     }
 
     /// One value per CPU; empty if the key is absent.
     pub fn get(&self, key: &K) -> io::Result<Vec<V>> {
         let mut values = vec![V::zeroed(); self.cpus];
-        let mut attr = self.table.attr(key, values.as_mut_ptr() as u64, 0);
-        // SAFETY: there is room for a value of every possible CPU.
-        match unsafe { bpf(bpf_cmd::BPF_MAP_LOOKUP_ELEM, &mut attr) } {
-            Ok(_) => Ok(values),
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(Vec::new()),
-            Err(error) => Err(error),
-        }
+        let found = self
+            .table
+            .attr(key, values.as_mut_ptr() as u64, 0)
+            // SAFETY: there is room for a value of every possible CPU.
+            .and_then(|mut attr| unsafe { bpf(bpf_cmd::BPF_MAP_LOOKUP_ELEM, &mut attr) });
+        Ok(some_or_absent(found)?.map_or(Vec::new(), |_| values))
     }
 
     /// Inserts zeroes; does nothing if the key is there.
     pub fn insert_zeroed(&self, key: &K) -> io::Result<()> {
         const BPF_NOEXIST: u64 = 1;
         let values = vec![V::zeroed(); self.cpus];
-        let mut attr = self.table.attr(key, values.as_ptr() as u64, BPF_NOEXIST);
+        let mut attr = self.table.attr(key, values.as_ptr() as u64, BPF_NOEXIST)?;
         // SAFETY: there is a value for every possible CPU.
         match unsafe { bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr) } {
             Err(error) if error.raw_os_error() != Some(libc::EEXIST) => Err(error),

@@ -78,6 +78,13 @@ impl Programs {
     /// The same, with those of the kernel-level tests that are wanted; all, if none is named.
     pub fn build_with_tests(wanted: &[String]) -> Result<Self> {
         let mut programs = Self::build_redirect()?;
+        let mut command = cargo::build_other_layout()?;
+        ui::command(&command);
+        if !command.status().context("cannot run cargo")?.success() {
+            bail!("{} does not build", cargo::OTHER_LAYOUT);
+        }
+        let other = cargo::built_binary(false)?.with_file_name(cargo::OTHER_LAYOUT);
+        programs.take(&other, cargo::OTHER_LAYOUT)?;
         let mut command = cargo::at_root()?;
         command.args(["test", "--no-run", "--package=redirect-tests"]);
         ui::command(&command);
@@ -119,7 +126,7 @@ impl Programs {
             image.add_as(&here(name), &format!("{TESTS}/{name}"))?;
         }
         if !self.tests.is_empty() {
-            for name in PROGRAMS {
+            for name in PROGRAMS.iter().chain([&cargo::OTHER_LAYOUT]) {
                 image.add_as(&here(name), &format!("/vm/{name}"))?;
             }
             for file in FILES {
