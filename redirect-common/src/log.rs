@@ -100,6 +100,12 @@ pub struct Decision {
 crate::assert_size!(Decision, 80);
 
 impl Decision {
+    /// Is the destination one of the pod's own addresses?
+    #[inline(always)]
+    pub const fn is_local(&self) -> bool {
+        self.flags & DECISION_LOCAL != 0
+    }
+
     /// What is decided about, of a connection made in the pod.
     #[inline(always)]
     pub const fn connection(&self) -> Outbound {
@@ -112,7 +118,7 @@ impl Decision {
             source: self.source,
             destination: self.destination,
             port: self.port,
-            local: self.flags & DECISION_LOCAL != 0,
+            local: self.is_local(),
             interface: self.interface,
             mark: self.mark,
             owner: if self.uid == NO_OWNER {

@@ -9,7 +9,8 @@ use redirect_common::connection::{
     Original, ROLE_CLIENT, ROLE_CLIENT_DIRECT, SPARE_PORT_FIRST, SPARE_PORT_TRIES, SPARE_PORTS,
     SocketState, is_steered_port,
 };
-use redirect_common::decide::{Outbound, Protocol};
+use redirect_common::decide::Protocol;
+use redirect_common::log::Decision;
 use redirect_common::pod::FLAG_TPROXY;
 use redirect_common::route::{ROUTE_BIND_SOURCE, RouteInfo};
 
@@ -49,21 +50,21 @@ pub fn connect(ctx: &SockAddr) -> i32 {
         (destination, ctx.port()),
         &bound,
     );
-    let connection = judged.connection;
+    let connection = &judged.about;
     let (proxy_port, route) = match judged.verdict {
         Verdict::Pass => {
             // A foreign source makes it look like one from outside.
             let like_inbound = pod.has(FLAG_TPROXY)
-                && connection.local
+                && connection.is_local()
                 && !bound.is_unspecified()
                 && !maps::is_local(netns_cookie, &bound);
             return if like_inbound {
-                in_place(ctx, sock, &connection, 0)
+                in_place(ctx, sock, connection, 0)
             } else {
-                pass(ctx, sock, &connection)
+                pass(ctx, sock, connection)
             };
         }
-        Verdict::InPlace(port) => return in_place(ctx, sock, &connection, port),
+        Verdict::InPlace(port) => return in_place(ctx, sock, connection, port),
         Verdict::NoRoute(errno) => {
             ctx.set_error(errno);
             return REFUSE;
@@ -71,7 +72,7 @@ pub fn connect(ctx: &SockAddr) -> i32 {
         Verdict::Capture(port, route) => (port, route),
     };
     let original = Original {
-        destination,
+        destination: connection.destination,
         port: connection.port,
         proxy_port,
         in_place: 0,
@@ -84,7 +85,7 @@ pub fn connect(ctx: &SockAddr) -> i32 {
         }
         None => {
             if !remember(sock, original, ROLE_CLIENT) {
-                log::socket_storage_refused(netns_cookie, &destination, connection.port);
+                log::socket_storage_refused(netns_cookie, &connection.destination, connection.port);
                 ctx.set_error(ENOMEM);
                 return REFUSE;
             }
@@ -163,8 +164,8 @@ fn other_loopback(address: &Address) -> Address {
 /// Lets the connection go where it is meant to. One to a steered port of the pod itself has to be
 /// remembered: it looks like a captured one otherwise.
 #[inline(always)]
-fn pass(ctx: &SockAddr, sock: Sock, connection: &Outbound) -> i32 {
-    if connection.local && is_steered_port(connection.port) {
+fn pass(ctx: &SockAddr, sock: Sock, connection: &Decision) -> i32 {
+    if connection.is_local() && is_steered_port(connection.port) {
         return remember_direct(ctx, sock, connection, 0, 0);
     }
     forget(sock);
@@ -174,7 +175,7 @@ fn pass(ctx: &SockAddr, sock: Sock, connection: &Outbound) -> i32 {
 /// Lets the connection go to the pod's own address that it is meant for. Only its flow tells
 /// `sk_lookup` what to do with it: to give it to the proxy, or with `proxy_port` 0 to let it alone.
 #[inline(always)]
-fn in_place(ctx: &SockAddr, sock: Sock, connection: &Outbound, proxy_port: u16) -> i32 {
+fn in_place(ctx: &SockAddr, sock: Sock, connection: &Decision, proxy_port: u16) -> i32 {
     remember_direct(ctx, sock, connection, proxy_port, 1)
 }
 
@@ -182,7 +183,7 @@ fn in_place(ctx: &SockAddr, sock: Sock, connection: &Outbound, proxy_port: u16) 
 fn remember_direct(
     ctx: &SockAddr,
     sock: Sock,
-    connection: &Outbound,
+    connection: &Decision,
     proxy_port: u16,
     in_place: u32,
 ) -> i32 {

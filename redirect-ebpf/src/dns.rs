@@ -8,10 +8,11 @@ use redirect_common::address::Address;
 use redirect_common::connection::{
     Original, ROLE_DNS_CLIENT, ROLE_DNS_CLIENT_ON_LOOPBACK, SocketState,
 };
-use redirect_common::decide::{Outbound, Protocol};
+use redirect_common::decide::Protocol;
 use redirect_common::dns::{
     DNS_AGENT_PORT, DNS_PORT, DNS_SLOT_TRIES, DnsSlot, DnsSlotKey, slot_of,
 };
+use redirect_common::log::Decision;
 use redirect_common::pod::FLAG_DNS;
 use redirect_common::verdict::Rule;
 
@@ -96,7 +97,7 @@ pub fn sendmsg_of_agent(ctx: &SockAddr) -> i32 {
 /// Is a datagram, or what a socket will send, to go to the agent?
 enum Captured {
     /// The query, and the network namespace cookie.
-    Yes(Outbound, u64),
+    Yes(Decision, u64),
     No,
     /// The error is set already.
     NoRoute,
@@ -121,7 +122,7 @@ fn captured(ctx: &SockAddr, sock: Sock, bound: &Address) -> Captured {
         bound,
     );
     match judged.verdict {
-        Verdict::Capture(..) => Captured::Yes(judged.connection, netns_cookie),
+        Verdict::Capture(..) => Captured::Yes(judged.about, netns_cookie),
         Verdict::Pass | Verdict::InPlace(_) => Captured::No,
         Verdict::NoRoute(errno) => {
             ctx.set_error(errno);

@@ -29,9 +29,9 @@ pub enum Verdict {
     NoRoute(i32),
 }
 
-/// What was judged, and how.
+/// What was judged, and how. It is there once, as it is told: programs have little stack.
 pub struct Judged {
-    pub connection: Outbound,
+    pub about: Decision,
     pub verdict: Verdict,
 }
 
@@ -99,14 +99,11 @@ pub fn judge(
         (Action::CaptureInPlace, ..) => Verdict::InPlace(proxy_port),
         (_, Some(route), None) => Verdict::Capture(proxy_port, route),
         (.., errno) => {
-            log::no_route(netns_cookie, &connection.destination, port);
+            log::no_route(netns_cookie, &about.destination, port);
             Verdict::NoRoute(errno.unwrap_or(EINVAL))
         }
     };
-    Judged {
-        connection,
-        verdict,
-    }
+    Judged { about, verdict }
 }
 
 /// The unspecified address as a destination means this host (`ip_route_output_key_hash`,
