@@ -374,7 +374,7 @@ fn version_lists_what_is_spoken_whatever_is_asked() {
 #[case::half_a_pod(
     "CNI_ARGS",
     "K8S_POD_NAME=x",
-    "CNI_ARGS: K8S_POD_NAME=x without K8S_POD_NAMESPACE"
+    "CNI_ARGS: K8S_POD_NAME=\"x\" without K8S_POD_NAMESPACE"
 )]
 fn wrong_environment_is_named(#[case] name: &str, #[case] value: &str, #[case] words: &str) {
     let daemon = StubDaemon::answering(CAPTURED);
