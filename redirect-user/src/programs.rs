@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use aya::programs::Program;
+use aya::programs::{Program, ProgramError};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use aya_obj::generated::bpf_attach_type;
 
@@ -382,6 +382,18 @@ fn load_program(object: &mut Ebpf, name: &str) -> Result<OwnedFd> {
         Program::SchedClassifier(program) => program.load(),
         _ => bail!("program {name} is of an unexpected type"),
     };
+    if let Err(ProgramError::LoadError {
+        io_error,
+        verifier_log,
+    }) = loaded
+    {
+        let log = verifier_log.to_string();
+        let lines: Vec<&str> = log.lines().collect();
+        bail!(
+            "loading program {name}: {io_error}; the verifier says: {}",
+            lines.join("; ")
+        );
+    }
     loaded.with_context(|| format!("loading program {name}"))?;
     let fd = program.fd().with_context(|| format!("program {name}"))?;
     Ok(fd.as_fd().try_clone_to_owned()?)

@@ -24,20 +24,8 @@ pub(super) fn finding() -> Finding {
         .unwrap_or_else(|_| Err(anyhow!("the rehearsal ended too early")));
     match outcome {
         Ok(()) => Finding::new(WHAT, Level::Ok, "every program loads and attaches"),
-        Err(error) => Finding::new(WHAT, Level::Bad, describe(&error)),
+        Err(error) => Finding::new(WHAT, Level::Bad, format!("{error:#}")),
     }
-}
-
-/// The verifier's log is long; what it found comes last.
-fn describe(error: &anyhow::Error) -> String {
-    const LINES: usize = 6;
-    let text = format!("{error:#}");
-    let lines: Vec<&str> = text.lines().collect();
-    if lines.len() <= 2 * LINES {
-        return text;
-    }
-    let (first, last) = (lines[0], &lines[lines.len() - LINES..]);
-    format!("{first}\n…\n{}", last.join("\n"))
 }
 
 fn rehearse() -> Result<()> {
@@ -77,22 +65,5 @@ impl Drop for Place {
     fn drop(&mut self) {
         // It is empty; if it stays nevertheless it does no harm.
         let _ = fs::remove_dir(&self.0);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn end_of_a_verifier_log_is_kept() {
-        let log: Vec<String> = (0..100).map(|line| format!("line {line}")).collect();
-        let text = describe(&anyhow!("loading program x: {}", log.join("\n")));
-        assert!(
-            text.starts_with("loading program x: line 0\n…\nline 94"),
-            "{text}"
-        );
-        assert!(text.ends_with("line 99"), "{text}");
-        assert_eq!(describe(&anyhow!("short")), "short");
     }
 }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use prop::collection::vec;
 use prop::sample::select;
 use proptest::prelude::*;
+use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
@@ -101,13 +102,30 @@ fn plugin_list() -> impl Strategy<Value = String> {
     })
 }
 
+/// Reads no more than it needs: a number may be larger than any that a [`Value`] holds.
 fn kinds(list: &str) -> Vec<String> {
-    let parsed: Value = serde_json::from_str(list).expect(list);
-    let plugins = parsed["plugins"].as_array().expect(list);
-    plugins
-        .iter()
-        .map(|plugin| plugin["type"].as_str().expect(list).to_owned())
+    #[derive(Deserialize)]
+    struct List {
+        plugins: Vec<Plugin>,
+    }
+    #[derive(Deserialize)]
+    struct Plugin {
+        r#type: String,
+    }
+    let list: List = serde_json::from_str(list).expect(list);
+    list.plugins
+        .into_iter()
+        .map(|plugin| plugin.r#type)
         .collect()
+}
+
+#[test]
+fn number_that_is_too_large_for_us_is_left_alone() {
+    let list =
+        r#"{"cniVersion":"1.0.0","name":"n","plugins":[{"type":"a","x":4.2e+396580182144175}]}"#;
+    let with = insert(list, ENTRY).expect("a list");
+    assert_eq!(kinds(&with), ["a", NAME]);
+    assert!(with.contains("4.2e+396580182144175"), "{with}");
 }
 
 fn without_ours(mut kinds: Vec<String>) -> Vec<String> {
