@@ -105,10 +105,19 @@ pub struct PodConfig {
     /// Id of the cgroup of the proxy's container, if [`FLAG_PROXY_CONTAINER`] is set; 0, which no cgroup
     /// has, while it is not known: nobody is the proxy then.
     pub proxy_cgroup: u64,
+    /// [`port_bucket`]s, as bits, in which no port of any of the policy's port lists is. None is set
+    /// if that is not known.
+    pub unlisted_port_buckets: u64,
+}
+
+/// One of 64 buckets, of which neighbouring ports have different ones.
+#[inline(always)]
+pub const fn port_bucket(port: u16) -> u32 {
+    port as u32 % 64
 }
 
 #[cfg(not(feature = "other-layout"))]
-crate::assert_size!(PodConfig, 896);
+crate::assert_size!(PodConfig, 904);
 
 impl PodConfig {
     /// Tests a `FLAG_`.
@@ -127,6 +136,12 @@ impl PodConfig {
     #[inline(always)]
     pub const fn is_foreign(&self, address: &Address) -> bool {
         !address.is_loopback() && self.foreign_buckets & 1 << address.bucket() != 0
+    }
+
+    /// True if certainly no port list of the policy has the port. False says nothing: `LISTS` knows.
+    #[inline(always)]
+    pub const fn lists_no_port(&self, port: u16) -> bool {
+        self.unlisted_port_buckets & 1 << port_bucket(port) != 0
     }
 
     /// True if `-c` names the interface with this index.

@@ -44,7 +44,7 @@ pub fn ingress(packet: &Packet) -> i32 {
         return PASS;
     }
     if segment.content == Content::Hidden {
-        let lists = PolicyLists { policy: pod.policy };
+        let lists = PolicyLists(pod);
         return match decide::machine(pod, &lists, &segment.destination.0).action() {
             Action::Pass => PASS,
             _ => drop(netns_cookie, &segment.destination),
@@ -162,7 +162,7 @@ fn opened(
     segment: &Segment,
 ) -> Result<Translation, ()> {
     let netns_cookie = flow.netns_cookie;
-    let lists = PolicyLists { policy: pod.policy };
+    let lists = PolicyLists(pod);
     let rule = decide::machine(pod, &lists, &segment.destination.0);
     if rule.action() == Action::Pass {
         maps::count(netns_cookie, rule);

@@ -202,20 +202,18 @@ pub fn count(netns_cookie: u64, rule: Rule) {
     }
 }
 
-/// The lists of one policy.
-pub struct PolicyLists {
-    pub policy: u64,
-}
+/// The lists of a pod's policy.
+pub struct PolicyLists<'a>(pub &'a PodConfig);
 
-impl Lists for PolicyLists {
+impl Lists for PolicyLists<'_> {
     #[inline(always)]
     fn has_port(&self, list: List, port: u16) -> bool {
-        contains(ListKey::port(self.policy, list, port))
+        !self.0.lists_no_port(port) && contains(ListKey::port(self.0.policy, list, port))
     }
 
     #[inline(always)]
     fn has_address(&self, list: List, address: &Address) -> bool {
-        contains(ListKey::address(self.policy, list, *address))
+        contains(ListKey::address(self.0.policy, list, *address))
     }
 }
 

@@ -158,6 +158,6 @@ extern "C" fn rule_for(pod: *const PodConfig, about: *const Decision) -> u32 {
     let (Some(pod), Some(about)) = (argument(&pod), argument(&about)) else {
         return Rule::NotIncluded as u32;
     };
-    let lists = PolicyLists { policy: pod.policy };
+    let lists = PolicyLists(pod);
     decide::outbound(pod, &lists, &about.connection()) as u32
 }

@@ -85,7 +85,7 @@ fn taker(ctx: &SockLookup, netns_cookie: u64) -> Option<Taker> {
             None => {}
         }
     }
-    let lists = PolicyLists { policy: pod.policy };
+    let lists = PolicyLists(pod);
     let connection = Inbound {
         destination: local,
         port: to.1,

@@ -10,7 +10,7 @@ use redirect_common::lists::{LIST_PREFIX_BITS, List, ListKey};
 use redirect_common::pod::{
     self, FLAG_DNS, FLAG_DNS_ALL, FLAG_GROUPS_INCLUDE, FLAG_INBOUND_ALL, FLAG_IPV6,
     FLAG_LOOPBACK_INCLUDED, FLAG_MACHINES, FLAG_OUTBOUND_ALL, FLAG_PROXY_CONTAINER, FLAG_TPROXY,
-    MAX_EXCLUDED_INTERFACES, PodConfig,
+    MAX_EXCLUDED_INTERFACES, PodConfig, port_bucket,
 };
 use redirect_common::route::{
     ROUTE_BIND_SOURCE, ROUTE_LOCAL, ROUTE_PREFIX_BITS, RouteInfo, RouteKey,
@@ -62,6 +62,7 @@ pub fn pod_config(
     for (key, _) in list_entries(policy) {
         config.lists |= 1 << key.data.list;
     }
+    config.unlisted_port_buckets = unlisted_port_buckets(policy);
     if let ProxyIdentity::Container { container } = proxy {
         config.flags |= FLAG_PROXY_CONTAINER;
         if let Some(container) = container {
@@ -127,20 +128,8 @@ fn translate(
     Ok(from.len() as u32)
 }
 
-/// The entries of the policy's lists.
-pub fn list_entries(policy: &Policy) -> Vec<(ListPrefix, u8)> {
-    let id = policy.digest();
-    let cidrs = [
-        (
-            List::IncludeOutboundCidrs,
-            policy.include_outbound_cidrs.listed(),
-        ),
-        (
-            List::ExcludeOutboundCidrs,
-            policy.exclude_outbound_cidrs.as_slice(),
-        ),
-    ];
-    let ports = [
+fn port_lists(policy: &Policy) -> [(List, &[PortRange]); 4] {
+    [
         (
             List::ExcludeOutboundPorts,
             policy.exclude_outbound_ports.as_slice(),
@@ -154,12 +143,38 @@ pub fn list_entries(policy: &Policy) -> Vec<(ListPrefix, u8)> {
             List::ExcludeInboundPorts,
             policy.exclude_inbound_ports.as_slice(),
         ),
+    ]
+}
+
+/// [`PodConfig::unlisted_port_buckets`] of a policy.
+fn unlisted_port_buckets(policy: &Policy) -> u64 {
+    let ranges = port_lists(policy)
+        .into_iter()
+        .flat_map(|(_, ranges)| ranges);
+    let ports = ranges.flat_map(|range| range.first..=range.last);
+    ports.fold(u64::MAX, |buckets, port| {
+        buckets & !(1 << port_bucket(port))
+    })
+}
+
+/// The entries of the policy's lists.
+pub fn list_entries(policy: &Policy) -> Vec<(ListPrefix, u8)> {
+    let id = policy.digest();
+    let cidrs = [
+        (
+            List::IncludeOutboundCidrs,
+            policy.include_outbound_cidrs.listed(),
+        ),
+        (
+            List::ExcludeOutboundCidrs,
+            policy.exclude_outbound_cidrs.as_slice(),
+        ),
     ];
     let cidrs = cidrs.into_iter().flat_map(|(list, nets)| {
         let prefixes = nets.iter().flat_map(prefixes_of_family);
         prefixes.map(move |(address, bits)| (ListKey::address(id, list, address), bits))
     });
-    let ports = ports.into_iter().flat_map(|(list, ranges)| {
+    let ports = port_lists(policy).into_iter().flat_map(|(list, ranges)| {
         ranges.iter().flat_map(move |range| {
             port_prefixes(*range).map(move |(port, bits)| (ListKey::port(id, list, port), bits))
         })
@@ -294,6 +309,30 @@ fn port_prefixes(range: PortRange) -> impl Iterator<Item = (u16, u32)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn listed_ports_are_never_taken_for_unlisted_ones() {
+        let range = |first, last| PortRange { first, last };
+        let policy = Policy {
+            exclude_inbound_ports: vec![range(15090, 15090), range(65530, 65535)],
+            exclude_outbound_ports: vec![range(0, 3)],
+            ..Policy::default()
+        };
+        let config = PodConfig {
+            unlisted_port_buckets: unlisted_port_buckets(&policy),
+            ..bytemuck::Zeroable::zeroed()
+        };
+        for port in 0..=u16::MAX {
+            let listed = port_lists(&policy)
+                .iter()
+                .any(|(_, ranges)| ranges.iter().any(|r| (r.first..=r.last).contains(&port)));
+            assert!(!(listed && config.lists_no_port(port)), "{port}");
+        }
+        assert!(config.lists_no_port(8080) && config.lists_no_port(15089));
+        assert!(!config.lists_no_port(15090));
+        let none: PodConfig = bytemuck::Zeroable::zeroed();
+        assert!(!none.lists_no_port(8080), "unknown");
+    }
 
     #[test]
     fn prefixes_of_a_network_cover_its_own_family_only() {

@@ -140,6 +140,7 @@ impl Options {
             excluded_interface_count: self.exclude_interfaces.len() as u32,
             foreign_buckets: 0,
             proxy_cgroup: 0,
+            unlisted_port_buckets: 0,
         }
     }
 
