@@ -141,9 +141,11 @@ impl SockAddr {
     /// error is always EPERM.
     #[inline(always)]
     pub fn set_error(&self, errno: i32) {
+        /// Verifiers since 7.2 want to see that it is one: at most 4095 (`MAX_ERRNO`).
+        const ERRNO_BITS: i32 = 0xfff;
         if globals::has_set_retval() {
             // SAFETY: takes a number only.
-            let _ = unsafe { helpers::bpf_set_retval(-errno) };
+            let _ = unsafe { helpers::bpf_set_retval(-(errno & ERRNO_BITS)) };
         }
     }
 }
