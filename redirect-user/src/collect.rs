@@ -3,8 +3,6 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -14,7 +12,7 @@ use crate::layouts;
 use crate::pins::{self, Pins};
 use crate::programs::{self, SK_LOOKUP};
 use crate::record::{self, Notes};
-use crate::sys::bpf::{self, LinkTarget};
+use crate::sys::bpf;
 use crate::tables::Tables;
 
 /// Removes pods whose cgroup or network namespace has gone, and notes without links. Returns the notes on those that
@@ -39,13 +37,9 @@ pub(crate) fn gone(pins: &Pins, tables: &Tables) -> Result<Vec<(u64, Notes)>> {
 /// True if the kernel has cut the links off, or they are incomplete. An error is no answer: the pod may well be there.
 fn is_gone(pins: &Pins, cgroup_id: u64) -> Result<bool> {
     let directory = pins.pod(cgroup_id);
-    let is_cut_off = |name: &str, read: fn(BorrowedFd<'_>) -> io::Result<LinkTarget>| {
-        let path = directory.join(name);
-        let Some(link) = pins::open(&path)? else {
-            return Ok(true);
-        };
-        let link = read(link.as_fd()).with_context(|| format!("reading {}", path.display()))?;
-        Ok::<_, anyhow::Error>(link.target == 0)
+    let is_cut_off = |name: &str, target| {
+        let cut_off = pins::is_cut_off(&directory.join(name), target)?;
+        Ok::<_, anyhow::Error>(cut_off.unwrap_or(true))
     };
     Ok(is_cut_off("connect4", bpf::cgroup_link)? || is_cut_off(SK_LOOKUP, bpf::netns_link)?)
 }

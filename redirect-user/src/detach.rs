@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::os::fd::AsFd;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -80,7 +79,8 @@ pub(crate) fn one(pins: &Pins, tables: &Tables, cgroup_id: u64) -> Result<()> {
         None => false,
     };
     let directory = pins.pod(cgroup_id);
-    let namespace_is_gone = namespace_is_gone(&directory)?;
+    let namespace_is_gone =
+        pins::is_cut_off(&directory.join(SK_LOOKUP), bpf::netns_link)? == Some(true);
     if let Some(notes) = notes.as_ref().filter(|_| !shared) {
         layouts::let_alone(pins, tables, notes)?;
         bpf::wait_for_running_programs().context("membarrier")?;
@@ -106,19 +106,6 @@ pub(crate) fn one(pins: &Pins, tables: &Tables, cgroup_id: u64) -> Result<()> {
         forget_namespace(tables, notes)?;
     }
     tables.records.remove(&cgroup_id).context("writing RECORDS")
-}
-
-/// True if the kernel has cut the link to the network namespace off.
-fn namespace_is_gone(directory: &Path) -> Result<bool> {
-    let path = directory.join(SK_LOOKUP);
-    let Some(link) = pins::open(&path)? else {
-        return Ok(false);
-    };
-    let link = bpf::netns_link(link.as_fd());
-    Ok(link
-        .with_context(|| format!("reading {}", path.display()))?
-        .target
-        == 0)
 }
 
 /// Removes what no pod uses any more.

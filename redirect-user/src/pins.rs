@@ -9,7 +9,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
@@ -19,7 +19,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{FsType, statfs};
 use redirect_common::{LAYOUT_VERSION, POLICY_LAYOUT_VERSION};
 
-use crate::sys::bpf;
+use crate::sys::bpf::{self, LinkTarget};
 use crate::tables;
 
 const BPFFS: &str = "/sys/fs/bpf";
@@ -195,6 +195,18 @@ pub fn open(path: &Path) -> Result<Option<OwnedFd>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error).with_context(|| format!("opening {}", path.display())),
     }
+}
+
+/// Whether the kernel has cut a pinned link off, as what it hung on has gone; None if there is no such pin.
+pub fn is_cut_off(
+    path: &Path,
+    target: fn(BorrowedFd<'_>) -> io::Result<LinkTarget>,
+) -> Result<Option<bool>> {
+    let Some(link) = open(path)? else {
+        return Ok(None);
+    };
+    let link = target(link.as_fd()).with_context(|| format!("reading {}", path.display()))?;
+    Ok(Some(link.target == 0))
 }
 
 /// Removes a directory of pins; it may be absent.
