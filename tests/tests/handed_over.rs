@@ -93,17 +93,24 @@ impl Sandbox {
     }
 }
 
-#[rstest]
-fn pod_is_captured_before_its_first_process_while_the_api_hangs() {
+/// A daemon that is ready, and an API that has ceased to answer since.
+fn while_the_api_hangs(work: impl FnOnce(&ApiServer, &Daemon) + Send) {
     bpffs::private(|| {
         let server = ApiServer::start();
         let daemon = Daemon::start(&server, &[]);
         daemon.until_ready();
         server.behave(Manner::Hang);
+        work(&server, &daemon);
+    });
+}
+
+#[rstest]
+fn pod_is_captured_before_its_first_process_while_the_api_hangs() {
+    while_the_api_hangs(|_, daemon| {
         let (pod, uncaptured) = (Sandbox::new(), Sandbox::new());
         let annotations = [CONFIG_SOURCE, (STATUS, INJECTED), (EXCLUDE_OUT, "443")];
         for command in ["ADD", "CHECK"] {
-            let called = pod.call(command, &daemon, &annotations);
+            let called = pod.call(command, daemon, &annotations);
             assert!(called.ok, "{command}: {called:?}");
         }
         // The very first connection of the first process is captured: there is no proxy yet.
@@ -117,7 +124,7 @@ fn pod_is_captured_before_its_first_process_while_the_api_hangs() {
         // Nothing else has captured it.
         let mut other = uncaptured.start(Identity::APP);
         assert_eq!(uncaptured.dial(&mut other, 80), "service");
-        let del = pod.call("DEL", &daemon, &annotations);
+        let del = pod.call("DEL", daemon, &annotations);
         assert!(del.ok, "{del:?}");
         assert_eq!(pod.dial(&mut app, 80), "service");
     });
@@ -125,16 +132,12 @@ fn pod_is_captured_before_its_first_process_while_the_api_hangs() {
 
 #[rstest]
 fn what_the_api_says_later_counts() {
-    bpffs::private(|| {
-        let server = ApiServer::start();
-        let daemon = Daemon::start(&server, &[]);
-        daemon.until_ready();
-        server.behave(Manner::Hang);
+    while_the_api_hangs(|server, daemon| {
         let mut pod = Sandbox::new();
         pod.object["spec"]["containers"][1]["securityContext"]["runAsUser"] = json!(2000);
         pod.object["spec"]["containers"][1]["securityContext"]["runAsGroup"] = json!(2000);
         server.apply(&pod.object);
-        let called = pod.call("ADD", &daemon, &[CONFIG_SOURCE, (STATUS, INJECTED)]);
+        let called = pod.call("ADD", daemon, &[CONFIG_SOURCE, (STATUS, INJECTED)]);
         assert!(called.ok, "{called:?}");
         let (mut by_default, mut really) = (
             pod.start(Identity::PROXY),
@@ -176,13 +179,9 @@ fn what_the_api_has_told_before_counts_more() {
 
 #[rstest]
 fn pod_that_was_not_injected_starts_uncaptured_while_the_api_hangs() {
-    bpffs::private(|| {
-        let server = ApiServer::start();
-        let daemon = Daemon::start(&server, &[]);
-        daemon.until_ready();
-        server.behave(Manner::Hang);
+    while_the_api_hangs(|_, daemon| {
         let pod = Sandbox::new();
-        let called = pod.call("ADD", &daemon, &[CONFIG_SOURCE]);
+        let called = pod.call("ADD", daemon, &[CONFIG_SOURCE]);
         assert!(called.ok, "{called:?}");
         assert_eq!(pod.dial(&mut pod.start(Identity::APP), 80), "service");
         assert!(bpffs::pins().is_empty());
@@ -200,13 +199,9 @@ fn pod_does_not_start_if_that_is_not_enough(
     #[case] annotations: &[(&str, &str)],
     #[case] missing: &str,
 ) {
-    bpffs::private(|| {
-        let server = ApiServer::start();
-        let daemon = Daemon::start(&server, &[]);
-        daemon.until_ready();
-        server.behave(Manner::Hang);
+    while_the_api_hangs(|server, daemon| {
         let pod = Sandbox::new();
-        let (code, message) = pod.call("ADD", &daemon, annotations).error();
+        let (code, message) = pod.call("ADD", daemon, annotations).error();
         assert_eq!(code, TRY_AGAIN, "{message}");
         for words in ["the Kubernetes API", missing] {
             assert!(message.contains(words), "{message}");
@@ -215,7 +210,7 @@ fn pod_does_not_start_if_that_is_not_enough(
         // With the API it does.
         server.behave(Manner::Well);
         server.apply(&pod.object);
-        let called = pod.call("ADD", &daemon, annotations);
+        let called = pod.call("ADD", daemon, annotations);
         assert!(called.ok, "{called:?}");
         assert_eq!(
             loader::status_of(&pod.pod)["pod"]["uid"],
@@ -226,18 +221,14 @@ fn pod_does_not_start_if_that_is_not_enough(
 
 #[rstest]
 fn annotation_that_cannot_be_read_is_refused_for_good() {
-    bpffs::private(|| {
-        let server = ApiServer::start();
-        let daemon = Daemon::start(&server, &[]);
-        daemon.until_ready();
-        server.behave(Manner::Hang);
+    while_the_api_hangs(|_, daemon| {
         let pod = Sandbox::new();
         let annotations = [
             CONFIG_SOURCE,
             (STATUS, INJECTED),
             (EXCLUDE_OUT, "http-and-more"),
         ];
-        let (code, message) = pod.call("ADD", &daemon, &annotations).error();
+        let (code, message) = pod.call("ADD", daemon, &annotations).error();
         assert_ne!(code, TRY_AGAIN, "{message}");
         assert!(message.contains(EXCLUDE_OUT), "{message}");
         assert!(bpffs::pins().is_empty());

@@ -15,6 +15,22 @@ fn leaves_by(destination: IpAddr) -> u32 {
     }
 }
 
+/// TCP without a mark, by somebody in the pod from its own address.
+fn from_pod(owner: (u32, u32), destination: &str, port: u16) -> Packet {
+    let destination = ip(destination);
+    Packet {
+        protocol: Protocol::Tcp,
+        source: ip(POD_IP),
+        destination,
+        port,
+        interface: leaves_by(destination),
+        mark: 0,
+        owner: Some(owner),
+        in_container: false,
+        from_machine: false,
+    }
+}
+
 #[test]
 fn cases_that_people_trip_over() {
     let injected = Options::injected;
@@ -104,18 +120,7 @@ fn cases_that_people_trip_over() {
         ("app, :15001", injected(), APP, "9.9.9.9", 15001, out),
     ];
     for (name, options, owner, destination, port, wanted) in rows {
-        let destination = ip(destination);
-        let packet = Packet {
-            protocol: Protocol::Tcp,
-            source: ip(POD_IP),
-            destination,
-            port,
-            interface: leaves_by(destination),
-            mark: 0,
-            owner: Some(owner),
-            in_container: false,
-            from_machine: false,
-        };
+        let packet = from_pod(owner, destination, port);
         let rule = decided_out(&options, &packet);
         assert_eq!(port_of(rule), wanted, "{name}: {rule:?}");
         assert_eq!(by_the_rules_out(&options, &packet), rule, "{name}");
@@ -265,15 +270,9 @@ fn tproxy_takes_what_the_nat_table_leaves() {
     ];
     for (name, owner, mark, destination, port, wanted) in rows {
         let packet = Packet {
-            protocol: Protocol::Tcp,
-            source: ip(POD_IP),
-            destination: ip(destination),
-            port,
             interface: LO,
             mark,
-            owner: Some(owner),
-            in_container: false,
-            from_machine: false,
+            ..from_pod(owner, destination, port)
         };
         assert_eq!(decided_out(&injected(), &packet), wanted, "{name}");
         assert_eq!(by_the_rules_out(&injected(), &packet), wanted, "{name}");
@@ -365,18 +364,10 @@ fn dns_cases_that_people_trip_over() {
         ("DNS off", Options::injected(), APP, SERVER, &[Udp], None),
     ];
     for (name, options, owner, destination, protocols, wanted) in rows {
-        let destination = ip(destination);
         for &protocol in protocols {
             let packet = Packet {
                 protocol,
-                source: ip(POD_IP),
-                destination,
-                port: 53,
-                interface: leaves_by(destination),
-                mark: 0,
-                owner: Some(owner),
-                in_container: false,
-                from_machine: false,
+                ..from_pod(owner, destination, 53)
             };
             let rule = decided_out(&options, &packet);
             assert_eq!(port_of(rule), wanted, "{name} {protocol:?}: {rule:?}");
@@ -406,14 +397,8 @@ fn tproxy_takes_tcp_that_is_no_captured_query() {
     for (name, owner, mark, protocol, wanted) in rows {
         let packet = Packet {
             protocol,
-            source: ip(POD_IP),
-            destination: ip(POD_IP),
-            port: 53,
-            interface: LO,
             mark,
-            owner: Some(owner),
-            in_container: false,
-            from_machine: false,
+            ..from_pod(owner, POD_IP, 53)
         };
         assert_eq!(decided_out(&options(), &packet), wanted, "{name}");
         assert_eq!(by_the_rules_out(&options(), &packet), wanted, "{name}");
