@@ -3,6 +3,7 @@
 //! [`options`] makes a policy of what the user typed, [`observe`] reads the pod, [`settings`] turns
 //! both into map entries, [`attach`] puts them in place.
 
+mod assembler;
 pub mod attach;
 pub mod check;
 pub mod cli;

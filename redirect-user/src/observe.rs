@@ -4,6 +4,7 @@
 //! All calls are synchronous; those that need the pod's network namespace run on a thread of their own
 //! ([`netns::NetworkNamespace::run_inside`]).
 
+pub(crate) mod ancestors;
 pub mod cgroup;
 pub mod containers;
 pub mod identity;

@@ -1,6 +1,7 @@
 //! A container runtime of a test's own, driven over its socket as a kubelet does it.
 
 mod cri;
+mod image;
 
 use std::{
     collections::HashMap,
@@ -19,8 +20,6 @@ use cri::Cri;
 
 /// The image of sandboxes and containers: one program that waits.
 const IMAGE: &str = "redirect.test/pause:1";
-/// Waits for signals, without a C library.
-const PAUSE: &str = "__attribute__((noreturn)) void _start(void) { for (;;) pause_(); }";
 /// Where Debian's containernetworking-plugins are.
 const PLUGINS: &str = "/usr/lib/cni";
 /// Programs of the host that containers use.
@@ -64,7 +63,7 @@ pub struct Sandbox {
 impl Containerd {
     /// What is missing on this machine, in words.
     pub fn missing() -> Option<String> {
-        let programs = ["containerd", "ctr", "runc", "cc"].map(|name| format!("command -v {name}"));
+        let programs = ["containerd", "ctr", "runc"].map(|name| format!("command -v {name}"));
         let plugins =
             ["ptp", "host-local", "loopback"].map(|name| format!("test -x {PLUGINS}/{name}"));
         programs.iter().chain(&plugins).find_map(|probe| {
@@ -155,7 +154,7 @@ impl Containerd {
     }
 
     fn import_image(&self) {
-        let image = image(&self.directory.path().join("image"));
+        let image = image::pause(&self.directory.path().join("image"), IMAGE);
         let socket = self.directory.path().join("containerd.sock");
         let mut ctr = Command::new("ctr");
         ctr.arg("--address").arg(socket);
@@ -255,41 +254,4 @@ fn config(directory: &Path) -> String {
         path("bin"),
         path("net.d"),
     )
-}
-
-/// An image archive of one layer with one program, made by what every machine has.
-fn image(directory: &Path) -> PathBuf {
-    fs::create_dir(directory).unwrap();
-    let path = |name: &str| directory.join(name);
-    let pause = libc::SYS_pause;
-    let source = PAUSE.replace(
-        "pause_()",
-        &format!("__asm__ volatile(\"syscall\" :: \"a\"({pause}) : \"rcx\", \"r11\", \"memory\")"),
-    );
-    fs::write(path("pause.c"), source).unwrap();
-    let mut cc = Command::new("cc");
-    cc.args(["-O1", "-static", "-nostdlib", "-nostartfiles", "-o"]);
-    succeed(cc.arg(path("pause")).arg(path("pause.c")));
-    let tar = |archive: &str, files: &[&str]| {
-        succeed(
-            Command::new("tar")
-                .arg("-C")
-                .arg(directory)
-                .arg("-cf")
-                .arg(path(archive))
-                .args(files),
-        )
-    };
-    tar("layer.tar", &["pause"]);
-    let sum = succeed(Command::new("sha256sum").arg(path("layer.tar")));
-    let layer = format!("sha256:{}", sum.split(' ').next().unwrap());
-    let config = serde_json::json!({
-        "architecture": "amd64", "os": "linux", "config": { "Entrypoint": ["/pause"] },
-        "rootfs": { "type": "layers", "diff_ids": [layer] },
-    });
-    let manifest = serde_json::json!([{ "Config": "config.json", "RepoTags": [IMAGE], "Layers": ["layer.tar"] }]);
-    fs::write(path("config.json"), config.to_string()).unwrap();
-    fs::write(path("manifest.json"), manifest.to_string()).unwrap();
-    tar("image.tar", &["manifest.json", "config.json", "layer.tar"]);
-    path("image.tar")
 }

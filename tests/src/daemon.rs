@@ -55,9 +55,13 @@ pub struct Daemon {
 impl Daemon {
     /// Starts one for [`NODE`] with these arguments besides.
     pub fn start(server: &ApiServer, arguments: &[&str]) -> Self {
+        Self::start_at(&Self::free_socket(), server, arguments)
+    }
+
+    /// Where no other one listens.
+    pub fn free_socket() -> PathBuf {
         let serial = DAEMONS.fetch_add(1, Ordering::Relaxed);
-        let socket = env::temp_dir().join(format!("redirect-daemon-{}-{serial}", process::id()));
-        Self::start_at(&socket, server, arguments)
+        env::temp_dir().join(format!("redirect-daemon-{}-{serial}", process::id()))
     }
 
     /// Starts one that listens there.

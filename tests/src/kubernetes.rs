@@ -1,10 +1,17 @@
 //! Pods as the Kubernetes API tells them, and cgroups as the kubelet makes them.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use serde_json::{Value, json};
 
-use crate::{cgroup::Cgroup, pod::Pod};
+use crate::{
+    cgroup::{Cgroup, mount_point},
+    pod::Pod,
+};
 
 /// The node that the daemon under test keeps.
 pub const NODE: &str = "node-1";
@@ -43,6 +50,40 @@ impl Layout {
             ),
         }
     }
+}
+
+/// What a container is given to see of cgroups.
+#[derive(Clone, Copy, Debug)]
+pub enum View {
+    /// The node's, by a mount of the node's `/sys/fs/cgroup`.
+    Node,
+    /// Its own.
+    Own,
+}
+
+/// A call of a program by a container of a node that is a container itself, as in kind: each has a cgroup namespace, and nobody
+/// sees what is above the node's cgroup.
+pub fn on_node_in_container(node: &Path, view: View, program: &Command) -> Command {
+    const SCRIPT: &str = r#"
+        echo $$ >"$NODE/cgroup.procs"
+        exec unshare --cgroup --mount sh -ec '
+            umount -l "$TOP" && mount -t cgroup2 none "$TOP"
+            mkdir -p "$TOP/container" && echo $$ >"$TOP/container/cgroup.procs"
+            exec unshare --cgroup sh -ec "
+                $MOUNT
+                exec \"\$@\"" sh "$@"' sh "$@""#;
+    let mut command = Command::new("sh");
+    command.args(["-ec", SCRIPT, "sh"]);
+    command.env("NODE", node).env("TOP", mount_point());
+    command.env(
+        "MOUNT",
+        match view {
+            View::Node => "",
+            View::Own => "mount -t cgroup2 none $TOP",
+        },
+    );
+    command.arg(program.get_program()).args(program.get_args());
+    command
 }
 
 /// The uid that the pod's cgroup is named after.

@@ -8,7 +8,7 @@
     reason = "a test panics where it fails, also in its helpers"
 )]
 
-use std::{fs, net::SocketAddr, path::Path};
+use std::{fs, net::SocketAddr, path::Path, process::Command};
 
 use nix::sys::signal::Signal;
 use redirect_tests::{
@@ -17,8 +17,9 @@ use redirect_tests::{
     bpffs,
     daemon::{Daemon, inward},
     follower::Follower,
-    kubernetes::{Container, Layout, Runtime, laid_out, object},
-    loader,
+    kubernetes::{Container, Layout, NODE, Runtime, View, laid_out, object, on_node_in_container},
+    loader::{self, finish, redirect},
+    namespace::errors,
     options::{DNS_PROXY_PORT, Options},
     pod::Pod,
     protocol::{Dial, Family, Identity, Listen, Transport, canonical},
@@ -50,6 +51,16 @@ struct Mesh {
 impl Mesh {
     /// The API has not told yet which containers run.
     fn start(pod: Pod, runtime: Runtime, arguments: &[&str], annotations: &[(&str, &str)]) -> Self {
+        Self::start_by(redirect(), pod, runtime, arguments, annotations)
+    }
+
+    fn start_by(
+        redirect: Command,
+        pod: Pod,
+        runtime: Runtime,
+        arguments: &[&str],
+        annotations: &[(&str, &str)],
+    ) -> Self {
         let scene = Scene::without_proxy(pod, &Options::ISTIO);
         let container = Container::new(&scene.pod, runtime, 1);
         let neighbour = Container::new(&scene.pod, runtime, 2);
@@ -61,7 +72,8 @@ impl Mesh {
         object["status"]["containerStatuses"] = json!([neighbour.running("app")]);
         let server = ApiServer::start();
         server.apply(&object);
-        let daemon = Daemon::start(&server, arguments);
+        let socket = Daemon::free_socket();
+        let daemon = Daemon::start_by(redirect, &socket, &server, arguments);
         let netns = scene.pod.netns.path();
         let mut proxy = Actor::start(&netns, Some(container.cgroup.clone()), Identity::ROOT);
         serve(&mut proxy);
@@ -223,6 +235,31 @@ fn container_tells_the_proxy_and_the_user_does_not(
         assert_eq!(inward(&mut mesh.scene, 8080), "15006");
         assert_eq!(inward(&mut mesh.scene, 15020), "app");
     });
+}
+
+#[rstest]
+fn container_tells_the_proxy_on_a_node_that_is_a_container_itself() {
+    bpffs::private(|| {
+        let pod = laid_out(Pod::new(), Layout::Nested);
+        let redirect = on_node_in_container(pod.above.path(), View::Node, &redirect());
+        let mut mesh = Mesh::start_by(redirect, pod, ContainerdSystemd, &BY_CONTAINER, &[]);
+        assert_eq!(mesh.as_proxy(V4, To::Service(80)), "15001");
+        mesh.tell_running();
+        mesh.until_known();
+        assert_eq!(mesh.as_app(V4, To::Service(80)), "15001");
+    });
+}
+
+#[rstest]
+fn daemon_that_sees_no_cgroup_but_its_own_says_what_to_mount() {
+    let pod = laid_out(Pod::new(), Layout::Nested);
+    let server = ApiServer::start();
+    let call = Daemon::command(&Daemon::free_socket(), 0, &server);
+    let mut call = on_node_in_container(pod.above.path(), View::Own, &call);
+    let output = finish(call.env("NODE_NAME", NODE));
+    assert_eq!(output.status.code(), Some(1));
+    let error = errors(&output);
+    assert!(error.contains("own cgroup: mount the host's"), "{error}");
 }
 
 #[rstest]

@@ -12,8 +12,7 @@ use clap::Args;
 
 use crate::ui::{self, Mark};
 use crate::{cargo, fuzz, preflight, setup};
-pub use skips::LOG_VARIABLE as SKIP_LOG;
-use skips::Skips;
+pub use skips::{LOG_VARIABLE as SKIP_LOG, Skips};
 pub use tally::Tally;
 
 /// The crate whose tests make namespaces and attach programs.

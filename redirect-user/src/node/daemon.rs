@@ -57,7 +57,7 @@ pub fn run(settings: Settings) -> Result<()> {
 async fn serve(settings: Settings) -> Result<()> {
     let mut terminated = signal(SignalKind::terminate())?;
     let mut interrupted = signal(SignalKind::interrupt())?;
-    mounts::whole()?;
+    mounts::node()?;
     let client = client(&settings).await?;
     let listener = TcpListener::bind(settings.metrics)
         .await

@@ -103,15 +103,15 @@ fn container(pod: &Cgroup, id: &str) -> Result<Option<ProxyContainer>> {
         return Ok(None);
     };
     let cgroup = Cgroup::open(&path)?;
-    let top = mounts::whole()?.canonicalize()?;
+    let top = mounts::node()?;
     let below = cgroup
         .path()
-        .strip_prefix(&top)
-        .with_context(|| format!("cgroup {cgroup} is not below {}", top.display()))?;
+        .strip_prefix(top.point.canonicalize()?)
+        .with_context(|| format!("cgroup {cgroup} is not below {}", top.point.display()))?;
     Ok(Some(ProxyContainer {
         id: id.to_owned(),
         cgroup_id: cgroup.id(),
-        level: u16::try_from(below.components().count())?,
+        level: u16::try_from(top.level + below.components().count())?,
         cgroup: cgroup.path().to_owned(),
     }))
 }
@@ -141,7 +141,7 @@ pub fn recorded_namespace(notes: &Notes) -> Option<NetworkNamespace> {
 
 /// The pods' cgroups, by uid.
 pub fn cgroups() -> Result<std::collections::HashMap<String, PathBuf>> {
-    Ok(node_pods::cgroups(&mounts::whole()?))
+    Ok(node_pods::cgroups(&mounts::node()?.point))
 }
 
 /// What the CNI plugin says; else what the pod's processes say; else, while none runs, that of the last time.
@@ -171,6 +171,6 @@ fn below_mountpoint(cgroup: &str) -> Result<PathBuf> {
         !cgroup.is_empty() && relative.components().all(plain),
         "cgroup_parent: {cgroup:?} is not a cgroup: allowed are paths below the cgroup2 mount, without `..`"
     );
-    let mountpoint = mounts::whole().context("cgroup_parent")?;
-    Ok(mountpoint.join(relative))
+    let top = mounts::node().context("cgroup_parent")?;
+    Ok(top.point.join(relative))
 }

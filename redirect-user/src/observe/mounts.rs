@@ -3,8 +3,10 @@
 use std::ffi::OsString;
 use std::fs;
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
+use super::ancestors;
 use super::cgroup::{Error, Result};
 
 /// A mount of cgroup2.
@@ -35,15 +37,43 @@ pub fn mountpoint() -> Result<PathBuf> {
     choose_mountpoint(cgroup2()?).ok_or(Error::NotMounted)
 }
 
-/// Where the cgroups of the whole machine are seen, also from a container that has a cgroup namespace and, besides its own,
-/// the host's mount.
-pub fn whole() -> Result<PathBuf> {
+/// Where the cgroups of a node are seen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Top {
+    /// Where it is mounted.
+    pub point: PathBuf,
+    /// How many cgroups are above what is seen there: none, unless the node is a container itself.
+    pub level: usize,
+}
+
+/// The mount that shows the node, also from a container that has a cgroup namespace and, besides its own, the host's mount. On
+/// a node that is a container (kind) nothing shows the whole machine: the mount that shows most of what this process is in.
+pub fn node() -> Result<Top> {
     let mounts = cgroup2()?;
-    let whole = mounts.iter().find(|mount| mount.is_whole());
-    let point = whole.map(|mount| mount.point.clone());
-    point.ok_or_else(|| Error::NotWhole {
-        mountpoints: mounts.into_iter().map(|mount| mount.point).collect(),
+    if let Some(whole) = mounts.iter().find(|mount| mount.is_whole()) {
+        let point = whole.point.clone();
+        return Ok(Top { point, level: 0 });
+    }
+    let above = ancestors::ids().map_err(Error::Ancestors)?;
+    let seen = mounts.iter().filter_map(|mount| {
+        let id = fs::metadata(&mount.point).ok()?.ino();
+        Some((mount.point.as_path(), id))
+    });
+    highest(seen, above).ok_or_else(|| Error::NotWhole {
+        mountpoints: mounts.iter().map(|mount| mount.point.clone()).collect(),
     })
+}
+
+/// Of mount points and the ids of what they show, the one that is farthest above this process. `above` is as
+/// [`ancestors::ids`] has it. None if no mount shows more than the process' own cgroup, as a container's own does.
+fn highest<'a>(mounts: impl Iterator<Item = (&'a Path, u64)>, above: &[u32]) -> Option<Top> {
+    let (_own, above) = above.split_last()?;
+    let tops = mounts.filter_map(|(point, id)| {
+        let level = above.iter().position(|above| *above == id as u32)?;
+        let point = point.to_owned();
+        Some(Top { point, level })
+    });
+    tops.min_by_key(|top| top.level)
 }
 
 /// The mount that shows the whole hierarchy, else the first one.
@@ -97,6 +127,25 @@ mod tests {
         let host = "40 20 0:26 /../../.. /host rw - cgroup2 cgroup2 rw\n";
         assert_eq!(point(host), Some(PathBuf::from("/host")));
         assert_eq!(mounts_in(host)[0].root, Path::new("/../../.."));
+    }
+
+    #[test]
+    fn node_is_what_lies_farthest_above() {
+        let mounts = [("/own", 9), ("/elsewhere", 5), ("/node", 3), ("/slice", 7)];
+        let top = |above: &[u32]| {
+            let mounts = mounts.iter().map(|(point, id)| (Path::new(*point), *id));
+            highest(mounts, above).map(|top| (top.point.display().to_string(), top.level))
+        };
+        let node = |level| Some(("/node".to_owned(), level));
+        assert_eq!(top(&[1, 2, 3, 7, 9]), node(2));
+        assert_eq!(top(&[3, 9]), node(0));
+        // Its own mount alone, or none that it is in.
+        assert_eq!(top(&[1, 2, 9]), None);
+        assert_eq!(top(&[1]), None);
+        assert_eq!(top(&[]), None);
+        // The upper half of an id tells generations apart.
+        let later = [(Path::new("/node"), (2_u64 << 32) | 3)];
+        assert!(highest(later.into_iter(), &[1, 3, 9]).is_some());
     }
 }
 

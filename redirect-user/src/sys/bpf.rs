@@ -127,6 +127,23 @@ pub fn load_tc(instructions: &[Instruction]) -> io::Result<OwnedFd> {
     load(attr, instructions)
 }
 
+/// Loads a program that [`run`] can run.
+pub fn load_raw_tracepoint(instructions: &[Instruction]) -> io::Result<OwnedFd> {
+    let mut attr = empty();
+    attr.__bindgen_anon_3.prog_type = bpf_prog_type::BPF_PROG_TYPE_RAW_TRACEPOINT as u32;
+    load(attr, instructions)
+}
+
+/// Runs a raw tracepoint's program once, as the calling thread and without arguments; the lower half of what it returns.
+pub fn run(program: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut attr = empty();
+    attr.test.prog_fd = program.as_raw_fd() as u32;
+    // SAFETY: no pointers.
+    unsafe { bpf(bpf_cmd::BPF_PROG_TEST_RUN, &mut attr) }?;
+    // SAFETY: the command answers in this member, which is an integer.
+    Ok(unsafe { attr.test.retval })
+}
+
 fn load(mut attr: bpf_attr, instructions: &[Instruction]) -> io::Result<OwnedFd> {
     const LICENSE: &CStr = c"Dual MIT/GPL";
     const NAME: [libc::c_char; 16] = bytemuck::must_cast(*b"redirect_entry\0\0");

@@ -17,8 +17,6 @@ const NEEDED: &[(&str, &str)] = &[
     ("setpriv", "util-linux"),
     ("nsenter", "util-linux"),
     ("cc", "gcc"),
-    // A test's client, which needs nothing of ours in the pod.
-    ("/usr/bin/python3", "python3"),
     ("containerd", "containerd"),
     ("runc", "runc"),
     ("/usr/lib/cni/ptp", "containernetworking-plugins"),
@@ -33,7 +31,7 @@ pub fn run() -> Result<Done> {
     packages.dedup();
     if packages.is_empty() {
         return Ok(Done::Already(
-            "ip, iptables, setpriv, nsenter, cc, python3, containerd, runc and CNI plugins are there"
+            "ip, iptables, setpriv, nsenter, cc, containerd, runc and CNI plugins are there"
                 .to_owned(),
         ));
     }

@@ -43,7 +43,12 @@ impl Skips {
             .lines()
             .filter(|line| !line.trim().is_empty())
             .map(str::to_owned);
-        Ok(lines.partition(|line| self.allowed.contains(test_name(line))))
+        Ok(lines.partition(|line| self.allows(line)))
+    }
+
+    /// Whether the test that a line of the log is about may be skipped.
+    pub fn allows(&self, line: &str) -> bool {
+        self.allowed.contains(test_name(line))
     }
 }
 

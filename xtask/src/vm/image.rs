@@ -24,6 +24,7 @@ const PROGRAMS: &[&str] = &[
     "echo",
     "env",
     "false",
+    "find",
     "grep",
     "head",
     "id",
@@ -41,11 +42,14 @@ const PROGRAMS: &[&str] = &[
     "sed",
     "setpriv",
     "setsid",
+    "sha256sum",
     "sleep",
     "ss",
     "stat",
     "sysctl",
     "tail",
+    "tar",
+    "tc",
     "timeout",
     "true",
     "umount",
@@ -125,10 +129,12 @@ impl Image {
                 None => {}
             }
         }
-        for folder in PLUGINS {
-            for entry in fs::read_dir(folder).into_iter().flatten() {
-                image.add(&entry?.path())?;
-            }
+        for folder in PLUGINS
+            .iter()
+            .map(Path::new)
+            .filter(|folder| folder.is_dir())
+        {
+            image.add_folder(folder)?;
         }
         Ok(image)
     }
@@ -153,6 +159,21 @@ impl Image {
         self.put(&path, Entry::Copy(path.clone()));
         for library in elf::libraries(&path)? {
             self.add(&library)?;
+        }
+        Ok(())
+    }
+
+    /// Adds all files of a folder, at their own paths.
+    pub fn add_folder(&mut self, folder: &Path) -> Result<()> {
+        let entries =
+            fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
+        for entry in entries {
+            let path = entry?.path();
+            if path.is_dir() {
+                self.add_folder(&path)?;
+            } else {
+                self.add(&path)?;
+            }
         }
         Ok(())
     }

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::{Pid, getpid};
+use nix::unistd::{Pid, chdir, chroot, getpid};
 
 use super::job::{self, GuestCommand, Job, Mark};
 
@@ -39,6 +39,7 @@ pub fn run() -> Result<()> {
 }
 
 fn job() -> Result<()> {
+    leave_rootfs().context("mounting the root anew")?;
     for (kind, place) in MOUNTS {
         let nothing = None::<&str>;
         mount(Some(*kind), *place, Some(*kind), MsFlags::empty(), nothing)
@@ -86,6 +87,16 @@ fn job() -> Result<()> {
     }
     mark(&Mark::Done);
     Ok(())
+}
+
+/// pivot_root(2), with which runtimes start containers, refuses the kernel's first mount, but not another one of the same files.
+fn leave_rootfs() -> nix::Result<()> {
+    const PLACE: &str = "/vm";
+    let nothing = None::<&str>;
+    mount(Some("/"), PLACE, nothing, MsFlags::MS_BIND, nothing)?;
+    chdir(PLACE)?;
+    mount(Some("."), "/", nothing, MsFlags::MS_MOVE, nothing)?;
+    chroot(".")
 }
 
 fn load_modules() -> Result<()> {

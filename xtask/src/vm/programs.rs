@@ -1,29 +1,43 @@
 //! What is built here and run there.
 
-use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
 use tempfile::TempDir;
 
 use super::image::Image;
-use crate::cargo;
-use crate::ui;
+use crate::preflight::find_program;
+use crate::{cargo, setup, ui};
 
 /// Where the guest has the tests; they look for the programs they call in the directories above.
 pub const TESTS: &str = "/vm/deps";
 const PROGRAMS: &[&str] = &["redirect", "actor"];
+const STRIP_LIMIT: Duration = Duration::from_secs(60);
 /// This program, as the guest's first process.
 const INIT: &str = "xtask";
-/// What a test reads of the workspace, at the same path as here.
-const FILES: &[&str] = &[
-    "docs/behaviour.md",
-    "tests/src/conformance/resolv/ipv4.conf",
-    "tests/src/conformance/resolv/pod.conf",
-    "tests/src/conformance/resolv/service.conf",
+/// What tests read of the workspace, at the same path as here.
+const FOLDERS: &[&str] = &["deploy", "docs", "tests/src/conformance/resolv"];
+/// Programs of some size, and the tests that need them.
+const FOR_SOME: &[(&str, &[&str])] = &[
+    ("envoy", &[ENVOY]),
+    (
+        "cni_containerd",
+        &[
+            "containerd",
+            "containerd-shim-runc-v2",
+            "ctr",
+            "runc",
+            "/usr/lib/cni/host-local",
+            "/usr/lib/cni/loopback",
+            "/usr/lib/cni/ptp",
+        ],
+    ),
 ];
+/// Not one of the machine's, but of this workspace's set-up.
+const ENVOY: &str = "envoy";
 
 /// One of cargo's messages, as far as it is of use here.
 #[derive(Deserialize)]
@@ -111,10 +125,15 @@ impl Programs {
         Ok(programs)
     }
 
+    /// Without symbols, which are most of it: all of it stays in the guest's memory.
     fn take(&self, program: &Path, name: &str) -> Result<()> {
-        fs::copy(program, self.folder.path().join(name))
-            .with_context(|| format!("cannot copy {}", program.display()))?;
-        Ok(())
+        let mut strip = Command::new("strip");
+        strip.arg("-o").arg(self.folder.path().join(name));
+        ui::run_quietly(
+            &format!("strip {}", program.display()),
+            strip.arg(program),
+            STRIP_LIMIT,
+        )
     }
 
     /// Adds them to a guest's files.
@@ -129,8 +148,21 @@ impl Programs {
             for name in PROGRAMS.iter().chain([&cargo::OTHER_LAYOUT]) {
                 image.add_as(&here(name), &format!("/vm/{name}"))?;
             }
-            for file in FILES {
-                image.add(&cargo::workspace()?.root.join(file))?;
+            for folder in FOLDERS {
+                image.add_folder(&cargo::workspace()?.root.join(folder))?;
+            }
+            let is_here = |test: &&str| self.tests.iter().any(|name| name == test);
+            let programs = FOR_SOME.iter().filter(|(test, _)| is_here(&test));
+            // What is missing has its tests skipped, which is told.
+            for name in programs.flat_map(|(_, programs)| *programs) {
+                if *name == ENVOY {
+                    let envoy = setup::envoy_binary()?;
+                    if envoy.is_file() {
+                        image.add_as(&envoy, "/vm/envoy/envoy")?;
+                    }
+                } else if let Some(path) = find_program(name) {
+                    image.add(&path)?;
+                }
             }
         }
         Ok(())

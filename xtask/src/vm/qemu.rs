@@ -42,9 +42,11 @@ const PROBE_LIMIT: Duration = Duration::from_secs(10);
 /// Between the last mark and the end of qemu.
 const POWER_OFF_LIMIT: Duration = Duration::from_secs(20);
 
-/// Everything from a panic to a lock-up ends the guest, and is told on the console.
+/// Everything from a panic to a lock-up ends the guest, and is told on the console. What guards against other users of the
+/// processor is off, and programs are always at the same addresses: an emulator can then use again what it has translated.
 const KERNEL_ARGUMENTS: &str = "console=ttyS0 loglevel=5 printk.devkmsg=on panic=-1 oops=panic \
-                                softlockup_panic=1 hung_task_panic=1 rdinit=/xtask -- vm-init";
+                                softlockup_panic=1 hung_task_panic=1 mitigations=off norandmaps \
+                                rdinit=/xtask -- vm-init";
 
 /// Why a guest ended.
 #[derive(Debug, PartialEq, Eq)]

@@ -12,8 +12,8 @@ use super::kernel::{Kernel, Wanted};
 use super::programs::{Programs, TESTS};
 use super::report::{self, Row, Verdict};
 use super::{Machine, qemu::Ended};
-use crate::test::{SKIP_LOG, Tally};
-use crate::ui;
+use crate::test::{SKIP_LOG, Skips, Tally};
+use crate::{cargo, ui};
 
 /// What the loader says it needs; it refuses what is older.
 const OLDEST: (u32, u32) = (5, 15);
@@ -57,14 +57,14 @@ impl Options {
 struct Output {
     tally: Tally,
     failed: Vec<String>,
-    skipped: usize,
+    skipped: Vec<String>,
 }
 
 impl Output {
     fn read(&mut self, line: &str) {
         self.tally.read(line);
         if line.starts_with("SKIP ") {
-            self.skipped += 1;
+            self.skipped.push(line.to_owned());
         }
         if let Some(name) = line
             .strip_prefix("test ")
@@ -144,6 +144,13 @@ fn one(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Row> {
             verdict = Verdict::Failed(output.failed.join(", "));
         } else if !failed.is_empty() {
             verdict = Verdict::Failed(failed.join(", "));
+        } else {
+            let skips = Skips::new(&cargo::workspace()?.root)?;
+            let skipped = output.skipped.iter().map(String::as_str);
+            let forbidden: Vec<&str> = skipped.filter(|line| !skips.allows(line)).collect();
+            if !forbidden.is_empty() {
+                verdict = Verdict::Failed(forbidden.join(", "));
+            }
         }
     }
     Ok(row(options, kernel, &ended, output, loads, verdict, took))
@@ -209,7 +216,7 @@ fn row(
         loads,
         tally: output.tally,
         chosen: options.chosen(),
-        skipped: output.skipped,
+        skipped: output.skipped.len(),
         verdict,
         boot: ended.boot,
         took,

@@ -13,14 +13,17 @@ pub enum Error {
         "no cgroup2 file system is mounted: mount one with `mount -t cgroup2 none /sys/fs/cgroup`"
     )]
     NotMounted,
-    /// All mounts of cgroup2 show a part of the tree only.
+    /// No mount of cgroup2 shows the node.
     #[error(
-        "no mount of cgroup2 shows the whole machine: mount the host's /sys/fs/cgroup at /sys/fs/cgroup (hostPath); mounted are {mountpoints:?}"
+        "no mount of cgroup2 shows more than this process' own cgroup: mount the host's /sys/fs/cgroup at /sys/fs/cgroup (hostPath); mounted are {mountpoints:?}"
     )]
     NotWhole {
         /// Where cgroup2 is mounted.
         mountpoints: Vec<PathBuf>,
     },
+    /// The kernel does not tell which cgroups this process is in.
+    #[error("cannot tell which cgroups this process is in: {0}")]
+    Ancestors(io::Error),
     /// `/proc/self/mountinfo` is unreadable.
     #[error("cannot read /proc/self/mountinfo: {0}")]
     Mounts(io::Error),
