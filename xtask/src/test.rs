@@ -27,12 +27,22 @@ pub struct Options {
     threads: usize,
 }
 
+/// So many kernel-level tests that fail may be the machine's fault: whether they are is seen when each runs alone. More are ours.
+const AGAIN_AT_MOST: usize = 3;
+
 /// What one step came to, for the summary.
 struct Outcome {
     name: &'static str,
-    passed: bool,
+    mark: Mark,
     took: Duration,
     detail: String,
+    tally: Tally,
+}
+
+impl Outcome {
+    fn passed(&self) -> bool {
+        self.mark != Mark::Fail
+    }
 }
 
 pub fn run(options: &Options) -> Result<()> {
@@ -51,26 +61,30 @@ pub fn run(options: &Options) -> Result<()> {
     ];
     // Except these: they run the built programs, and the last build's would answer for this one's.
     let mut builds = outcomes.iter().filter(|o| o.name.starts_with("build"));
-    let built = builds.all(|o| o.passed);
-    outcomes.push(if built {
-        step("kernel tests", kernel_tests(options, &skips)?)?
+    let built = builds.all(Outcome::passed);
+    if built {
+        let filters: Vec<&str> = options.filter.as_deref().into_iter().collect();
+        let first = step(
+            "kernel tests",
+            kernel_tests(options.threads, &filters, &skips)?,
+        )?;
+        outcomes.extend(run_failed_alone(first, &skips)?);
     } else {
-        not_run("kernel tests", "not run: the build failed")
-    });
+        outcomes.push(not_run("kernel tests", "not run: the build failed"));
+    }
     outcomes.push(skip_outcome(&skips)?);
 
     ui::heading("summary");
     for outcome in &outcomes {
-        let mark = if outcome.passed { Mark::Ok } else { Mark::Fail };
         ui::step(
-            mark,
+            outcome.mark,
             outcome.name,
             &format!("{:>6.1} s  {}", outcome.took.as_secs_f32(), outcome.detail),
         );
     }
     let failed: Vec<&str> = outcomes
         .iter()
-        .filter(|o| !o.passed)
+        .filter(|o| !o.passed())
         .map(|o| o.name)
         .collect();
     if !failed.is_empty() {
@@ -150,13 +164,34 @@ fn unit_tests(options: &Options, skips: &Skips) -> Result<Command> {
     Ok(command)
 }
 
-fn kernel_tests(options: &Options, skips: &Skips) -> Result<Command> {
+fn kernel_tests(threads: usize, filters: &[&str], skips: &Skips) -> Result<Command> {
     let mut command = test_command(skips)?;
     command.args(["--package", KERNEL_TESTS, "--no-fail-fast", "--"]);
     command
-        .arg(format!("--test-threads={}", options.threads))
-        .args(&options.filter);
+        .arg(format!("--test-threads={threads}"))
+        .args(filters);
     Ok(command)
+}
+
+/// Runs the few tests that have failed once more, one after the other. If they pass then, that they failed is a warning.
+fn run_failed_alone(mut first: Outcome, skips: &Skips) -> Result<Vec<Outcome>> {
+    let failures = first.tally.failures();
+    let few = (1..=AGAIN_AT_MOST).contains(&failures.len()) && first.tally.is_complete();
+    if first.passed() || !few {
+        return Ok(vec![first]);
+    }
+    let names: Vec<&str> = failures.iter().map(String::as_str).collect();
+    let mut command = kernel_tests(1, &names, skips)?;
+    command.arg("--exact");
+    let alone = step("the failed ones alone", command)?;
+    if alone.passed() && alone.tally.passed() >= names.len() as u64 {
+        ui::warn(&format!(
+            "failed, and passed when run alone: {}",
+            names.join(", ")
+        ));
+        first.mark = Mark::Warn;
+    }
+    Ok(vec![first, alone])
 }
 
 fn test_command(skips: &Skips) -> Result<Command> {
@@ -197,19 +232,25 @@ fn step(name: &'static str, mut command: Command) -> Result<Outcome> {
     };
     Ok(Outcome {
         name,
-        passed: status.success(),
+        mark: mark(status.success()),
         took: started.elapsed(),
         detail,
+        tally,
     })
 }
 
 fn not_run(name: &'static str, why: &str) -> Outcome {
     Outcome {
         name,
-        passed: false,
+        mark: Mark::Fail,
         took: Duration::ZERO,
         detail: why.to_owned(),
+        tally: Tally::default(),
     }
+}
+
+fn mark(passed: bool) -> Mark {
+    if passed { Mark::Ok } else { Mark::Fail }
 }
 
 fn skip_outcome(skips: &Skips) -> Result<Outcome> {
@@ -222,8 +263,9 @@ fn skip_outcome(skips: &Skips) -> Result<Outcome> {
     }
     Ok(Outcome {
         name: "skips",
-        passed: forbidden.is_empty(),
+        mark: mark(forbidden.is_empty()),
         took: Duration::ZERO,
         detail: format!("{} allowed, {} not", allowed.len(), forbidden.len()),
+        tally: Tally::default(),
     })
 }

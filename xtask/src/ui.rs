@@ -32,7 +32,7 @@ pub fn step(mark: Mark, name: &str, detail: &str) {
     anstream::println!("  {style}{word:<5}{style:#} {name:<14} {detail}");
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mark {
     Ok,
     Did,

@@ -56,7 +56,6 @@ impl Options {
 #[derive(Default)]
 struct Output {
     tally: Tally,
-    failed: Vec<String>,
     skipped: Vec<String>,
 }
 
@@ -65,12 +64,6 @@ impl Output {
         self.tally.read(line);
         if line.starts_with("SKIP ") {
             self.skipped.push(line.to_owned());
-        }
-        if let Some(name) = line
-            .strip_prefix("test ")
-            .and_then(|l| l.strip_suffix(" ... FAILED"))
-        {
-            self.failed.push(name.to_owned());
         }
     }
 }
@@ -140,8 +133,8 @@ fn one(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Row> {
             .collect();
         if loads != Some(true) {
             verdict = Verdict::Failed("the programs do not load".to_owned());
-        } else if !output.failed.is_empty() {
-            verdict = Verdict::Failed(output.failed.join(", "));
+        } else if !output.tally.failures().is_empty() {
+            verdict = Verdict::Failed(output.tally.failures().join(", "));
         } else if !failed.is_empty() {
             verdict = Verdict::Failed(failed.join(", "));
         } else {
