@@ -3,6 +3,8 @@
 //! State is a difference of wanted against observed, so that attaching for the first time, changing
 //! the policy, upgrading and repairing after a kill are the same steps.
 
+mod settled;
+
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::net::IpAddr;
@@ -13,7 +15,7 @@ use redirect_common::POLICY_LAYOUT_VERSION;
 use redirect_common::connection::SocketState;
 use redirect_common::listener::{LISTENER_SLOTS, ListenerKey};
 use redirect_common::pod::PodConfig;
-use redirect_common::route::{ROUTE_LOCAL, ROUTE_PREFIX_BITS, RouteKey};
+use redirect_common::route::{ROUTE_LOCAL, ROUTE_PREFIX_BITS, RouteInfo, RouteKey};
 use redirect_common::verdict::COUNTERS;
 
 use crate::collect;
@@ -22,11 +24,11 @@ use crate::kernel;
 use crate::layouts;
 use crate::machines;
 use crate::observe::cgroup::Cgroup;
-use crate::observe::identity::UserNamespace;
-use crate::observe::interfaces::interfaces;
+use crate::observe::identity::{IdMap, UserNamespace};
+use crate::observe::interfaces::{Interface, interfaces};
 use crate::observe::listeners::{Listeners, listeners};
 use crate::observe::netns::NetworkNamespace;
-use crate::observe::routes::{Family, RoutingTable, first_global_family, routing_table};
+use crate::observe::routes::{Family, first_global_family, routing_table};
 use crate::options::{Dns, Ipv6, Policy};
 use crate::pins::Pins;
 use crate::programs::{self, Entered, HOOKS, Hook, Need, Programs, SK_LOOKUP, Side};
@@ -36,6 +38,7 @@ use crate::settings;
 use crate::sys::bpf;
 use crate::tables::{RoutePrefix, Tables};
 use crate::tproxy::{self, Change};
+pub use settled::is_settled;
 
 /// What to attach.
 #[derive(Debug)]
@@ -78,33 +81,63 @@ impl Outcome {
     }
 }
 
+/// What a request comes to, as far as the pod tells.
+struct Wanted {
+    config: PodConfig,
+    /// Without what only attaching tells: changes, counters and routes.
+    notes: Notes,
+    ids: IdMap,
+    interfaces: Vec<Interface>,
+}
+
+impl Wanted {
+    fn of(request: &Request) -> Result<Self> {
+        let ipv6 = captures_ipv6(&request.policy, &request.netns)?;
+        let ids = UserNamespace::owning(&request.netns)?.id_map()?;
+        if !request.policy.exclude_interfaces.is_empty() && !kernel::tells_ingress_interface()? {
+            bail!(
+                "--istio-exclude-interfaces: needs Linux 5.17, where programs can read the interface a packet came by"
+            );
+        }
+        let interfaces = interfaces(&request.netns)?;
+        let config =
+            settings::pod_config(&request.policy, &request.proxy, ipv6, &ids, &interfaces)?;
+        let notes = Notes {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            build: programs::build_id(),
+            cgroup: request.cgroup.path().to_owned(),
+            netns: request.netns.name().to_owned(),
+            netns_cookie: request.netns.cookie()?,
+            layout: POLICY_LAYOUT_VERSION,
+            counted_before: Vec::new(),
+            netns_inode: request.netns.inode(),
+            ipv6,
+            run_by: request.run_by,
+            changes: Vec::new(),
+            pod: request.pod.clone(),
+            // Room for any.
+            routes: u64::MAX,
+            policy: request.policy.clone(),
+            proxy: request.proxy.clone(),
+        };
+        Ok(Self {
+            config,
+            notes,
+            ids,
+            interfaces,
+        })
+    }
+}
+
 /// Attaches, or brings what is attached up to date.
 pub fn attach(request: &Request) -> Result<Outcome> {
-    let ipv6 = captures_ipv6(&request.policy, &request.netns)?;
-    let ids = UserNamespace::owning(&request.netns)?.id_map()?;
-    if !request.policy.exclude_interfaces.is_empty() && !kernel::tells_ingress_interface()? {
-        bail!(
-            "--istio-exclude-interfaces: needs Linux 5.17, where programs can read the interface a packet came by"
-        );
-    }
-    let interfaces = interfaces(&request.netns)?;
-    let config = settings::pod_config(&request.policy, &request.proxy, ipv6, &ids, &interfaces)?;
-    let mut notes = Notes {
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        build: programs::build_id(),
-        cgroup: request.cgroup.path().to_owned(),
-        netns: request.netns.name().to_owned(),
-        netns_cookie: request.netns.cookie()?,
-        layout: POLICY_LAYOUT_VERSION,
-        counted_before: Vec::new(),
-        netns_inode: request.netns.inode(),
-        ipv6,
-        run_by: request.run_by,
-        changes: Vec::new(),
-        pod: request.pod.clone(),
-        policy: request.policy.clone(),
-        proxy: request.proxy.clone(),
-    };
+    let Wanted {
+        config,
+        mut notes,
+        ids,
+        interfaces,
+    } = Wanted::of(request)?;
+    let ipv6 = notes.ipv6;
     notes.encode()?;
 
     let pins = Pins::open()?;
@@ -164,7 +197,12 @@ pub fn attach(request: &Request) -> Result<Outcome> {
             tables.lists.set(&key, &value).context("writing LISTS")?;
         }
         let table = routing_table(&request.netns)?;
-        changed |= sync_routes(&tables, &notes, &table)?;
+        let wanted = settings::route_entries(notes.netns_cookie, &table);
+        changed |= sync_routes(&tables, &notes, &wanted)?;
+        let notes = Notes {
+            routes: settings::routes_digest(&wanted),
+            ..notes.clone()
+        };
         let mut config = config;
         config.foreign_buckets = settings::foreign_buckets(&table);
         tables
@@ -225,7 +263,7 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         } else if !obsolete.is_empty() {
             tables
                 .records
-                .set(&cgroup_id, &record)
+                .set(&cgroup_id, &notes.encode()?)
                 .context("writing RECORDS")?;
         }
         // Also after a call that was killed here.
@@ -350,15 +388,16 @@ fn refuse_overlap(
 }
 
 /// Writes the namespace's routes and removes those that have gone. True if anything changed.
-fn sync_routes(tables: &Tables, notes: &Notes, table: &RoutingTable) -> Result<bool> {
-    let wanted: HashMap<_, _> = settings::route_entries(notes.netns_cookie, table)
-        .into_iter()
-        .collect();
+fn sync_routes(
+    tables: &Tables,
+    notes: &Notes,
+    wanted: &HashMap<RoutePrefix, RouteInfo>,
+) -> Result<bool> {
     let observed: HashSet<_> = detach::routes_of(tables, notes.netns_cookie)?
         .into_iter()
         .collect();
     let mut changed = false;
-    for (key, info) in &wanted {
+    for (key, info) in wanted {
         if !observed.contains(key) || tables.routes.get(key)? != Some(*info) {
             tables.routes.set(key, info).context("writing ROUTES")?;
             changed = true;

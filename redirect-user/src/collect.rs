@@ -35,7 +35,7 @@ pub(crate) fn gone(pins: &Pins, tables: &Tables) -> Result<Vec<(u64, Notes)>> {
 }
 
 /// True if the kernel has cut the links off, or they are incomplete. An error is no answer: the pod may well be there.
-fn is_gone(pins: &Pins, cgroup_id: u64) -> Result<bool> {
+pub(crate) fn is_gone(pins: &Pins, cgroup_id: u64) -> Result<bool> {
     let directory = pins.pod(cgroup_id);
     let is_cut_off = |name: &str, target| {
         let cut_off = pins::is_cut_off(&directory.join(name), target)?;

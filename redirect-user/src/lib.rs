@@ -10,6 +10,7 @@ pub mod cli;
 pub mod cni;
 mod collect;
 pub mod detach;
+mod digest;
 pub mod follow;
 #[cfg(test)]
 mod fuzz;

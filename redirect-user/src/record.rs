@@ -44,6 +44,9 @@ pub struct Notes {
     /// The Kubernetes pod, if the node's daemon attached it; None if somebody else did.
     #[serde(default)]
     pub pod: Option<KubernetesPod>,
+    /// [`routes_digest`](crate::settings::routes_digest) of what was written to `ROUTES`.
+    #[serde(default)]
+    pub routes: u64,
     /// What is captured.
     pub policy: Policy,
     /// Who is the proxy.
@@ -178,6 +181,7 @@ mod fuzz {
                         netns: c.clone(),
                         netns_cookie: number,
                         netns_inode: !number,
+                        routes: number.rotate_left(7),
                         ipv6: flag,
                         run_by: flag.then_some(number as i32),
                         changes,

@@ -1,9 +1,10 @@
 //! From a validated policy and what was read of a pod to map entries. Pure: nothing is written here.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyhow::{Result, ensure};
+use bytemuck::bytes_of;
 use ipnet::IpNet;
 use redirect_common::address::Address;
 use redirect_common::lists::{LIST_PREFIX_BITS, List, ListKey};
@@ -15,7 +16,9 @@ use redirect_common::pod::{
 use redirect_common::route::{
     ROUTE_BIND_SOURCE, ROUTE_LOCAL, ROUTE_PREFIX_BITS, RouteInfo, RouteKey,
 };
+use sha2::{Digest as _, Sha256};
 
+use crate::digest;
 use crate::observe::identity::IdMap;
 use crate::observe::interfaces::Interface;
 use crate::observe::routes::{Route, RoutingTable};
@@ -194,7 +197,7 @@ pub fn list_entries(policy: &Policy) -> Vec<(ListPrefix, u8)> {
 }
 
 /// The entries of `ROUTES` for a network namespace.
-pub fn route_entries(netns_cookie: u64, table: &RoutingTable) -> Vec<(RoutePrefix, RouteInfo)> {
+pub fn route_entries(netns_cookie: u64, table: &RoutingTable) -> HashMap<RoutePrefix, RouteInfo> {
     let entry = |net: &IpNet, info| {
         let (address, bits) = prefix(net);
         let key = RoutePrefix {
@@ -233,6 +236,18 @@ pub fn route_entries(netns_cookie: u64, table: &RoutingTable) -> Vec<(RoutePrefi
         )
     });
     routes.chain(holes).collect()
+}
+
+/// Names a network namespace's entries of `ROUTES`, whatever their order.
+pub fn routes_digest(entries: &HashMap<RoutePrefix, RouteInfo>) -> u64 {
+    let mut lines: Vec<_> = entries
+        .iter()
+        .map(|(key, info)| [bytes_of(key), bytes_of(info)].concat())
+        .collect();
+    lines.sort_unstable();
+    let mut hash = Sha256::new();
+    lines.iter().for_each(|line| hash.update(line));
+    digest::first_64_bits(hash)
 }
 
 /// [`PodConfig::foreign_buckets`] of a network namespace.

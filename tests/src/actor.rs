@@ -13,6 +13,7 @@ use std::{
 };
 
 use crate::{
+    patience::patience,
     protocol::{
         Answer, Burst, Dial, Dialed, Family, Identity, Listen, Reply, Request, Start, Step, Traffic,
     },
@@ -85,7 +86,7 @@ impl Actor {
     /// Lets it come to its end, and waits for what it was started by.
     pub fn end(mut self) -> ExitStatus {
         drop(self.stdin.take());
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience(PATIENCE);
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return status;
@@ -294,7 +295,7 @@ impl Actor {
     pub fn receive(&self) -> Answer {
         let line = self
             .answers
-            .recv_timeout(PATIENCE)
+            .recv_timeout(patience(PATIENCE))
             .expect("the actor is gone or hangs");
         serde_json::from_str(&line).unwrap()
     }

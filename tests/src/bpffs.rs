@@ -34,7 +34,7 @@ use redirect_common::{
     verdict::COUNTERS,
 };
 
-use crate::map_ids::map_ids;
+use crate::{map_ids::map_ids, patience::patience};
 
 /// Where the loader expects it.
 const MOUNT_POINT: &str = "/sys/fs/bpf";
@@ -209,7 +209,7 @@ impl Objects {
 
     /// Waits until the kernel has freed all of them. Those that stay are returned.
     pub fn wait_until_freed(&self) -> Self {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience(PATIENCE);
         loop {
             thread::sleep(Duration::from_millis(50));
             let alive = self.alive();
@@ -406,7 +406,7 @@ pub fn remove_root() {
 
 /// Waits until the kernel has cut off a pod's links, because their cgroup or namespace has gone.
 pub fn wait_until_cut_off() {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience(PATIENCE);
     let links = || pins().into_iter().filter(|pin| pin.starts_with("pods"));
     while !links().any(|pin| is_cut_off(&Path::new(ROOT).join(pin))) {
         assert!(Instant::now() < deadline, "the kernel keeps dead links");

@@ -15,6 +15,7 @@ use socket2::{SockAddr, Socket};
 
 use crate::{
     dial::spell,
+    patience::patience,
     protocol::{Listen, Step},
     server::bound,
 };
@@ -60,9 +61,9 @@ pub fn take(
         }
         Step::Accept { listener, expected } => {
             let listener = &sockets[listener];
-            listener.set_read_timeout(Some(if *expected { PATIENCE } else { NOBODY }))?;
+            listener.set_read_timeout(Some(patience(if *expected { PATIENCE } else { NOBODY })))?;
             let (socket, _) = listener.accept()?;
-            socket.set_read_timeout(Some(PATIENCE))?;
+            socket.set_read_timeout(Some(patience(PATIENCE)))?;
             sockets.insert(name.to_owned(), socket);
             Ok(String::new())
         }

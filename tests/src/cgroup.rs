@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::pod::Regrets;
+use crate::{patience::patience, pod::Regrets};
 
 /// How long a killed process may take to leave its cgroup.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -54,7 +54,7 @@ impl Drop for Cgroup {
     fn drop(&mut self) {
         let mut regrets = Regrets::new(&self.path.display().to_string());
         let _older_than_5_14 = fs::write(self.path.join("cgroup.kill"), "1");
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience(PATIENCE);
         while let Err(error) = remove(&self.path) {
             if Instant::now() > deadline {
                 regrets.add(error);

@@ -17,7 +17,7 @@ use std::{
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::loader::redirect;
+use crate::{loader::redirect, patience::patience};
 
 /// The plugin's name.
 pub const NAME: &str = "redirect-cni";
@@ -151,7 +151,7 @@ fn called(command: &mut std::process::Command, input: &str) -> Called {
     let input = input.to_owned();
     // A plugin that ends without reading all of it closes the pipe.
     let writer = thread::spawn(move || drop(stdin.write_all(input.as_bytes())));
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience(PATIENCE);
     while child.try_wait().unwrap().is_none() {
         if Instant::now() > deadline {
             child.kill().unwrap();

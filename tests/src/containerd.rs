@@ -15,7 +15,10 @@ use std::{
 use tempfile::TempDir;
 use tokio::runtime::{Builder, Runtime};
 
-use crate::namespace::{Namespace, succeed};
+use crate::{
+    namespace::{Namespace, succeed},
+    patience::patience,
+};
 use cri::Cri;
 
 /// The image of sandboxes and containers: one program that waits.
@@ -138,7 +141,7 @@ impl Containerd {
     }
 
     fn wait_until(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> bool) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience(PATIENCE);
         while !done(self) {
             assert!(
                 Instant::now() < deadline && self.child.try_wait().unwrap().is_none(),
@@ -210,7 +213,7 @@ impl Drop for Containerd {
         let _already_gone = self.runtime.block_on(self.cri.remove_all());
         let pid = nix::unistd::Pid::from_raw(self.child.id() as i32);
         let _already_gone = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience(PATIENCE);
         while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(10));
         }

@@ -25,6 +25,7 @@ use crate::{
     api_server::ApiServer,
     kubernetes::NODE,
     loader::redirect,
+    patience::patience,
     pod::Pod,
     protocol::{Dial, Family},
     scene::{Scene, To},
@@ -40,6 +41,8 @@ static DAEMONS: AtomicU32 = AtomicU32::new(0);
 pub struct Usage {
     /// Resident memory, in kB.
     pub resident_kb: u64,
+    /// Time on a CPU since it began, in itself and in the kernel.
+    pub cpu: Duration,
     /// What its descriptors refer to.
     pub descriptors: Vec<PathBuf>,
 }
@@ -139,6 +142,11 @@ impl Daemon {
         let resident = status
             .lines()
             .find_map(|line| line.strip_prefix("VmRSS:")?.strip_suffix(" kB"));
+        // proc_pid_stat(5): behind the name in brackets, the 12th and 13th field count hundredths of a second.
+        let stat = fs::read_to_string(process.join("stat")).unwrap();
+        let (_, fields) = stat.rsplit_once(')').unwrap();
+        let ticks = fields.split_whitespace().skip(11).take(2);
+        let ticks: u64 = ticks.map(|ticks| ticks.parse::<u64>().unwrap()).sum();
         let mut descriptors: Vec<PathBuf> = fs::read_dir(process.join("fd"))
             .unwrap()
             // One that is closed meanwhile is none.
@@ -147,6 +155,7 @@ impl Daemon {
         descriptors.sort();
         Usage {
             resident_kb: resident.unwrap().trim().parse().unwrap(),
+            cpu: Duration::from_millis(10 * ticks),
             descriptors,
         }
     }
@@ -164,11 +173,11 @@ impl Daemon {
     /// The same, with another limit.
     pub fn until_within<T>(
         &self,
-        patience: Duration,
+        limit: Duration,
         what: &str,
         mut look: impl FnMut() -> Option<T>,
     ) -> T {
-        let deadline = Instant::now() + patience;
+        let deadline = Instant::now() + patience(limit);
         loop {
             if let Some(found) = look() {
                 return found;
@@ -208,7 +217,9 @@ impl Daemon {
     /// What it answers over HTTP: code and body.
     pub fn get(&self, path: &str) -> Option<(u16, String)> {
         let mut stream = TcpStream::connect(("127.0.0.1", self.metrics)).ok()?;
-        stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
+        stream
+            .set_read_timeout(Some(patience(Duration::from_secs(5))))
+            .ok()?;
         write!(
             stream,
             "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
@@ -235,7 +246,7 @@ impl Daemon {
     pub fn say(&self, text: &str) -> Vec<String> {
         let mut stream = UnixStream::connect(&self.socket).unwrap();
         stream
-            .set_read_timeout(Some(Duration::from_secs(15)))
+            .set_read_timeout(Some(patience(Duration::from_secs(15))))
             .unwrap();
         // It may hang up before it has heard all.
         let _cut_off = stream.write_all(text.as_bytes());
@@ -255,7 +266,7 @@ impl Daemon {
     /// Asks it to end, and waits for that.
     pub fn end(&mut self, signal: Signal) -> ExitStatus {
         kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience(PATIENCE);
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return status;

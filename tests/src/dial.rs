@@ -13,6 +13,7 @@ use nix::sys::socket::{
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::{
+    patience::patience_ms,
     protocol::{Dial, Dialed, EARLY, Family, Probe, Setting, Way, canonical},
     raw::connect_by_io_uring,
     sockopt::{errno_name, original_dst, original_dst6},
@@ -81,7 +82,7 @@ fn establish(socket: &Socket, dial: &Dial) -> Result<(), Error> {
     match dial.way {
         // SO_SNDTIMEO bounds a blocking connect too.
         Way::Blocking => socket.connect(&to),
-        Way::Nonblocking => socket.connect_timeout(&to, Duration::from_millis(dial.connect_ms)),
+        Way::Nonblocking => socket.connect_timeout(&to, patience_ms(dial.connect_ms)),
         Way::FastOpen => socket
             .send_to_with_flags(early.as_bytes(), &to, libc::MSG_FASTOPEN)
             .map(drop),
@@ -90,7 +91,7 @@ fn establish(socket: &Socket, dial: &Dial) -> Result<(), Error> {
             socket.connect(&to)?;
             (&*socket).write_all(early.as_bytes())
         }
-        Way::IoUring => connect_by_io_uring(socket, &to, Duration::from_millis(dial.timeout_ms)),
+        Way::IoUring => connect_by_io_uring(socket, &to, patience_ms(dial.timeout_ms)),
     }
 }
 
@@ -105,7 +106,7 @@ pub fn set_transparent(socket: &Socket, ipv4: bool) -> Result<(), Error> {
 
 /// Everything that comes before `connect`.
 pub fn prepare(socket: &Socket, dial: &Dial) -> Result<(), Error> {
-    let timeout = Duration::from_millis(dial.timeout_ms);
+    let timeout = patience_ms(dial.timeout_ms);
     socket.set_read_timeout(Some(timeout))?;
     socket.set_write_timeout(Some(timeout))?;
     if dial.mark != 0 {

@@ -12,6 +12,7 @@ use std::{
 
 use crate::{
     actor::Actor,
+    patience::patience,
     pod::Pod,
     protocol::{Dial, Family},
 };
@@ -108,7 +109,7 @@ impl Envoy {
         let ready = ([127, 0, 0, 1], READY_PORT).into();
         let mut dial = Dial::new(Family::V4, ready);
         dial.greeting = false;
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience(PATIENCE);
         while app.dial(&dial).error.is_some() {
             let ended = self.child.try_wait().unwrap();
             if ended.is_some() || Instant::now() > deadline {
@@ -125,7 +126,7 @@ impl Envoy {
     ///
     /// They are: listener, downstream_local, downstream_remote, upstream_host, upstream_local.
     pub fn access_log(&self, downstream_remote: &str) -> Vec<String> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience(PATIENCE);
         loop {
             let log = fs::read_to_string(self.folder.join("access.log")).unwrap_or_default();
             let line = log

@@ -13,7 +13,10 @@ use std::{
 
 use serde_json::Value;
 
-use crate::loader::redirect;
+use crate::{
+    loader::redirect,
+    patience::{patience, patience_ms},
+};
 
 /// What has happened is told within a tenth of a second; a busy machine takes longer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -66,11 +69,11 @@ impl Follower {
         mut provoke: impl FnMut(),
         mut fits: impl FnMut(&Value) -> bool,
     ) -> Vec<Value> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience(PATIENCE);
         let mut seen = Vec::new();
         while Instant::now() < deadline {
             provoke();
-            while let Ok(event) = self.events.recv_timeout(Duration::from_millis(300)) {
+            while let Ok(event) = self.events.recv_timeout(patience_ms(300)) {
                 seen.push(event);
                 if fits(&seen[seen.len() - 1]) {
                     return seen;

@@ -60,6 +60,7 @@ pub mod maps;
 pub mod namespace;
 pub mod options;
 pub mod parcel;
+pub mod patience;
 pub mod play;
 pub mod pod;
 pub mod protocol;

@@ -13,6 +13,7 @@ use crate::{
     actor::executable,
     namespace::{Namespace, errors, succeed},
     options::Options,
+    patience::patience,
     pod::Pod,
 };
 
@@ -143,7 +144,7 @@ pub fn finish(command: &mut Command) -> Output {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience(PATIENCE);
     // What the program writes fits a pipe's buffer, so waiting before reading cannot block it.
     while child.try_wait().unwrap().is_none() {
         if Instant::now() > deadline {

@@ -11,7 +11,7 @@ use std::{
 
 use nix::sched::{CloneFlags, setns};
 
-use crate::pod::Regrets;
+use crate::{patience::patience, pod::Regrets};
 
 /// A network namespace that is removed with this value.
 #[derive(Debug)]
@@ -41,7 +41,7 @@ impl Namespace {
             .unwrap();
         let process = Path::new("/proc").join(keeper.id().to_string());
         let ours = std::fs::read_link("/proc/self/ns/net").unwrap();
-        let deadline = Instant::now() + Duration::from_secs(5);
+        let deadline = Instant::now() + patience(Duration::from_secs(5));
         while std::fs::read_link(process.join("ns/net")).is_ok_and(|net| net == ours) {
             assert!(Instant::now() < deadline, "unshare does not unshare");
             thread::sleep(Duration::from_millis(1));

@@ -14,14 +14,14 @@ use std::{
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg};
 use socket2::Socket;
 
-use crate::raw::adopt;
+use crate::{patience::patience, raw::adopt};
 
 /// Where sockets are received: a datagram socket with a path.
 pub fn open(path: &Path) -> Result<UnixDatagram, Error> {
     let post = UnixDatagram::bind(path)?;
     // Senders are other users.
     fs::set_permissions(path, Permissions::from_mode(0o666))?;
-    post.set_read_timeout(Some(Duration::from_secs(3)))?;
+    post.set_read_timeout(Some(patience(Duration::from_secs(3))))?;
     Ok(post)
 }
 

@@ -23,6 +23,8 @@ use nix::{
     unistd::Pid,
 };
 
+use crate::patience::patience;
+
 /// No traced run takes longer.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -72,7 +74,7 @@ pub fn run(command: &Command, fault: Option<Fault>) -> Traced {
 
     let (ended, watched) = channel::<()>();
     let watchdog = thread::spawn(move || {
-        let late = watched.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout);
+        let late = watched.recv_timeout(patience(PATIENCE)) == Err(RecvTimeoutError::Timeout);
         if late {
             let _already_gone = kill(leader, Signal::SIGKILL);
         }

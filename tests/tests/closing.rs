@@ -18,6 +18,7 @@ use redirect_tests::{
     backend::Backend,
     maps::flows_of,
     options::Options,
+    patience::patience,
     pod::Pod,
     protocol::{Dial, Family, Step, canonical},
     scene::{APP, SERVICE, Scene, To, wildcards},
@@ -35,7 +36,7 @@ fn state(actor: &mut Actor) -> String {
 }
 
 fn closes(actor: &mut Actor) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience(PATIENCE);
     while state(actor) != "CLOSE" {
         assert!(Instant::now() < deadline, "{}", state(actor));
         thread::sleep(Duration::from_millis(1));

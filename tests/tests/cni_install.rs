@@ -20,6 +20,7 @@ use redirect_tests::{
     cni::NAME,
     loader::{finish, redirect},
     namespace::errors,
+    patience::patience,
 };
 use rstest::rstest;
 use serde_json::Value;
@@ -155,7 +156,7 @@ struct Watching {
 impl Watching {
     /// Waits for a line with that text.
     fn says(&self, text: &str) -> String {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience(PATIENCE);
         let mut heard = Vec::new();
         while let Ok(line) = self
             .lines
@@ -422,7 +423,7 @@ fn watching_installer_ends_with_sigterm_and_leaves_what_it_did() {
     watching.says("inserted into");
     let pid = nix::unistd::Pid::from_raw(watching.child.id() as i32);
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience(PATIENCE);
     let status = loop {
         if let Some(status) = watching.child.try_wait().unwrap() {
             break status;

@@ -16,6 +16,7 @@ use redirect_tests::{
     loader::{self, attach_command, finish, status_mentions},
     namespace::errors,
     options::Options,
+    patience::patience,
     pod::{Pod, Shape},
     protocol::{Dial, Family, Identity, Traffic},
     scene::{Lands, Scene, To, inward, out},
@@ -142,7 +143,7 @@ fn under_traffic(
     // Some changes are slow on a busy machine: enough of them and enough time.
     while round < 8 || begun.elapsed() < Duration::from_millis(1000) {
         assert!(
-            begun.elapsed() < Duration::from_secs(20),
+            begun.elapsed() < patience(Duration::from_secs(20)),
             "only {round} changes"
         );
         change(&scene.pod, round);

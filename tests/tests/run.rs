@@ -28,6 +28,7 @@ use redirect_tests::{
     cgroup::mount_point,
     loader::{self, finish, redirect_inside},
     namespace::errors,
+    patience::patience,
     pod::Pod,
     protocol::{Dial, Family, Identity, Start},
     scene::{Lands, Scene, To, inward},
@@ -219,7 +220,7 @@ fn is_dead(pid: u32) -> bool {
 }
 
 fn wait_until(done: impl Fn() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + patience(Duration::from_secs(10));
     while !done() {
         assert!(Instant::now() < deadline);
         thread::sleep(Duration::from_millis(2));

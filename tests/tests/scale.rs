@@ -20,6 +20,7 @@ use redirect_tests::{
     backend::Backend::Redirect,
     bpffs, loader,
     options::Options,
+    patience::patience,
     pod::Pod,
     protocol::{Answer, Dial, Family, Identity, Listen, Manner, Probe, Request},
     scene::{Scene, To, wildcards},
@@ -167,7 +168,7 @@ fn sockets(scene: &Scene) -> [String; 2] {
 }
 
 fn wait_for_sockets(scene: &Scene, wanted: &[String; 2]) {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + patience(Duration::from_secs(10));
     while sockets(scene) != *wanted {
         assert!(
             Instant::now() < deadline,

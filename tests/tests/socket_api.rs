@@ -15,6 +15,7 @@ use redirect_tests::{
     backend::Backend,
     maps::flows_of,
     options::Options,
+    patience::patience,
     pod::{Pod, Shape},
     protocol::{Dial, Dialed, Family, Identity, Listen, Setting, Way, canonical},
     raw::io_uring_refused,
@@ -483,7 +484,7 @@ fn attempt_given_up_leaves_nothing(#[values(false, true)] exhausted: bool) {
         "{outcomes:?}"
     );
     // Two handshakes at once may pass the full queue: one client then ends only when its server has made room.
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + patience(Duration::from_secs(20));
     while flows_of(&scene.pod) != 0 && Instant::now() < deadline {
         thread::sleep(Duration::from_millis(50));
     }

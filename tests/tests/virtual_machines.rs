@@ -20,6 +20,7 @@ use redirect_tests::{
     machine::{Link, Machine},
     namespace::{errors, succeed},
     options::Options,
+    patience::patience,
     pod::{Pod, service},
     protocol::{Dial, Family, Listen},
     scene::{APP, SERVICE, Scene, To, wildcards},
@@ -239,7 +240,7 @@ fn datagrams_are_forwarded(
     let client = machine.netns.enter(|| UdpSocket::bind(own).unwrap());
     for socket in [&server, &client] {
         socket
-            .set_read_timeout(Some(Duration::from_secs(3)))
+            .set_read_timeout(Some(patience(Duration::from_secs(3))))
             .unwrap();
     }
     let exchange = |scene: &Scene| {

@@ -89,7 +89,13 @@ pub fn attach(
         policy: policy.clone(),
         proxy,
     };
-    Ok(Attempt::Done(attach::attach(&request)?))
+    // Nearly always, and a node has many pods.
+    let outcome = if attach::is_settled(&request)? {
+        Outcome::Unchanged
+    } else {
+        attach::attach(&request)?
+    };
+    Ok(Attempt::Done(outcome))
 }
 
 /// The pod's container with that id. None if it is not found: a pod whose proxy is not known is captured all the same.

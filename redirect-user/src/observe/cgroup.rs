@@ -39,12 +39,15 @@ pub struct Cgroup {
 impl Cgroup {
     /// Opens a cgroup by its directory. Symbolic links are resolved.
     pub fn open(path: &Path) -> Result<Self> {
-        let mountpoint = mountpoint()?;
+        // Looked up only for an error: a node has many mounts.
+        let refuse = |error: fn(PathBuf, PathBuf) -> Error| match mountpoint() {
+            Ok(mountpoint) => error(path.to_owned(), mountpoint),
+            Err(error) => error,
+        };
         let open_error = |source: io::Error| match source.kind() {
-            io::ErrorKind::NotFound => Error::Missing {
-                path: path.to_owned(),
-                mountpoint: mountpoint.clone(),
-            },
+            io::ErrorKind::NotFound => {
+                refuse(|path, mountpoint| Error::Missing { path, mountpoint })
+            }
             _ => Error::Open {
                 path: path.to_owned(),
                 source,
@@ -52,10 +55,10 @@ impl Cgroup {
         };
         let canonical = fs::canonicalize(path).map_err(open_error)?;
         if !fs::metadata(&canonical).map_err(open_error)?.is_dir() {
-            return Err(Error::NotADirectory {
-                path: path.to_owned(),
+            return Err(refuse(|path, mountpoint| Error::NotADirectory {
+                path,
                 mountpoint,
-            });
+            }));
         }
         let file = OpenOptions::new()
             .read(true)
@@ -65,26 +68,17 @@ impl Cgroup {
         let magic = rustix::fs::fstatfs(&file)
             .map_err(|errno| open_error(errno.into()))?
             .f_type;
+        let version1 = |path, mountpoint| Error::Version1 { path, mountpoint };
         match u64::try_from(magic) {
             Ok(CGROUP2_SUPER_MAGIC) => {}
-            Ok(CGROUP_SUPER_MAGIC) => {
-                return Err(Error::Version1 {
-                    path: path.to_owned(),
-                    mountpoint,
-                });
-            }
+            Ok(CGROUP_SUPER_MAGIC) => return Err(refuse(version1)),
             // The tmpfs that holds the v1 hierarchies.
-            _ if canonical.starts_with(CGROUP_ROOT) => {
-                return Err(Error::Version1 {
-                    path: path.to_owned(),
-                    mountpoint,
-                });
-            }
+            _ if canonical.starts_with(CGROUP_ROOT) => return Err(refuse(version1)),
             _ => {
-                return Err(Error::NotACgroup {
-                    path: path.to_owned(),
+                return Err(refuse(|path, mountpoint| Error::NotACgroup {
+                    path,
                     mountpoint,
-                });
+                }));
             }
         }
         // Only the root lacks cgroup.events; the mount point of a cgroup namespace is not the root.

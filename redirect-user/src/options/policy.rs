@@ -12,6 +12,7 @@ use super::dns::Dns;
 use super::interception::Mode;
 use super::interfaces::InterfacePattern;
 use super::ranges::{IdRange, PortRange, Scope};
+use crate::digest;
 
 /// What a pod's traffic is captured by.
 ///
@@ -147,10 +148,7 @@ impl Policy {
         if !servers.is_empty() {
             hash_cidrs(&mut hash, b'r', &servers);
         }
-        hash.finalize()
-            .iter()
-            .take(8)
-            .fold(0, |digest, byte| digest << 8 | u64::from(*byte))
+        digest::first_64_bits(hash)
     }
 }
 

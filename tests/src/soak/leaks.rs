@@ -17,6 +17,7 @@ use super::cast::Cast;
 use crate::{
     actor::Actor,
     bpffs::{self, Objects},
+    patience::patience,
 };
 
 const SOCKETS: &str = "/sys/fs/bpf/redirect/v1/maps/SOCKETS";
@@ -87,7 +88,7 @@ impl Kernel {
 
 /// Waits until `wrong` finds nothing any more, and returns what it found last.
 pub fn settle(mut wrong: impl FnMut() -> Vec<String>) -> Vec<String> {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience(PATIENCE);
     loop {
         let found = wrong();
         if found.is_empty() || Instant::now() > deadline {

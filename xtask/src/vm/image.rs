@@ -87,9 +87,10 @@ const FILES: &[&str] = &[
     "/etc/passwd",
     "/etc/group",
     "/etc/protocols",
+    "/etc/ssl/certs/ca-certificates.crt",
 ];
 const FOLDERS: &[&str] = &[
-    "dev", "etc", "proc", "root", "run", "sys", "tmp", "var", "vm",
+    "dev", "etc", "mnt", "proc", "root", "run", "sys", "tmp", "var", "vm",
 ];
 
 enum Entry {

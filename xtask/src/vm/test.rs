@@ -18,6 +18,8 @@ use crate::{cargo, ui};
 /// What the loader says it needs; it refuses what is older.
 const OLDEST: (u32, u32) = (5, 15);
 const LOAD: &str = "load";
+/// Where the tests are told.
+const SLOWNESS: &str = "REDIRECT_SLOWNESS";
 
 #[derive(Args)]
 pub struct Options {
@@ -30,8 +32,11 @@ pub struct Options {
     #[arg(long = "test", value_name = "NAME")]
     tests: Vec<String>,
     /// How many tests of a program run at once
-    #[arg(long, value_name = "N", default_value_t = 2)]
+    #[arg(long, value_name = "N", default_value_t = 4)]
     threads: usize,
+    /// How many times longer than usual the tests wait
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
+    slowness: u32,
     /// Write these kernels' lines into docs/kernel-support.md
     #[arg(long)]
     table: bool,
@@ -117,7 +122,10 @@ fn one(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Row> {
         arguments.push(format!("--test-threads={}", options.threads));
         arguments.extend(options.filter.clone());
         GuestCommand {
-            environment: vec![(SKIP_LOG.to_owned(), TERMINAL.to_owned())],
+            environment: vec![
+                (SKIP_LOG.to_owned(), TERMINAL.to_owned()),
+                (SLOWNESS.to_owned(), options.slowness.to_string()),
+            ],
             ..GuestCommand::new(name, &arguments)
         }
     }));

@@ -1,0 +1,70 @@
+//! Whether a pod is attached as it should be, by what is its own: what looks at many pods again and again must not read all of
+//! them for each.
+
+use anyhow::{Context, Result};
+
+use super::{Request, Wanted, cgroup_of, find_listeners};
+use crate::observe::routes::routing_table;
+use crate::options::Mode;
+use crate::pins::Pins;
+use crate::programs::{HOOKS, SK_LOOKUP};
+use crate::record::Notes;
+use crate::tables::Tables;
+use crate::{collect, settings};
+
+/// True if [`attach`](super::attach()) would find nothing to do for this pod. The proxy's listeners are handed over again, as it
+/// does. What others have left is not collected; that is for [`collect`](crate::detach::collect()), once for all pods.
+///
+/// False where that takes more to tell: virtual machines, TPROXY.
+pub fn is_settled(request: &Request) -> Result<bool> {
+    if request.policy.mode != Mode::Redirect || !request.policy.virtual_interfaces.is_empty() {
+        return Ok(false);
+    }
+    let Wanted {
+        mut config, notes, ..
+    } = Wanted::of(request)?;
+    let table = routing_table(&request.netns)?;
+    config.foreign_buckets = settings::foreign_buckets(&table);
+    let routes = settings::route_entries(notes.netns_cookie, &table);
+    let Some(pins) = Pins::open_existing()? else {
+        return Ok(false);
+    };
+    let tables = Tables::open(&pins)?;
+    let Some(known) = Notes::read(&tables, request.cgroup.id())? else {
+        return Ok(false);
+    };
+    let notes = Notes {
+        routes: settings::routes_digest(&routes),
+        counted_before: known.counted_before.clone(),
+        ..notes
+    };
+    if known != notes
+        || tables.pods.get(&notes.netns_cookie)? != Some(config)
+        || tables.counts.get(&notes.netns_cookie)?.is_empty()
+        || !is_linked(&pins, request)?
+    {
+        return Ok(false);
+    }
+    for (key, info) in &routes {
+        if tables.routes.get(key).context("reading ROUTES")? != Some(*info) {
+            return Ok(false);
+        }
+    }
+    for (key, value) in settings::list_entries(&request.policy) {
+        if tables.lists.get(&key).context("reading LISTS")? != Some(value) {
+            return Ok(false);
+        }
+    }
+    find_listeners(&tables, request, &notes, &config)?;
+    Ok(true)
+}
+
+fn is_linked(pins: &Pins, request: &Request) -> Result<bool> {
+    let cgroup_id = request.cgroup.id();
+    let directory = pins.pod(cgroup_id);
+    let is_pinned = |name: &str| directory.join(name).exists();
+    let mut hooks = HOOKS.iter();
+    Ok(is_pinned(SK_LOOKUP)
+        && hooks.all(|hook| cgroup_of(hook, request).is_none() || is_pinned(hook.name))
+        && !collect::is_gone(pins, cgroup_id)?)
+}
