@@ -79,7 +79,7 @@ pub fn on_node_in_container(node: &Path, view: View, program: &Command) -> Comma
         "MOUNT",
         match view {
             View::Node => "",
-            View::Own => "mount -t cgroup2 none $TOP",
+            View::Own => "umount -l $TOP && mount -t cgroup2 none $TOP",
         },
     );
     command.arg(program.get_program()).args(program.get_args());

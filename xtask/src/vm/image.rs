@@ -86,7 +86,9 @@ const FILES: &[&str] = &[
     "/etc/ld.so.cache",
     "/etc/passwd",
     "/etc/group",
+    "/etc/hosts",
     "/etc/protocols",
+    "/etc/resolv.conf",
     "/etc/ssl/certs/ca-certificates.crt",
 ];
 const FOLDERS: &[&str] = &[

@@ -152,7 +152,7 @@ impl Programs {
                 image.add_folder(&cargo::workspace()?.root.join(folder))?;
             }
             let is_here = |test: &&str| self.tests.iter().any(|name| name == test);
-            let programs = FOR_SOME.iter().filter(|(test, _)| is_here(&test));
+            let programs = FOR_SOME.iter().filter(|(test, _)| is_here(test));
             // What is missing has its tests skipped, which is told.
             for name in programs.flat_map(|(_, programs)| *programs) {
                 if *name == ENVOY {

@@ -18,6 +18,8 @@ use crate::test::Tally;
 pub enum Verdict {
     /// All that was to run has run, and succeeded.
     Passed,
+    /// The same, but some tests failed beside others and succeeded alone.
+    PassedAlone(Vec<String>),
     /// A kernel below the oldest supported one was refused in words, and nothing was left behind.
     Refused,
     /// The programs did not load, or a command failed.
@@ -60,7 +62,7 @@ impl Verdict {
 
     /// Whether this is how it should be.
     pub fn is_good(&self) -> bool {
-        matches!(self, Self::Passed | Self::Refused)
+        matches!(self, Self::Passed | Self::PassedAlone(_) | Self::Refused)
     }
 }
 
@@ -68,6 +70,9 @@ impl fmt::Display for Verdict {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Passed => formatter.write_str("passed"),
+            Self::PassedAlone(tests) => {
+                write!(formatter, "passed, these only alone: {}", tests.join(", "))
+            }
             Self::Refused => formatter.write_str("refused"),
             Self::Failed(what) => write!(formatter, "failed: {what}"),
             Self::Kernel(what) => write!(formatter, "kernel: {what}"),
