@@ -150,6 +150,24 @@ fn pod_that_the_watch_does_not_know_yet_stays_captured() {
     });
 }
 
+/// The kubelet makes it just before it asks for the sandbox, perhaps right after the daemon has looked for that of another pod.
+#[rstest]
+fn cgroup_that_a_search_came_too_early_for_is_found_by_the_next_request() {
+    bpffs::private(|| {
+        let server = ApiServer::start();
+        let daemon = Daemon::start(&server, &[]);
+        daemon.until_ready();
+        let pod = Pod::new();
+        fs::remove_dir(pod.cgroup.path()).unwrap();
+        let kubernetes = object(&pod, &[]);
+        server.apply(&kubernetes);
+        let add = sandbox("add", "c1", &pod, &kubernetes);
+        assert_eq!(daemon.ask(&add)["error"], "kubelet has not made its cgroup");
+        fs::create_dir(pod.cgroup.path()).unwrap();
+        assert_eq!(daemon.ask(&add), captured());
+    });
+}
+
 #[rstest]
 fn sandboxes_that_are_not_named_are_forgotten() {
     bpffs::private(|| {

@@ -42,6 +42,8 @@ impl Keeper {
         let notes = self.attached.get(&uid).map(|(_, notes)| notes.clone());
         let on_node = pods::uid_on_node(pod).unwrap_or(&uid).to_owned();
         let captured = (&*policy, &self.proxy(pod));
+        // The kubelet has made it a moment ago: that a search before did not find it says nothing.
+        self.cgroups.0 = None;
         match self.attach(&of_kubernetes, &on_node, captured, &told, notes.as_ref()) {
             Ok(Attempt::Done(_)) => {
                 self.enter(&uid, pod, State::Captured);
