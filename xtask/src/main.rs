@@ -1,4 +1,4 @@
-//! What a developer types: `cargo xtask setup | build | test | fuzz | conformance | soak | deny | demo | bench | vm`.
+//! What a developer types: `cargo xtask setup | build | test | fuzz | conformance | soak | deny | demo | bench | image | vm`.
 
 mod bench;
 mod cargo;
@@ -7,6 +7,7 @@ mod debian;
 mod demo;
 mod deny;
 mod fuzz;
+mod image;
 mod preflight;
 mod setup;
 mod soak;
@@ -33,7 +34,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Install what is missing: packages, rust-src, bpf-linker, Envoy
+    /// Install what is missing: packages, rust-src, bpf-linker, Envoy, Helm and kubectl
     Setup,
     /// Build the eBPF object and every program
     Build {
@@ -41,7 +42,7 @@ enum Task {
         #[arg(long)]
         release: bool,
     },
-    /// Check formatting and lints, run unit, property and kernel-level tests (as root)
+    /// Check formatting and lints, run unit, property and kernel-level tests, with the image (as root)
     Test(test::Options),
     /// Feed every parser and conversion with random input, as long as wanted
     Fuzz(fuzz::Options),
@@ -55,6 +56,8 @@ enum Task {
     Demo(demo::Options),
     /// Measure what capture costs, beside Istio's iptables rules (as root)
     Bench(bench::Options),
+    /// Build the container image, without a container engine (as root)
+    Image(image::Options),
     /// Boot another kernel under qemu, with redirect in it, and run something there
     #[command(subcommand)]
     Vm(vm::Task),
@@ -78,6 +81,7 @@ fn main() -> ExitCode {
         Task::Soak(options) => soak::run(&options),
         Task::Demo(options) => demo::run(&options),
         Task::Bench(options) => bench::run(&options),
+        Task::Image(options) => image::run(&options),
         Task::Vm(task) => match task.run() {
             Ok(code) => return code,
             Err(error) => Err(error),

@@ -58,6 +58,7 @@ pub fn run(options: &Options) -> Result<()> {
         step("tests", unit_tests(options, &skips)?)?,
         step("build", build()?)?,
         step("build of another map layout", cargo::build_other_layout()?)?,
+        step("image", image()?)?,
     ];
     // Except these: they run the built programs, and the last build's would answer for this one's.
     let mut builds = outcomes.iter().filter(|o| o.name.starts_with("build"));
@@ -143,6 +144,14 @@ fn clippy_ebpf() -> Result<Command> {
 fn build() -> Result<Command> {
     let mut command = cargo::at_root()?;
     command.arg("build");
+    Ok(command)
+}
+
+/// `cargo xtask image`, for the test of the DaemonSet's pod.
+fn image() -> Result<Command> {
+    let this = std::env::current_exe().context("cannot find this program's own file")?;
+    let mut command = Command::new(this);
+    command.arg("image");
     Ok(command)
 }
 

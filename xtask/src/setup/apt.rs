@@ -17,6 +17,7 @@ const NEEDED: &[(&str, &str)] = &[
     ("setpriv", "util-linux"),
     ("nsenter", "util-linux"),
     ("cc", "gcc"),
+    ("openssl", "openssl"),
     ("containerd", "containerd"),
     ("runc", "runc"),
     ("/usr/lib/cni/ptp", "containernetworking-plugins"),
@@ -31,7 +32,7 @@ pub fn run() -> Result<Done> {
     packages.dedup();
     if packages.is_empty() {
         return Ok(Done::Already(
-            "ip, iptables, setpriv, nsenter, cc, containerd, runc and CNI plugins are there"
+            "ip, iptables, setpriv, nsenter, cc, openssl, containerd, runc and CNI plugins are there"
                 .to_owned(),
         ));
     }

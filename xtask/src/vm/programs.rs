@@ -36,6 +36,8 @@ const FOR_SOME: &[(&str, &[&str])] = &[
         ],
     ),
 ];
+/// These ask nothing of the kernel that others do not ask, and need what a guest does not have: Helm, kubectl, the image.
+const NOT_FOR_GUESTS: &[&str] = &["chart", "daemon_set"];
 /// Not one of the machine's, but of this workspace's set-up.
 const ENVOY: &str = "envoy";
 
@@ -178,7 +180,8 @@ fn tests(messages: &str) -> Vec<(String, PathBuf)> {
         .filter_map(|message| {
             let target = message.target?;
             // The library's and the actor's own tests need no kernel.
-            let wanted = target.kind.iter().any(|kind| kind == "test");
+            let wanted = target.kind.iter().any(|kind| kind == "test")
+                && !NOT_FOR_GUESTS.contains(&target.name.as_str());
             wanted.then_some((target.name, message.executable?))
         })
         .collect()
@@ -192,6 +195,8 @@ mod unit_tests {
     fn test_programs_are_taken_from_cargos_messages() {
         let messages = concat!(
             r#"{"reason":"compiler-artifact","target":{"name":"outbound","kind":["test"]},"profile":{"test":true},"executable":"/t/outbound-1"}"#,
+            "\n",
+            r#"{"reason":"compiler-artifact","target":{"name":"chart","kind":["test"]},"profile":{"test":true},"executable":"/t/chart-1"}"#,
             "\n",
             r#"{"reason":"compiler-artifact","target":{"name":"actor","kind":["bin"]},"profile":{"test":false},"executable":"/t/actor"}"#,
             "\n",
