@@ -1,6 +1,8 @@
 //! The Kubernetes API, as far as pods and Events go, played over HTTP: lists and watches with resource versions, bookmarks,
 //! and every way to misbehave.
 
+mod service_account;
+
 use std::{
     collections::BTreeMap,
     fs,
@@ -25,6 +27,8 @@ use axum::{
 use futures::stream;
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, runtime::Runtime, sync::watch};
+
+pub use service_account::ServiceAccount;
 
 /// A hanging server must not hold a test for ever.
 const HANG: Duration = Duration::from_secs(600);
@@ -261,7 +265,11 @@ fn key(pod: &Value) -> (String, String) {
 }
 
 async fn serve(listener: TcpListener, shared: Arc<Shared>) {
-    let router = Router::new()
+    axum::serve(listener, router(shared)).await.unwrap();
+}
+
+fn router(shared: Arc<Shared>) -> Router {
+    Router::new()
         .route("/api/v1/pods", get(pods))
         .route("/api/v1/namespaces/{namespace}/pods/{name}", get(pod))
         .route(
@@ -272,8 +280,7 @@ async fn serve(listener: TcpListener, shared: Arc<Shared>) {
             "/apis/events.k8s.io/v1/namespaces/{namespace}/events/{name}",
             patch(event),
         )
-        .with_state(shared);
-    axum::serve(listener, router).await.unwrap();
+        .with_state(shared)
 }
 
 async fn event(State(shared): State<Arc<Shared>>, body: Bytes) -> Response {

@@ -75,14 +75,14 @@ fn remove(path: &Path) -> io::Result<()> {
     fs::remove_dir(path)
 }
 
-/// Where cgroup2 is mounted.
+/// Where cgroup2 is mounted for this thread.
 pub fn mount_point() -> PathBuf {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let mounts = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
     // proc_pid_mountinfo(5): the fifth field is the mount point, the type follows the separator.
     let found = mounts.lines().find_map(|line| {
         let (left, right) = line.split_once(" - ")?;
         let is_cgroup2 = right.split(' ').next() == Some("cgroup2");
         is_cgroup2.then(|| left.split(' ').nth(4)).flatten()
     });
-    PathBuf::from(found.expect("no cgroup2 in /proc/self/mountinfo"))
+    PathBuf::from(found.expect("no cgroup2 in /proc/thread-self/mountinfo"))
 }

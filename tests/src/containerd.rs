@@ -2,10 +2,13 @@
 
 mod cri;
 mod image;
+pub mod node;
+mod runc;
 
 use std::{
     collections::HashMap,
     fs,
+    net::IpAddr,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
@@ -20,13 +23,16 @@ use crate::{
     patience::patience,
 };
 use cri::Cri;
+pub use cri::{ContainerConfig, Mount, Security};
 
-/// The image of sandboxes and containers: one program that waits.
-const IMAGE: &str = "redirect.test/pause:1";
+/// The image of sandboxes, and of containers that use the host's programs: one program that waits.
+pub const PAUSE: &str = "redirect.test/pause:1";
 /// Where Debian's containernetworking-plugins are.
 const PLUGINS: &str = "/usr/lib/cni";
 /// Programs of the host that containers use.
 const HOST_DIRECTORIES: [&str; 4] = ["/usr", "/lib", "/lib64", "/bin"];
+/// The exit code of a process that SIGKILL has ended: 128 + 9.
+const SIGKILLED: i32 = 137;
 /// How long anything may take; the machine may be busy.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -46,7 +52,9 @@ pub struct Containerd {
 /// A pod to be made.
 #[derive(Clone, Debug)]
 pub struct PodRequest {
-    /// In the namespace `shop`.
+    /// Kubernetes namespace.
+    pub namespace: String,
+    /// Its name there.
     pub name: String,
     /// As Kubernetes tells pods of one name apart.
     pub uid: String,
@@ -54,6 +62,8 @@ pub struct PodRequest {
     pub cgroup_parent: String,
     /// Kubernetes annotations.
     pub annotations: HashMap<String, String>,
+    /// What concerns the sandbox: namespaces and profiles.
+    pub security: Security,
 }
 
 /// A pod that runs.
@@ -61,6 +71,20 @@ pub struct PodRequest {
 pub struct Sandbox {
     id: String,
     config: cri::PodSandboxConfig,
+}
+
+/// A container that has been started.
+#[derive(Debug)]
+pub struct Container {
+    id: String,
+    log: PathBuf,
+}
+
+impl Container {
+    /// What it has written so far, as the runtime logs it: time, stream, a tag, and the line.
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
 }
 
 impl Containerd {
@@ -117,7 +141,8 @@ impl Containerd {
         containerd.wait_until("containerd answers", |containerd| {
             containerd.status().is_some()
         });
-        containerd.import_image();
+        let pause = image::pause(&containerd.directory.path().join("image"), PAUSE);
+        containerd.import(&pause);
         containerd.wait_for_network();
         containerd
     }
@@ -140,7 +165,8 @@ impl Containerd {
         });
     }
 
-    fn wait_until(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> bool) {
+    /// Waits for something to come true, and shows its log if it does not.
+    pub fn wait_until(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> bool) {
         let deadline = Instant::now() + patience(PATIENCE);
         while !done(self) {
             assert!(
@@ -156,14 +182,14 @@ impl Containerd {
         self.runtime.block_on(self.cri.status()).ok()
     }
 
-    fn import_image(&self) {
-        let image = image::pause(&self.directory.path().join("image"), IMAGE);
+    /// Takes in the images of an archive.
+    pub fn import(&self, archive: &Path) {
         let socket = self.directory.path().join("containerd.sock");
         let mut ctr = Command::new("ctr");
         ctr.arg("--address").arg(socket);
         succeed(
             ctr.args(["--namespace", "k8s.io", "images", "import"])
-                .arg(image),
+                .arg(archive),
         );
     }
 
@@ -176,29 +202,67 @@ impl Containerd {
         Ok(Sandbox { id, config })
     }
 
+    /// Starts a container of a pod.
+    pub fn start_container(&mut self, sandbox: &Sandbox, config: ContainerConfig) -> Container {
+        let log = Path::new(&sandbox.config.log_directory).join(&config.log_path);
+        let start = self
+            .cri
+            .start_container(&sandbox.id, config, sandbox.config.clone());
+        let id = self.runtime.block_on(start).unwrap();
+        Container { id, log }
+    }
+
+    /// A container that has the host's programs, to be given a command.
+    pub fn of_host(name: &str, attempt: u32, security: &Security) -> ContainerConfig {
+        let mut config = ContainerConfig::new(name, attempt, PAUSE, security);
+        let mounts = HOST_DIRECTORIES.map(|path| Mount::of_host(Path::new(path), true));
+        config.mounts.extend(mounts);
+        config
+    }
+
     /// Runs a shell's script as the pod's container to its end. What it wrote is returned.
     pub fn script(&mut self, sandbox: &Sandbox, name: &str, script: &str) -> String {
-        let log = format!("{name}.log");
-        let config = cri::ContainerConfig::new(
-            name,
-            IMAGE,
-            &["/bin/bash", "-c", script],
-            &HOST_DIRECTORIES,
-            &log,
-        );
-        let started = self.runtime.block_on(self.cri.start_container(
-            &sandbox.id,
-            config,
-            sandbox.config.clone(),
-        ));
-        let id = started.unwrap();
+        let mut config = Self::of_host(name, 0, &Security::default());
+        config.command = ["/bin/bash", "-c", script].map(str::to_owned).to_vec();
+        let container = self.start_container(sandbox, config);
+        self.wait_for_end(&container);
+        container.log()
+    }
+
+    /// Waits until a container has ended. Its exit code is returned.
+    pub fn wait_for_end(&mut self, container: &Container) -> i32 {
         self.wait_until("the container ends", |containerd| {
-            containerd
-                .runtime
-                .block_on(containerd.cri.has_exited(&id))
-                .unwrap()
+            containerd.exit(container).is_some()
         });
-        fs::read_to_string(Path::new(&sandbox.config.log_directory).join(log)).unwrap()
+        self.exit(container).unwrap()
+    }
+
+    /// The exit code of a container; None while it runs.
+    pub fn exit(&mut self, container: &Container) -> Option<i32> {
+        self.runtime.block_on(self.cri.exit(&container.id)).unwrap()
+    }
+
+    /// The process that a container has begun with.
+    pub fn pid(&mut self, container: &Container) -> u32 {
+        self.runtime.block_on(self.cri.pid(&container.id)).unwrap()
+    }
+
+    /// Asks a container to end, and kills it after so many seconds. Its exit code is returned.
+    pub fn stop(&mut self, container: &Container, seconds: i64) -> i32 {
+        let stop = self.cri.stop_container(&container.id, seconds);
+        self.runtime.block_on(stop).unwrap();
+        self.wait_for_end(container)
+    }
+
+    /// Ends a container without a chance to tidy up.
+    pub fn kill(&mut self, container: &Container) {
+        assert_eq!(self.stop(container, 0), SIGKILLED);
+    }
+
+    /// The address that CNI plugins have given to a pod.
+    pub fn address(&mut self, sandbox: &Sandbox) -> IpAddr {
+        let address = self.runtime.block_on(self.cri.address(&sandbox.id));
+        address.unwrap().parse().unwrap()
     }
 
     /// Ends a pod.
@@ -247,14 +311,22 @@ impl Drop for V1Cgroups {
 
 fn config(directory: &Path) -> String {
     let path = |name: &str| directory.join(name).display().to_string();
-    format!(
+    let cri = "plugins.\"io.containerd.grpc.v1.cri\"";
+    let mut config = format!(
         "version = 2\nroot = {:?}\nstate = {:?}\n[grpc]\naddress = {:?}\n\
-         [plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = {IMAGE:?}\ndisable_tcp_service = true\nrestrict_oom_score_adj = true\n\
-         [plugins.\"io.containerd.grpc.v1.cri\".cni]\nbin_dir = {:?}\nconf_dir = {:?}\n",
+         [{cri}]\nsandbox_image = {PAUSE:?}\ndisable_tcp_service = true\nrestrict_oom_score_adj = true\n\
+         [{cri}.cni]\nbin_dir = {:?}\nconf_dir = {:?}\n",
         path("root"),
         path("state"),
         path("containerd.sock"),
         path("bin"),
         path("net.d"),
-    )
+    );
+    if let Some(runc) = runc::without_cpu(directory) {
+        let runtime = format!("{cri}.containerd.runtimes.runc");
+        config += &format!(
+            "[{runtime}]\nruntime_type = \"io.containerd.runc.v2\"\n[{runtime}.options]\nBinaryName = {runc:?}\n"
+        );
+    }
+    config
 }

@@ -3,6 +3,7 @@
 use std::{
     env,
     fs::{self, Permissions},
+    net::IpAddr,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -12,6 +13,7 @@ use std::{
 
 use crate::{
     actor::Actor,
+    kubectl::in_target,
     patience::patience,
     pod::Pod,
     protocol::{Dial, Family},
@@ -20,7 +22,10 @@ use crate::{
 /// How long Envoy may take to listen, and then to write a log line.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Answers as soon as Envoy runs.
-const READY_PORT: u16 = 15099;
+pub const READY_PORT: u16 = 15099;
+/// What it is called with, besides its configuration.
+pub const ARGUMENTS: &str =
+    "--disable-hot-restart --concurrency 2 --log-level warning --file-flush-interval-msec 20";
 /// Connections to this port go to the pod's own application, as when a load balancer picks the caller's own pod.
 pub const SELF_PORT: u16 = 9999;
 
@@ -29,21 +34,17 @@ pub fn find() -> Result<PathBuf, String> {
     if let Some(path) = env::var_os("REDIRECT_ENVOY") {
         return Ok(path.into());
     }
-    let test = env::current_exe().unwrap();
-    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target");
-    let mut places = test
-        .ancestors()
-        .chain([workspace.as_path()])
-        .map(|place| place.join("envoy/envoy"));
-    places.find(|path| path.is_file()).ok_or_else(|| {
-        "no envoy/envoy in the target directory: `cargo xtask demo` sets it up".to_owned()
+    in_target("envoy/envoy").ok_or_else(|| {
+        "no envoy/envoy in the target directory: `cargo xtask setup` puts it there".to_owned()
     })
 }
 
 /// How inbound connections get there.
-#[derive(Clone, Copy, Eq, PartialEq)]
-enum Inbound {
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Inbound {
+    /// By REDIRECT.
     Redirected,
+    /// By TPROXY.
     Transparent,
 }
 
@@ -84,14 +85,15 @@ impl Envoy {
         let config = folder.join("envoy.yaml");
         fs::write(
             &config,
-            configuration(pod, &folder.join("access.log"), inbound),
+            configuration(pod.ipv4.into(), &folder.join("access.log"), inbound),
         )
         .unwrap();
-        let script = "echo 0 > \"$0/cgroup.procs\"; exec nsenter \"--net=$1\" \
-             setpriv --reuid \"$4\" --regid 1337 --clear-groups \
-             \"$2\" --config-path \"$3\" --disable-hot-restart --concurrency 2 --log-level warning --file-flush-interval-msec 20";
+        let script = format!(
+            "echo 0 > \"$0/cgroup.procs\"; exec nsenter \"--net=$1\" \
+             setpriv --reuid \"$4\" --regid 1337 --clear-groups \"$2\" --config-path \"$3\" {ARGUMENTS}"
+        );
         let child = Command::new("sh")
-            .args(["-c", script])
+            .args(["-c", &script])
             .arg(pod.cgroup.child("envoy"))
             .arg(pod.netns.path())
             .args([program, &config])
@@ -123,21 +125,41 @@ impl Envoy {
     }
 
     /// Waits for the access log line of a connection from `downstream_remote`, and returns its words.
-    ///
-    /// They are: listener, downstream_local, downstream_remote, upstream_host, upstream_local.
     pub fn access_log(&self, downstream_remote: &str) -> Vec<String> {
+        let log = AccessLog(self.folder.join("access.log"));
+        log.wait_for(&format!("a connection from {downstream_remote}"), |words| {
+            words[2] == downstream_remote
+        })
+    }
+}
+
+/// The file that Envoy notes each connection in when it has ended.
+#[derive(Debug)]
+pub struct AccessLog(pub PathBuf);
+
+impl AccessLog {
+    /// The words of each line: listener, downstream_local, downstream_remote, upstream_host, upstream_local.
+    pub fn lines(&self) -> Vec<Vec<String>> {
+        let log = fs::read_to_string(&self.0).unwrap_or_default();
+        let whole = log
+            .split_inclusive('\n')
+            .filter(|line| line.ends_with('\n'));
+        whole
+            .map(|line| line.trim_end().split(' ').map(str::to_owned).collect())
+            .collect()
+    }
+
+    /// Waits for the line that is meant, and returns its words.
+    pub fn wait_for(&self, what: &str, is_it: impl Fn(&[String]) -> bool) -> Vec<String> {
         let deadline = Instant::now() + patience(PATIENCE);
         loop {
-            let log = fs::read_to_string(self.folder.join("access.log")).unwrap_or_default();
-            let line = log
-                .lines()
-                .find(|line| line.split(' ').nth(2) == Some(downstream_remote));
-            if let Some(line) = line {
-                return line.split(' ').map(str::to_owned).collect();
+            let lines = self.lines();
+            if let Some(line) = lines.iter().find(|line| is_it(line)) {
+                return line.clone();
             }
             assert!(
                 Instant::now() < deadline,
-                "no connection from {downstream_remote} in the access log:\n{log}"
+                "not in the access log: {what}\n{lines:#?}"
             );
             thread::sleep(Duration::from_millis(20));
         }
@@ -152,7 +174,8 @@ impl Drop for Envoy {
     }
 }
 
-fn configuration(pod: &Pod, access_log: &Path, mode: Inbound) -> String {
+/// A configuration for the pod of that address; connections are noted in `access_log`.
+pub fn configuration(own: IpAddr, access_log: &Path, mode: Inbound) -> String {
     let log = |listener: &str| {
         format!(
             r#"access_log: [{{ name: envoy.access_loggers.file, typed_config: {{
@@ -206,7 +229,6 @@ fn configuration(pod: &Pod, access_log: &Path, mode: Inbound) -> String {
         15006,
         &chain("inbound", "inbound_passthrough", ""),
     );
-    let own = pod.ipv4;
     // Else the connection comes from where the original_src filter says.
     let bind = if transparent {
         ""

@@ -12,6 +12,8 @@
 //! | [`options`], [`loader`], [`iptables`], [`backend`] | the capture under test and the reference it is compared with |
 //! | [`cni`] | a container runtime's end of the CNI plugin, and a stand-in for the daemon |
 //! | [`containerd`] | a real container runtime, driven as a kubelet does it |
+//! | [`manifests`], [`helm`], [`kubectl`] | `deploy/`, and the real ones, for the chart and the manifests |
+//! | [`kubelet`], [`sidecar`], [`mounts`] | the DaemonSet's pod as a kubelet runs it, and pods with a real Envoy |
 //! | [`envoy`], [`skip`] | a real Envoy in the pod, and what is said where there is none |
 //! | [`follower`] | `redirect log` beside a test |
 //! | [`bpffs`] | a BPF file system of a test's own, and what the loader keeps in it |
@@ -49,14 +51,19 @@ pub mod envoy;
 pub mod faults;
 pub mod follower;
 pub mod foreign;
+pub mod helm;
 pub mod iptables;
 pub mod judge;
+pub mod kubectl;
+pub mod kubelet;
 pub mod kubernetes;
 pub mod light;
 pub mod loader;
 pub mod machine;
+pub mod manifests;
 mod map_ids;
 pub mod maps;
+pub mod mounts;
 pub mod namespace;
 pub mod options;
 pub mod parcel;
@@ -67,6 +74,7 @@ pub mod protocol;
 pub mod raw;
 pub mod scene;
 pub mod server;
+pub mod sidecar;
 pub mod skip;
 pub mod soak;
 pub mod sockopt;

@@ -124,17 +124,22 @@ impl Namespace {
 
     /// Runs `work` on a thread of its own inside the namespace: threads of the test harness stay where they are.
     pub fn enter<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
-        let file = File::open(self.path()).unwrap();
-        thread::scope(|scope| {
-            scope
-                .spawn(move || {
-                    setns(file, CloneFlags::CLONE_NEWNET).unwrap();
-                    work()
-                })
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })
+        enter(&self.path(), work)
     }
+}
+
+/// Runs `work` on a thread of its own inside the network namespace that a file stands for.
+pub fn enter<T: Send>(netns: &Path, work: impl FnOnce() -> T + Send) -> T {
+    let file = File::open(netns).unwrap();
+    thread::scope(|scope| {
+        scope
+            .spawn(move || {
+                setns(file, CloneFlags::CLONE_NEWNET).unwrap();
+                work()
+            })
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 impl Drop for Namespace {

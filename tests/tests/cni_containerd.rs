@@ -5,105 +5,30 @@
 )]
 
 use std::{
-    collections::HashMap,
     fs,
     path::{Path, PathBuf},
-    process::Command,
 };
 
 use redirect_tests::{
     actor::Actor,
     api_server::ApiServer,
     bpffs,
-    cgroup::{Cgroup, mount_point},
+    cgroup::mount_point,
     cni::{NAME, NoDaemon, StubDaemon},
-    containerd::{Containerd, PodRequest, V1Cgroups},
+    containerd::{
+        Containerd,
+        node::{DIAL, Node, greeting, object, uid},
+    },
     daemon::Daemon,
-    kubernetes::NODE,
     loader::{detach, finish, redirect},
-    namespace::{Namespace, errors},
+    namespace::errors,
     options::Options,
     pod::SERVICE4,
-    protocol::{Greeting, Identity, Listen},
+    protocol::{Identity, Listen},
     scene::SERVICE,
     skip,
 };
 use serde_json::json;
-
-/// The first thing that the pod's first process does.
-const DIAL: &str = "exec 3<>/dev/tcp/203.0.113.10/80 && head -n 1 <&3";
-
-/// A runtime, and a service outside that its pods can reach.
-struct Node {
-    containerd: Containerd,
-    _outside: Actor,
-    _world: Namespace,
-    pods: Cgroup,
-    _leftovers: V1Cgroups,
-}
-
-impl Node {
-    fn new(number: u8) -> Self {
-        let name = format!("rd-{}-node-{number}", std::process::id());
-        let world = Namespace::new(&name);
-        world.ip(&format!("addr add {SERVICE4}/32 dev lo"));
-        let mut outside = Actor::start(&world.path(), None, Identity::ROOT);
-        outside.listen(Listen::new(SERVICE, ([0, 0, 0, 0], 80).into()));
-        Self {
-            containerd: Containerd::start(&world, &format!("10.77.{number}.0/24")),
-            _outside: outside,
-            _world: world,
-            pods: Cgroup::new(&name),
-            _leftovers: V1Cgroups::of(&name),
-        }
-    }
-
-    /// A pod, and its cgroup as a kubelet makes it before the sandbox.
-    fn pod(&self, name: &str) -> PodRequest {
-        let cgroup = self.pods.child(&format!("pod{}", uid(name)));
-        let below = cgroup.strip_prefix(mount_point()).unwrap();
-        PodRequest {
-            name: name.to_owned(),
-            uid: uid(name),
-            cgroup_parent: Path::new("/").join(below).display().to_string(),
-            annotations: HashMap::from([("sidecar.istio.io/status".to_owned(), "{}".to_owned())]),
-        }
-    }
-
-    /// By the program's own installer.
-    fn install(&mut self, socket: &Path, more: &[&str]) {
-        let mut install = self.installer("install");
-        let output = finish(install.arg("--socket").arg(socket).args(more));
-        assert!(output.status.success(), "{}", errors(&output));
-        self.containerd.wait_for_plugin(NAME);
-    }
-
-    fn installer(&self, command: &str) -> Command {
-        let mut redirect = redirect();
-        redirect.args(["cni", command]);
-        redirect
-            .arg("--cni-conf-dir")
-            .arg(&self.containerd.conf_dir);
-        redirect.arg("--cni-bin-dir").arg(&self.containerd.bin_dir);
-        redirect
-    }
-}
-
-/// One that Kubernetes might give to the pod of that name in this run.
-fn uid(pod: &str) -> String {
-    let mut digits = format!("{:08x}", std::process::id());
-    digits.extend(pod.bytes().map(|byte| format!("{byte:02x}")));
-    digits += &"0".repeat(32);
-    let digit = |range| &digits[range];
-    [
-        digit(0..8),
-        digit(8..12),
-        digit(12..16),
-        digit(16..20),
-        digit(20..32),
-    ]
-    .join("-")
-}
 
 /// What a daemon does, in short: finds the pod's cgroup by its UID, which has to be there by then, and attaches to it.
 fn attaching(pods: PathBuf) -> StubDaemon {
@@ -135,15 +60,6 @@ fn attaching(pods: PathBuf) -> StubDaemon {
         };
         format!("{answer}\n")
     })
-}
-
-/// Who answered, as the container's log has it.
-fn greeting(log: &str) -> Greeting {
-    let line = log
-        .lines()
-        .find_map(|line| line.split_once(" stdout F ").map(|(_, text)| text))
-        .unwrap_or_else(|| panic!("nobody answered: {log}"));
-    serde_json::from_str(line).unwrap()
 }
 
 #[test]
@@ -244,19 +160,6 @@ fn pod_does_not_start_while_the_daemon_is_away_unless_it_may_fail_open() {
     assert!(output.status.success(), "{}", errors(&output));
     node.containerd.wait_for_network();
     node.containerd.remove(sandbox).unwrap();
-}
-
-/// As Istio's injector leaves it, with its CNI setting.
-fn object(pod: &PodRequest) -> serde_json::Value {
-    json!({
-        "apiVersion": "v1", "kind": "Pod",
-        "metadata": { "namespace": "shop", "name": pod.name, "uid": pod.uid, "annotations": pod.annotations },
-        "spec": { "nodeName": NODE, "containers": [
-            { "name": "app", "image": "app" },
-            { "name": "istio-proxy", "image": "proxy", "args": ["proxy", "sidecar"] },
-        ]},
-        "status": { "phase": "Pending" },
-    })
 }
 
 #[test]

@@ -1,8 +1,11 @@
-//! The few calls of the container runtime interface (`runtime.v1.RuntimeService`) that a pod's life takes, with the fields they need.
+//! The few calls of the container runtime interface (`runtime.v1.RuntimeService`) that a pod's life takes.
 
-use std::{collections::HashMap, path::Path};
+mod messages;
+
+use std::path::Path;
 
 use prost::Message;
+use serde_json::Value;
 use tonic::{
     Request,
     client::Grpc,
@@ -11,190 +14,17 @@ use tonic::{
 };
 use tonic_prost::ProstCodec;
 
-use super::PodRequest;
+pub use messages::{ContainerConfig, Mount, PodSandboxConfig, Security};
+use messages::{
+    ContainerStatusResponse, CreateContainer, EXITED, Id, IdAndTimeout, IdAndVerbose, Nothing,
+    RunPodSandbox, SandboxStatusResponse, Sandboxes, Status, StatusResponse,
+};
 
 /// A client.
 pub struct Cri(Grpc<Channel>);
 
-#[derive(Clone, PartialEq, Message)]
-pub struct PodSandboxConfig {
-    #[prost(message, optional, tag = "1")]
-    metadata: Option<PodSandboxMetadata>,
-    #[prost(string, tag = "3")]
-    pub log_directory: String,
-    #[prost(map = "string, string", tag = "7")]
-    annotations: HashMap<String, String>,
-    #[prost(message, optional, tag = "8")]
-    linux: Option<LinuxPodSandboxConfig>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct PodSandboxMetadata {
-    #[prost(string, tag = "1")]
-    name: String,
-    #[prost(string, tag = "2")]
-    uid: String,
-    #[prost(string, tag = "3")]
-    namespace: String,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct LinuxPodSandboxConfig {
-    #[prost(string, tag = "1")]
-    cgroup_parent: String,
-}
-
-#[derive(Clone, PartialEq, Message)]
-pub struct ContainerConfig {
-    #[prost(message, optional, tag = "1")]
-    metadata: Option<ContainerMetadata>,
-    #[prost(message, optional, tag = "2")]
-    image: Option<ImageSpec>,
-    #[prost(string, repeated, tag = "3")]
-    command: Vec<String>,
-    #[prost(message, repeated, tag = "7")]
-    mounts: Vec<Mount>,
-    #[prost(string, tag = "11")]
-    log_path: String,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct ContainerMetadata {
-    #[prost(string, tag = "1")]
-    name: String,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct ImageSpec {
-    #[prost(string, tag = "1")]
-    image: String,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Mount {
-    #[prost(string, tag = "1")]
-    container_path: String,
-    #[prost(string, tag = "2")]
-    host_path: String,
-    #[prost(bool, tag = "3")]
-    readonly: bool,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct RunPodSandbox {
-    #[prost(message, optional, tag = "1")]
-    config: Option<PodSandboxConfig>,
-}
-
-/// Several messages have nothing but an id, as their first field.
-#[derive(Clone, PartialEq, Message)]
-struct Id {
-    #[prost(string, tag = "1")]
-    id: String,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct CreateContainer {
-    #[prost(string, tag = "1")]
-    pod_sandbox_id: String,
-    #[prost(message, optional, tag = "2")]
-    config: Option<ContainerConfig>,
-    #[prost(message, optional, tag = "3")]
-    sandbox_config: Option<PodSandboxConfig>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct ContainerStatusResponse {
-    #[prost(message, optional, tag = "1")]
-    status: Option<ContainerStatus>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct ContainerStatus {
-    #[prost(int32, tag = "3")]
-    state: i32,
-}
-
-/// `CONTAINER_EXITED`
-const EXITED: i32 = 2;
-
-#[derive(Clone, PartialEq, Message)]
-struct Status {
-    #[prost(bool, tag = "1")]
-    verbose: bool,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct StatusResponse {
-    #[prost(message, optional, tag = "1")]
-    status: Option<RuntimeStatus>,
-    #[prost(map = "string, string", tag = "2")]
-    info: HashMap<String, String>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct RuntimeStatus {
-    #[prost(message, repeated, tag = "1")]
-    conditions: Vec<RuntimeCondition>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct RuntimeCondition {
-    #[prost(string, tag = "1")]
-    kind: String,
-    #[prost(bool, tag = "2")]
-    status: bool,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Nothing {}
-
-#[derive(Clone, PartialEq, Message)]
-struct Sandboxes {
-    #[prost(message, repeated, tag = "1")]
-    items: Vec<Id>,
-}
-
-impl PodSandboxConfig {
-    /// What a kubelet would say of the pod.
-    pub fn new(pod: &PodRequest, directory: &Path) -> Self {
-        let log_directory = directory.join("logs").join(&pod.name);
-        Self {
-            metadata: Some(PodSandboxMetadata {
-                name: pod.name.clone(),
-                uid: pod.uid.clone(),
-                namespace: "shop".to_owned(),
-            }),
-            log_directory: log_directory.display().to_string(),
-            annotations: pod.annotations.clone(),
-            linux: Some(LinuxPodSandboxConfig {
-                cgroup_parent: pod.cgroup_parent.clone(),
-            }),
-        }
-    }
-}
-
-impl ContainerConfig {
-    /// A container that sees those directories of the host, read-only.
-    pub fn new(name: &str, image: &str, command: &[&str], host: &[&str], log_path: &str) -> Self {
-        let mount = |path: &&str| Mount {
-            container_path: (*path).to_owned(),
-            host_path: (*path).to_owned(),
-            readonly: true,
-        };
-        Self {
-            metadata: Some(ContainerMetadata {
-                name: name.to_owned(),
-            }),
-            image: Some(ImageSpec {
-                image: image.to_owned(),
-            }),
-            command: command.iter().map(|&word| word.to_owned()).collect(),
-            mounts: host.iter().map(mount).collect(),
-            log_path: log_path.to_owned(),
-        }
-    }
-}
+/// A container that has ended, or None while it runs.
+pub type Exit = Option<i32>;
 
 impl Cri {
     /// Connects when first used. Within a runtime.
@@ -257,11 +87,47 @@ impl Cri {
         Ok(created.id)
     }
 
-    /// Whether the container has come to its end.
-    pub async fn has_exited(&mut self, container: &str) -> Result<bool, String> {
+    /// How the container has ended.
+    pub async fn exit(&mut self, container: &str) -> Result<Exit, String> {
+        let status = self.container(container).await?.status.unwrap_or_default();
+        Ok((status.state == EXITED).then_some(status.exit_code))
+    }
+
+    /// The container's process, as the runtime sees it.
+    pub async fn pid(&mut self, container: &str) -> Result<u32, String> {
+        let info = self.container(container).await?.info;
+        let info = info.get("info").ok_or("containerd gives no pid")?;
+        let info: Value = serde_json::from_str(info).map_err(|error| error.to_string())?;
+        let pid = info["pid"].as_u64().ok_or("containerd gives no pid")?;
+        u32::try_from(pid).map_err(|error| error.to_string())
+    }
+
+    async fn container(&mut self, id: &str) -> Result<ContainerStatusResponse, String> {
+        let request = IdAndVerbose {
+            id: id.to_owned(),
+            verbose: true,
+        };
+        self.call("ContainerStatus", request).await
+    }
+
+    /// The sandbox's address.
+    pub async fn address(&mut self, sandbox: &str) -> Result<String, String> {
+        let request = IdAndVerbose {
+            id: sandbox.to_owned(),
+            verbose: false,
+        };
+        let answer: SandboxStatusResponse = self.call("PodSandboxStatus", request).await?;
+        let network = answer.status.unwrap_or_default().network;
+        Ok(network.unwrap_or_default().ip)
+    }
+
+    /// Ends a container, by SIGKILL after so many seconds.
+    pub async fn stop_container(&mut self, container: &str, timeout: i64) -> Result<(), String> {
         let id = container.to_owned();
-        let answer: ContainerStatusResponse = self.call("ContainerStatus", Id { id }).await?;
-        Ok(answer.status.unwrap_or_default().state == EXITED)
+        let _: Nothing = self
+            .call("StopContainer", IdAndTimeout { id, timeout })
+            .await?;
+        Ok(())
     }
 
     /// Stops and removes.
