@@ -15,6 +15,8 @@ use crate::kubectl::kubernetes_programs;
 const NAMESPACE: &str = "redirect-system";
 /// The oldest that the chart allows.
 const KUBERNETES: &str = "v1.30.0";
+/// Seconds that all of a call's charts may take.
+const LIMIT: &str = "120";
 const SCRIPT: &str = "
 import json, sys
 from helm_python import HelmError, chart
@@ -84,8 +86,8 @@ impl Helm {
             "do": what, "chart": self.chart, "values": values,
             "namespace": NAMESPACE, "kubernetes": KUBERNETES,
         });
-        let mut child = Command::new("python3")
-            .args(["-c", SCRIPT])
+        let mut child = Command::new("timeout")
+            .args([LIMIT, "python3", "-c", SCRIPT])
             .env("PYTHONPATH", &self.programs)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

@@ -11,6 +11,9 @@ use serde_json::Value;
 
 use crate::namespace::succeed;
 
+/// Seconds that a call may take.
+const LIMIT: &str = "60";
+
 /// Where Helm and kubectl are: `REDIRECT_KUBERNETES`, or `kubernetes` in a target directory; else what was looked at.
 pub fn kubernetes_programs() -> Result<PathBuf, String> {
     if let Some(path) = env::var_os("REDIRECT_KUBERNETES") {
@@ -45,7 +48,8 @@ pub fn in_target(place: &str) -> Option<PathBuf> {
 /// The objects that `kubectl apply -k` would send for a directory of `deploy/kustomize`.
 pub fn kustomize(kubectl: &Path, directory: &str) -> Vec<Value> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/kustomize");
-    let mut command = Command::new(kubectl);
+    let mut command = Command::new("timeout");
+    command.arg(LIMIT).arg(kubectl);
     let text = succeed(command.arg("kustomize").arg(path.join(directory)));
     serde_saphyr::from_multiple(&text).unwrap_or_else(|error| panic!("{directory}: {error}"))
 }
