@@ -38,25 +38,26 @@ pub struct Options {
 }
 
 pub fn run(options: &Options) -> Result<()> {
-    setup::for_build()?;
     if let Some(root) = &options.root {
+        setup::for_build()?;
         return lay_out(root);
     }
     let output = match &options.output {
         Some(output) => output.clone(),
         None => archive()?,
     };
+    // If something fails, an old image must not be tested in the new one's place.
+    match fs::remove_file(&output) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            return Err(error).context(format!("cannot remove the old {}", output.display()));
+        }
+        _ => setup::for_build()?,
+    }
     let folder = output
         .parent()
         .filter(|folder| !folder.as_os_str().is_empty());
     let folder = folder.unwrap_or(Path::new("."));
     fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
-    // If the build fails, an old image must not be tested in the new one's place.
-    if let Err(error) = fs::remove_file(&output)
-        && error.kind() != ErrorKind::NotFound
-    {
-        return Err(error).with_context(|| format!("cannot remove the old {}", output.display()));
-    }
     // Beside the archive, as only a rename on one file system is all or nothing.
     let scratch = tempfile::tempdir_in(folder)?;
     let context = scratch.path().join("context");
