@@ -154,7 +154,7 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         .is_some_and(|attached| attached.netns_cookie != notes.netns_cookie)
     {
         // The cgroup has moved to another network namespace: `sk_lookup` hangs on the old one.
-        detach::one(&pins, &tables, cgroup_id)?;
+        detach::one(&pins, &tables, cgroup_id, &noted)?;
         attached = None;
     }
     let known = pins.pod(cgroup_id).is_dir();
@@ -287,7 +287,7 @@ pub fn attach(request: &Request) -> Result<Outcome> {
             let undone = if known {
                 Ok(())
             } else {
-                detach::one(&pins, &tables, cgroup_id)
+                detach::one(&pins, &tables, cgroup_id, &noted)
             };
             // What was written for a policy that no pod has now.
             if let Err(undo) = undone.and_then(|()| collect::unused_lists(&tables)) {
