@@ -28,7 +28,7 @@ use crate::observe::identity::{IdMap, UserNamespace};
 use crate::observe::interfaces::{Interface, interfaces};
 use crate::observe::listeners::{Listeners, listeners};
 use crate::observe::netns::NetworkNamespace;
-use crate::observe::routes::{Family, first_global_family, routing_table};
+use crate::observe::routes::{Family, RoutingTable, first_global_family, routing_table};
 use crate::options::{Dns, Ipv6, Policy};
 use crate::pins::Pins;
 use crate::programs::{self, Entered, HOOKS, Hook, Need, Programs, SK_LOOKUP, Side};
@@ -83,7 +83,6 @@ impl Outcome {
 
 /// What a request comes to, as far as the pod tells.
 struct Wanted {
-    config: PodConfig,
     /// Without what only attaching tells: changes, counters and routes.
     notes: Notes,
     ids: IdMap,
@@ -100,8 +99,6 @@ impl Wanted {
             );
         }
         let interfaces = interfaces(&request.netns)?;
-        let config =
-            settings::pod_config(&request.policy, &request.proxy, ipv6, &ids, &interfaces)?;
         let notes = Notes {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             build: programs::build_id(),
@@ -121,30 +118,43 @@ impl Wanted {
             proxy: request.proxy.clone(),
         };
         Ok(Self {
-            config,
             notes,
             ids,
             interfaces,
         })
     }
+
+    /// The pod's settings under that policy.
+    fn config(
+        &self,
+        policy: &Policy,
+        proxy: &ProxyIdentity,
+        ipv6: bool,
+        table: &RoutingTable,
+    ) -> Result<PodConfig> {
+        settings::pod_config(policy, proxy, ipv6, &self.ids, &self.interfaces, table)
+    }
 }
 
 /// Attaches, or brings what is attached up to date.
 pub fn attach(request: &Request) -> Result<Outcome> {
-    let Wanted {
-        config,
-        mut notes,
-        ids,
-        interfaces,
-    } = Wanted::of(request)?;
+    let wanted = Wanted::of(request)?;
+    let mut notes = wanted.notes.clone();
     let ipv6 = notes.ipv6;
+    // Routes are read when the namespace has what TPROXY needs. All else that may be refused, now.
+    let unrouted = wanted.config(
+        &request.policy,
+        &request.proxy,
+        ipv6,
+        &RoutingTable::default(),
+    )?;
     notes.encode()?;
 
     let pins = Pins::open()?;
     let programs = Programs::open_or_load(&pins)?;
     let tables = Tables::open(&pins)?;
     let mut noted = collect::gone(&pins, &tables)?;
-    refuse_overlap(&tables, &noted, request, &notes, &config)?;
+    refuse_overlap(&tables, &noted, request, &notes, &unrouted)?;
 
     let cgroup_id = request.cgroup.id();
     let own = noted.iter().position(|(id, _)| *id == cgroup_id);
@@ -197,28 +207,20 @@ pub fn attach(request: &Request) -> Result<Outcome> {
             tables.lists.set(&key, &value).context("writing LISTS")?;
         }
         let table = routing_table(&request.netns)?;
-        let wanted = settings::route_entries(notes.netns_cookie, &table);
-        changed |= sync_routes(&tables, &notes, &wanted)?;
+        let routes = settings::route_entries(notes.netns_cookie, &table);
+        changed |= sync_routes(&tables, &notes, &routes)?;
         let notes = Notes {
-            routes: settings::routes_digest(&wanted),
+            routes: settings::routes_digest(&routes),
             ..notes.clone()
         };
-        let mut config = config;
-        config.foreign_buckets = settings::foreign_buckets(&table);
+        let config = wanted.config(&request.policy, &request.proxy, ipv6, &table)?;
         tables
             .counts
             .insert_zeroed(&notes.netns_cookie)
             .context("writing COUNTS")?;
         let found = find_listeners(&tables, request, &notes, &config)?;
         if let Some(attached) = taken_over {
-            let mut config = settings::pod_config(
-                &attached.policy,
-                &attached.proxy,
-                attached.ipv6,
-                &ids,
-                &interfaces,
-            )?;
-            config.foreign_buckets = settings::foreign_buckets(&table);
+            let config = wanted.config(&attached.policy, &attached.proxy, attached.ipv6, &table)?;
             layouts::enter(&tables, attached, &config)?;
         }
         changed |= link(&pins, &programs, request, &notes, attached.as_ref())?;
