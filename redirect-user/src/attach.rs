@@ -445,11 +445,14 @@ fn find_listeners(
             } else {
                 Ok(())
             };
-            if let Err(error) = inherited.and_then(|()| tables.listeners.set(&key, &fd)) {
-                tracing::warn!(
-                    "cannot hand over the listener {}: {error}",
-                    listener.address
-                );
+            let address = listener.address;
+            match inherited.and_then(|()| tables.listeners.set(&key, &fd)) {
+                // It does not listen any more, or is of another protocol, such as MPTCP.
+                Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                    tracing::warn!("cannot hand over the listener {address}: {error}");
+                }
+                // Without it all that is captured would be refused.
+                handed => handed.with_context(|| format!("handing over the listener {address}"))?,
             }
         }
     }
