@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use crate::collect;
 use crate::layouts;
 use crate::machines;
+use crate::passthrough;
 use crate::pins::{self, Pins};
 use crate::programs::{HOOKS, SK_LOOKUP};
 use crate::record::{self, Notes};
@@ -85,8 +86,8 @@ pub(crate) fn one(
         others.any(|(_, other)| other.netns_cookie == notes.netns_cookie)
     });
     let directory = pins.pod(cgroup_id);
-    let namespace_is_gone =
-        pins::is_cut_off(&directory.join(SK_LOOKUP), bpf::netns_link)? == Some(true);
+    // Or the link was detached by a call that was killed.
+    let may_be_gone = pins::is_cut_off(&directory.join(SK_LOOKUP), bpf::netns_link)? == Some(true);
     if let Some(notes) = notes.as_ref().filter(|_| !shared) {
         layouts::let_alone(pins, tables, notes)?;
         bpf::wait_for_running_programs().context("membarrier")?;
@@ -103,8 +104,15 @@ pub(crate) fn one(
             let _ = fs::remove_file(&path);
         }
     }
-    if let Some(notes) = notes.as_ref().filter(|_| !shared && !namespace_is_gone) {
-        tproxy::take_back_noted(notes)?;
+    if let Some(notes) = notes.as_ref().filter(|_| !shared) {
+        tproxy::take_back_noted(notes, may_be_gone)?;
+        // What the node's daemon has added for the proxy. Not later: without notes nobody would know.
+        if notes.pod.is_some()
+            && notes.ipv6
+            && let Some(netns) = notes.namespace()
+        {
+            passthrough::remove(&netns)?;
+        }
     }
     pins::remove(&directory)?;
     if let Some(notes) = notes.as_ref().filter(|_| !shared) {

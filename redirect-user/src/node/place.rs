@@ -9,9 +9,9 @@ use crate::observe::cgroup::Cgroup;
 use crate::observe::netns::NetworkNamespace;
 use crate::observe::{containers, mounts, node_pods};
 use crate::options::Policy;
+use crate::passthrough;
 use crate::proxy::{ProxyContainer, ProxyIdentity};
 use crate::record::{KubernetesPod, Notes};
-use crate::{detach, passthrough};
 
 /// Where a pod is, as far as somebody has told.
 #[derive(Clone, Debug, Default)]
@@ -122,27 +122,12 @@ fn container(pod: &Cgroup, id: &str) -> Result<Option<ProxyContainer>> {
     }))
 }
 
-/// Detaches a pod. False if it was not attached.
-pub fn detach(cgroup_id: u64, notes: &Notes) -> Result<bool> {
-    let was = detach::detach(cgroup_id)?;
-    if let Some(netns) = recorded_namespace(notes).filter(|_| notes.ipv6) {
-        passthrough::remove(&netns)?;
-    }
-    Ok(was)
-}
-
 /// Whether any process of the pod lives, or may live.
 pub fn is_alive(notes: &Notes) -> bool {
     match Cgroup::open(&notes.cgroup) {
         Ok(cgroup) => cgroup.is_populated().unwrap_or(true),
         Err(_) => notes.cgroup.exists(),
     }
-}
-
-/// The namespace by the path it was attached with, if that still means the same.
-pub fn recorded_namespace(notes: &Notes) -> Option<NetworkNamespace> {
-    let netns = NetworkNamespace::open(notes.netns.as_ref()).ok()?;
-    (netns.inode() == notes.netns_inode).then_some(netns)
 }
 
 /// The pods' cgroups, by uid.
@@ -159,7 +144,7 @@ fn namespace(
     if let Some(path) = told {
         return Ok(Some(NetworkNamespace::open(path)?));
     }
-    let recorded = notes.and_then(recorded_namespace);
+    let recorded = notes.and_then(Notes::namespace);
     let Some(found) = node_pods::namespace(cgroup)? else {
         return Ok(recorded);
     };
