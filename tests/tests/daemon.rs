@@ -475,7 +475,7 @@ fn daemon_that_cannot_run_says_why() {
         };
         fails(
             &mut Daemon::command(daemon.socket(), free_port(), &server),
-            "another daemon answers there",
+            "another daemon keeps this node",
         );
         let file = std::env::temp_dir().join(format!("no-socket-{}", std::process::id()));
         fs::write(&file, "").unwrap();
