@@ -76,6 +76,7 @@ pub struct Traced {
 /// Only variables that were set explicitly are passed on.
 pub fn run(command: &Command, fault: Option<Fault>) -> Traced {
     let progress = Progress::default();
+    progress.lock().fault = fault;
     let (started, leader) = channel();
     thread::scope(|scope| {
         let (ended, end) = channel();
@@ -86,7 +87,7 @@ pub fn run(command: &Command, fault: Option<Fault>) -> Traced {
             ptrace::seize(leader, OPTIONS).unwrap();
             started.send(leader).unwrap();
             child.stdin.take().unwrap().write_all(b"\n").unwrap();
-            follow(leader, fault, &progress);
+            follow(leader, &progress);
             ended.send(()).unwrap();
             child.wait().unwrap();
             let mut errors = String::new();
@@ -121,8 +122,8 @@ pub struct Tracer {
 }
 
 impl Tracer {
-    /// Calls count from now on.
-    pub fn follow(process: u32, fault: Option<Fault>) -> Self {
+    /// Calls count from now on, and nothing happens to them until [`Self::arm`].
+    pub fn follow(process: u32) -> Self {
         let progress = Arc::new(Progress::default());
         let (begun, begin) = channel();
         let shared = progress.clone();
@@ -130,10 +131,17 @@ impl Tracer {
             let leader = pid_of(process);
             seize(leader);
             begun.send(()).unwrap();
-            follow(leader, fault, &shared);
+            follow(leader, &shared);
         });
         begin.recv().unwrap();
         Self { progress, thread }
+    }
+
+    /// Calls count anew, and that is to happen to one of them.
+    pub fn arm(&self, fault: Option<Fault>) {
+        let mut made = self.progress.lock();
+        made.calls.clear();
+        (made.fault, made.struck) = (fault, false);
     }
 
     /// The calls that it has made so far.
@@ -146,9 +154,14 @@ impl Tracer {
         self.progress.lock().struck
     }
 
-    /// Lets no call begin from now on, apart from those that change nothing.
+    /// Lets no call begin from now on, apart from those that change nothing, and waits for those that have begun.
     pub fn hold(&self) {
         self.progress.lock().holds = true;
+        let deadline = Instant::now() + PATIENCE;
+        while self.progress.lock().under_way > 0 && !self.has_ended() {
+            assert!(Instant::now() < deadline, "a call does not end");
+            thread::sleep(LOOK);
+        }
     }
 
     /// Lets it go on.
@@ -228,10 +241,13 @@ struct Progress(Mutex<Made>);
 
 #[derive(Debug, Default)]
 struct Made {
+    fault: Option<Fault>,
     calls: Vec<String>,
     code: Option<i32>,
     struck: bool,
     holds: bool,
+    /// Calls that have begun, and are not held.
+    under_way: usize,
 }
 
 impl Progress {
@@ -247,11 +263,12 @@ struct Begun {
 }
 
 /// Lets the threads run from call to call until all have ended. The program itself is left to be waited for.
-fn follow(leader: Pid, fault: Option<Fault>, progress: &Progress) {
+fn follow(leader: Pid, progress: &Progress) {
     let mut pending: BTreeMap<Pid, Begun> = BTreeMap::new();
     let mut held: Vec<Pid> = Vec::new();
     loop {
         if !held.is_empty() && !progress.lock().holds {
+            progress.lock().under_way += held.len();
             held.drain(..).for_each(|thread| go_on(thread, None));
         }
         let stop = match wait(leader, held.is_empty(), progress) {
@@ -271,7 +288,8 @@ fn follow(leader: Pid, fault: Option<Fault>, progress: &Progress) {
                         made.struck = true;
                     }
                     made.calls.push(begun.name);
-                    if let Some(Fault::Kill { after }) = fault
+                    made.under_way = made.under_way.saturating_sub(1);
+                    if let Some(Fault::Kill { after }) = made.fault
                         && after == made.calls.len()
                     {
                         made.struck = true;
@@ -282,7 +300,7 @@ fn follow(leader: Pid, fault: Option<Fault>, progress: &Progress) {
                 {
                     let number = made.calls.len() + pending.len() + 1;
                     let mut refused = None;
-                    match fault {
+                    match made.fault {
                         Some(Fault::Refuse { call, error }) if call == number => {
                             skip(thread);
                             refused = Some(error);
@@ -297,6 +315,7 @@ fn follow(leader: Pid, fault: Option<Fault>, progress: &Progress) {
                         held.push(thread);
                         continue;
                     }
+                    made.under_way += 1;
                 }
                 drop(made);
                 go_on(thread, None);
