@@ -11,8 +11,10 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, Result, bail};
+use nix::sys::stat::fstat;
 use redirect_common::POLICY_LAYOUT_VERSION;
 use redirect_common::connection::SocketState;
+use redirect_common::decide::{Owner, is_proxy};
 use redirect_common::listener::{LISTENER_SLOTS, ListenerKey};
 use redirect_common::pod::PodConfig;
 use redirect_common::route::{ROUTE_LOCAL, ROUTE_PREFIX_BITS, RouteInfo, RouteKey};
@@ -26,7 +28,7 @@ use crate::machines;
 use crate::observe::cgroup::Cgroup;
 use crate::observe::identity::{IdMap, UserNamespace};
 use crate::observe::interfaces::{Interface, interfaces};
-use crate::observe::listeners::{Listeners, listeners};
+use crate::observe::listeners::{Listener, Listeners, listeners};
 use crate::observe::netns::NetworkNamespace;
 use crate::observe::routes::{Family, RoutingTable, first_global_family, routing_table};
 use crate::options::{Dns, Ipv6, Policy};
@@ -420,10 +422,21 @@ fn find_listeners(
     notes: &Notes,
     config: &PodConfig,
 ) -> Result<Listeners> {
-    let of_proxy = |uid| {
-        let uids = config.proxy_uids.iter();
-        uids.take(config.proxy_uid_count as usize)
-            .any(|range| range.contains(uid))
+    let in_container = match &request.proxy {
+        ProxyIdentity::Container {
+            container: Some(container),
+        } => Cgroup::open(&container.cgroup).and_then(|cgroup| cgroup.processes()),
+        _ => Ok(Vec::new()),
+    };
+    // It may have ended.
+    let in_container = in_container.unwrap_or_default();
+    let of_proxy = |listener: &Listener| {
+        // A socket's inode has the ids of whoever created it.
+        let owner = fstat(&listener.fd).ok().map(|inode| Owner {
+            uid: inode.st_uid,
+            gid: inode.st_gid,
+        });
+        is_proxy(config, owner, in_container.contains(&listener.pid))
     };
     let ports: Vec<u16> = request.policy.listeners().map(|(port, _)| port).collect();
     let found = listeners(&request.netns, &ports)?;
@@ -436,7 +449,7 @@ fn find_listeners(
                 on_port.push(listener);
             }
         }
-        on_port.sort_by_key(|listener| !of_proxy(listener.uid));
+        on_port.sort_by_key(|listener| !of_proxy(listener));
         for (slot, listener) in (0..LISTENER_SLOTS).zip(on_port) {
             let key = ListenerKey::new(notes.netns_cookie, port, slot);
             let fd = listener.fd.as_raw_fd() as u32;
