@@ -16,6 +16,7 @@ use crate::{
     daemon::Daemon,
     faults::{Ends, Suffers, converse, ends, establish, scene},
     kubernetes::object,
+    patience::patience,
     pod::Pod,
     protocol::Identity,
     scene::Scene,
@@ -168,7 +169,7 @@ impl Play {
         });
         let mut calls = 0;
         loop {
-            thread::sleep(REST);
+            thread::sleep(patience(REST));
             let now = daemon.tracer().calls().len();
             if now == calls {
                 return World::read(&self.scene);
@@ -179,7 +180,7 @@ impl Play {
 
     /// Waits until the daemon has got there.
     fn until(&mut self, daemon: &Daemon, met: Ends, wanted: &World) -> Result<(), String> {
-        let deadline = Instant::now() + RECOVERY;
+        let deadline = Instant::now() + patience(RECOVERY);
         loop {
             let now = ends(&mut self.scene, None)?;
             let mut differences = Vec::new();
@@ -211,7 +212,7 @@ impl Play {
         let tracer = daemon.tracer();
         tracer.arm(Some(fault));
         self.go();
-        let deadline = Instant::now() + RECOVERY;
+        let deadline = Instant::now() + patience(RECOVERY);
         while !tracer.has_ended() {
             if Instant::now() > deadline {
                 return Err(format!("not so many calls: {:?}", tracer.calls()));
@@ -234,7 +235,7 @@ impl Play {
         let (errors, lines) = (errors(daemon), daemon.log().len());
         daemon.tracer().arm(Some(fault));
         self.go();
-        let deadline = Instant::now() + RECOVERY;
+        let deadline = Instant::now() + patience(RECOVERY);
         loop {
             if daemon.tracer().has_struck()
                 && daemon.log()[lines..]
@@ -318,7 +319,7 @@ pub fn vanish(vanishes: Vanishes) {
         daemon.tracer().release();
         server.delete(&object);
         daemon.until_metric("redirect_pods{state=\"captured\"}", 0.0);
-        let deadline = Instant::now() + RECOVERY;
+        let deadline = Instant::now() + patience(RECOVERY);
         loop {
             daemon.tracer().hold();
             let left = State::read().differences(&rest);

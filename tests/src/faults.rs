@@ -197,8 +197,6 @@ pub struct Cast {
     old: Ends,
     /// After it, had it succeeded.
     new: Ends,
-    /// After a part of it, if that can be told from both.
-    between: Option<Ends>,
     /// After the call that repairs.
     repaired: Ends,
 }
@@ -214,7 +212,6 @@ impl Cast {
             machine: None,
             old,
             new,
-            between: None,
             repaired,
         }
     }
@@ -230,17 +227,8 @@ impl Cast {
         self
     }
 
-    /// What takes two steps may meet these ends between them.
-    pub fn between(mut self, ends: Ends) -> Self {
-        self.between = Some(ends);
-        self
-    }
-
-    fn is_disturbed(&self) -> Vec<Ends> {
-        [self.old, self.new]
-            .into_iter()
-            .chain(self.between)
-            .collect()
+    fn old_or_new(&self) -> Vec<Ends> {
+        vec![self.old, self.new]
     }
 
     fn establish(&mut self) {
@@ -255,7 +243,7 @@ impl Cast {
     fn converse(&mut self, text: &str) -> Result<(), String> {
         converse(&mut self.scene, text)?;
         // What has been captured of a machine needs its filters as long as it lasts.
-        let lasts = self.old.last() == self.new.last() || self.old.last() == DIRECT.get(0);
+        let lasts = self.old.last() == self.new.last() || self.old.last() == DIRECT.first();
         match &mut self.machine {
             Some(machine) if lasts => {
                 let said = machine.actor.ask("out", text);
@@ -412,7 +400,7 @@ impl Case<'_> {
             Some(0) if *ended_early < MOST_ENDED_EARLY => *ended_early += 1,
             code => return Err(format!("it ended: {code:?} {}", traced.errors)),
         }
-        self.meet("killed", Cast::is_disturbed)
+        self.meet("killed", Cast::old_or_new)
     }
 
     /// A call that fails says why in one line; one that can do without what it was refused succeeds.
@@ -422,7 +410,7 @@ impl Case<'_> {
         match traced.code {
             Some(0) => self.meet("refused", |cast| vec![cast.new]),
             Some(1) if errors.lines().count() == 1 && errors.starts_with("redirect: ") => self
-                .meet("refused", Cast::is_disturbed)
+                .meet("refused", Cast::old_or_new)
                 .map_err(|error| format!("{error}: {errors}")),
             code => Err(format!("it ended: {code:?} {errors}")),
         }
