@@ -19,9 +19,9 @@ use crate::observe::netns::NetworkNamespace;
 
 const PASSTHROUGH: Ipv6Addr = Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6);
 
-/// The kernel makes an address the machine's own a moment after it is there; on a machine with much to do, that takes
-/// milliseconds. Never while `lo` is down.
-const OWN: Duration = Duration::from_millis(500);
+/// The kernel makes an address the machine's own a moment after it is there: on a machine with much to do, long after. Never
+/// while `lo` is down.
+const OWN: Duration = Duration::from_millis(2500);
 const OWN_POLL: Duration = Duration::from_millis(1);
 
 /// Adds the address; it may be there. Before attaching: `ROUTES` has to know it as the pod's own.

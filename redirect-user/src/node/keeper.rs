@@ -352,7 +352,17 @@ impl Keeper {
             .filter(|path| path.is_dir())
             .or_else(|| self.find_cgroup(on_node));
         let begun = Instant::now();
-        let attempt = place::attach(pod.clone(), policy, proxy, told, found.as_deref(), notes);
+        let known = self.known.get(&pod.uid);
+        let has_failed = known.is_some_and(|known| matches!(known.state, State::Failed(_)));
+        let attempt = place::attach(
+            pod.clone(),
+            policy,
+            proxy,
+            told,
+            found.as_deref(),
+            notes,
+            has_failed,
+        );
         let (namespace, name, uid) = (&pod.namespace, &pod.name, &pod.uid);
         match &attempt {
             Ok(Attempt::Done(outcome)) => {

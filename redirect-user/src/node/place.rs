@@ -42,7 +42,8 @@ pub enum Attempt {
     NotYet(&'static str),
 }
 
-/// Attaches a pod. `found` is its cgroup if it has been looked for, `notes` are those of the last time.
+/// Attaches a pod. `found` is its cgroup if it has been looked for, `notes` are those of the last time;
+/// `has_failed` says whether it then failed.
 pub fn attach(
     pod: KubernetesPod,
     policy: &Policy,
@@ -50,6 +51,7 @@ pub fn attach(
     told: &Told,
     found: Option<&Path>,
     notes: Option<&Notes>,
+    has_failed: bool,
 ) -> Result<Attempt> {
     let told_cgroup = told.cgroup.as_deref().map(below_mountpoint).transpose()?;
     let Some(path) = told_cgroup
@@ -89,8 +91,8 @@ pub fn attach(
         policy: policy.clone(),
         proxy,
     };
-    // Nearly always, and a node has many pods.
-    let outcome = if attach::is_settled(&request)? {
+    // Nearly always, and a node has many pods. An attempt that failed may have left something.
+    let outcome = if !has_failed && attach::is_settled(&request)? {
         Outcome::Unchanged
     } else {
         attach::attach(&request)?
