@@ -3,21 +3,21 @@
 //! State is a difference of wanted against observed, so that attaching for the first time, changing
 //! the policy, upgrading and repairing after a kill are the same steps.
 
+mod hand_over;
 mod settled;
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
-use std::net::IpAddr;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, Result, bail};
 use redirect_common::POLICY_LAYOUT_VERSION;
-use redirect_common::connection::SocketState;
-use redirect_common::listener::{LISTENER_SLOTS, ListenerKey};
 use redirect_common::pod::PodConfig;
-use redirect_common::route::{ROUTE_LOCAL, ROUTE_PREFIX_BITS, RouteInfo, RouteKey};
+use redirect_common::route::RouteInfo;
 use redirect_common::verdict::COUNTERS;
 
+use self::hand_over::{find_listeners, warn_about_listeners};
+pub use self::settled::is_settled;
 use crate::collect;
 use crate::detach;
 use crate::kernel;
@@ -26,9 +26,8 @@ use crate::machines;
 use crate::observe::cgroup::Cgroup;
 use crate::observe::identity::{IdMap, UserNamespace};
 use crate::observe::interfaces::{Interface, interfaces};
-use crate::observe::listeners::{Listeners, listeners};
 use crate::observe::netns::NetworkNamespace;
-use crate::observe::routes::{Family, first_global_family, routing_table};
+use crate::observe::routes::{Family, RoutingTable, first_global_family, routing_table};
 use crate::options::{Dns, Ipv6, Policy};
 use crate::pins::Pins;
 use crate::programs::{self, Entered, HOOKS, Hook, Need, Programs, SK_LOOKUP, Side};
@@ -38,7 +37,6 @@ use crate::settings;
 use crate::sys::bpf;
 use crate::tables::{RoutePrefix, Tables};
 use crate::tproxy::{self, Change};
-pub use settled::is_settled;
 
 /// What to attach.
 #[derive(Debug)]
@@ -83,7 +81,6 @@ impl Outcome {
 
 /// What a request comes to, as far as the pod tells.
 struct Wanted {
-    config: PodConfig,
     /// Without what only attaching tells: changes, counters and routes.
     notes: Notes,
     ids: IdMap,
@@ -100,8 +97,6 @@ impl Wanted {
             );
         }
         let interfaces = interfaces(&request.netns)?;
-        let config =
-            settings::pod_config(&request.policy, &request.proxy, ipv6, &ids, &interfaces)?;
         let notes = Notes {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             build: programs::build_id(),
@@ -121,30 +116,43 @@ impl Wanted {
             proxy: request.proxy.clone(),
         };
         Ok(Self {
-            config,
             notes,
             ids,
             interfaces,
         })
     }
+
+    /// The pod's settings under that policy.
+    fn config(
+        &self,
+        policy: &Policy,
+        proxy: &ProxyIdentity,
+        ipv6: bool,
+        table: &RoutingTable,
+    ) -> Result<PodConfig> {
+        settings::pod_config(policy, proxy, ipv6, &self.ids, &self.interfaces, table)
+    }
 }
 
 /// Attaches, or brings what is attached up to date.
 pub fn attach(request: &Request) -> Result<Outcome> {
-    let Wanted {
-        config,
-        mut notes,
-        ids,
-        interfaces,
-    } = Wanted::of(request)?;
+    let wanted = Wanted::of(request)?;
+    let mut notes = wanted.notes.clone();
     let ipv6 = notes.ipv6;
+    // Routes are read when the namespace has what TPROXY needs. All else that may be refused, now.
+    let unrouted = wanted.config(
+        &request.policy,
+        &request.proxy,
+        ipv6,
+        &RoutingTable::default(),
+    )?;
     notes.encode()?;
 
     let pins = Pins::open()?;
     let programs = Programs::open_or_load(&pins)?;
     let tables = Tables::open(&pins)?;
     let mut noted = collect::gone(&pins, &tables)?;
-    refuse_overlap(&tables, &noted, request, &notes, &config)?;
+    refuse_overlap(&tables, &noted, request, &notes, &unrouted)?;
 
     let cgroup_id = request.cgroup.id();
     let own = noted.iter().position(|(id, _)| *id == cgroup_id);
@@ -154,7 +162,7 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         .is_some_and(|attached| attached.netns_cookie != notes.netns_cookie)
     {
         // The cgroup has moved to another network namespace: `sk_lookup` hangs on the old one.
-        detach::one(&pins, &tables, cgroup_id)?;
+        detach::one(&pins, &tables, cgroup_id, &noted)?;
         attached = None;
     }
     let known = pins.pod(cgroup_id).is_dir();
@@ -197,28 +205,20 @@ pub fn attach(request: &Request) -> Result<Outcome> {
             tables.lists.set(&key, &value).context("writing LISTS")?;
         }
         let table = routing_table(&request.netns)?;
-        let wanted = settings::route_entries(notes.netns_cookie, &table);
-        changed |= sync_routes(&tables, &notes, &wanted)?;
+        let routes = settings::route_entries(notes.netns_cookie, &table);
+        changed |= sync_routes(&tables, &notes, &routes)?;
         let notes = Notes {
-            routes: settings::routes_digest(&wanted),
+            routes: settings::routes_digest(&routes),
             ..notes.clone()
         };
-        let mut config = config;
-        config.foreign_buckets = settings::foreign_buckets(&table);
+        let config = wanted.config(&request.policy, &request.proxy, ipv6, &table)?;
         tables
             .counts
             .insert_zeroed(&notes.netns_cookie)
             .context("writing COUNTS")?;
         let found = find_listeners(&tables, request, &notes, &config)?;
         if let Some(attached) = taken_over {
-            let mut config = settings::pod_config(
-                &attached.policy,
-                &attached.proxy,
-                attached.ipv6,
-                &ids,
-                &interfaces,
-            )?;
-            config.foreign_buckets = settings::foreign_buckets(&table);
+            let config = wanted.config(&attached.policy, &attached.proxy, attached.ipv6, &table)?;
             layouts::enter(&tables, attached, &config)?;
         }
         changed |= link(&pins, &programs, request, &notes, attached.as_ref())?;
@@ -287,7 +287,7 @@ pub fn attach(request: &Request) -> Result<Outcome> {
             let undone = if known {
                 Ok(())
             } else {
-                detach::one(&pins, &tables, cgroup_id)
+                detach::one(&pins, &tables, cgroup_id, &noted)
             };
             // What was written for a policy that no pod has now.
             if let Err(undo) = undone.and_then(|()| collect::unused_lists(&tables)) {
@@ -408,84 +408,6 @@ fn sync_routes(
         changed = true;
     }
     Ok(changed)
-}
-
-/// Finds the listeners that were there before the sockops program was, and hands them over: the
-/// proxy's first, as there is room for some only.
-fn find_listeners(
-    tables: &Tables,
-    request: &Request,
-    notes: &Notes,
-    config: &PodConfig,
-) -> Result<Listeners> {
-    let of_proxy = |uid| {
-        let uids = config.proxy_uids.iter();
-        uids.take(config.proxy_uid_count as usize)
-            .any(|range| range.contains(uid))
-    };
-    let ports: Vec<u16> = request.policy.listeners().map(|(port, _)| port).collect();
-    let found = listeners(&request.netns, &ports)?;
-    for port in ports.into_iter().collect::<HashSet<_>>() {
-        let mut on_port = Vec::new();
-        for listener in &found.found {
-            if listener.address.port() == port
-                && is_reachable(tables, notes.netns_cookie, listener.address.ip())?
-            {
-                on_port.push(listener);
-            }
-        }
-        on_port.sort_by_key(|listener| !of_proxy(listener.uid));
-        for (slot, listener) in (0..LISTENER_SLOTS).zip(on_port) {
-            let key = ListenerKey::new(notes.netns_cookie, port, slot);
-            let fd = listener.fd.as_raw_fd() as u32;
-            let inherited = if port == request.policy.inbound_port {
-                tables.sockets.set(&fd, &SocketState::of_listener(port))
-            } else {
-                Ok(())
-            };
-            if let Err(error) = inherited.and_then(|()| tables.listeners.set(&key, &fd)) {
-                tracing::warn!(
-                    "cannot hand over the listener {}: {error}",
-                    listener.address
-                );
-            }
-        }
-    }
-    Ok(found)
-}
-
-/// Whether what is bound there gets connections: `IP_FREEBIND` lets everybody bind addresses that are
-/// not the pod's.
-fn is_reachable(tables: &Tables, netns_cookie: u64, address: IpAddr) -> Result<bool> {
-    if address.is_unspecified() || address.is_loopback() {
-        return Ok(true);
-    }
-    let key = RoutePrefix {
-        prefix_bits: ROUTE_PREFIX_BITS + 128,
-        data: RouteKey::new(netns_cookie, address.into()),
-    };
-    let route = tables.routes.get(&key).context("reading ROUTES")?;
-    Ok(route.is_some_and(|route| route.flags & ROUTE_LOCAL != 0))
-}
-
-fn warn_about_listeners(found: &Listeners, policy: &Policy) {
-    for listener in &found.unreachable {
-        tracing::warn!(
-            "the listener on {} cannot be reached: until it is opened again, connections to it are refused",
-            listener.address
-        );
-    }
-    for (port, what) in policy.listeners() {
-        if !found
-            .found
-            .iter()
-            .any(|listener| listener.address.port() == port)
-        {
-            tracing::info!(
-                "no proxy listens on port {port} yet: captured {what} are refused until one does"
-            );
-        }
-    }
 }
 
 /// Attaches the programs that are missing, and updates those of another build than the one in the

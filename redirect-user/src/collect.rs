@@ -1,7 +1,7 @@
 //! Collecting what nothing refers to any more: the kernel keeps a pinned link whose cgroup or
 //! network namespace has gone.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
 
@@ -19,19 +19,24 @@ use crate::tables::Tables;
 /// stay: they are read once, since a node has many.
 pub(crate) fn gone(pins: &Pins, tables: &Tables) -> Result<Vec<(u64, Notes)>> {
     let linked: HashSet<u64> = pins.pods()?.into_iter().collect();
-    let mut noted: HashMap<u64, Notes> = record::all(tables)?.into_iter().collect();
+    let mut noted = record::all(tables)?;
+    let left_over: HashSet<u64> = noted
+        .iter()
+        .filter(|(id, notes)| linked.contains(id) && is_left_over(notes))
+        .map(|(id, _)| *id)
+        .collect();
     let keys = tables.records.keys().context("reading RECORDS")?;
     let mut gone: Vec<u64> = keys.into_iter().filter(|id| !linked.contains(id)).collect();
     for cgroup_id in linked {
-        if is_gone(pins, cgroup_id)? || noted.get(&cgroup_id).is_some_and(is_left_over) {
+        if left_over.contains(&cgroup_id) || is_gone(pins, cgroup_id)? {
             gone.push(cgroup_id);
         }
     }
     for cgroup_id in gone {
-        detach::one(pins, tables, cgroup_id)?;
-        noted.remove(&cgroup_id);
+        detach::one(pins, tables, cgroup_id, &noted)?;
+        noted.retain(|(id, _)| *id != cgroup_id);
     }
-    Ok(noted.into_iter().collect())
+    Ok(noted)
 }
 
 /// True if the kernel has cut the links off, or they are incomplete. An error is no answer: the pod may well be there.

@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use crate::collect;
 use crate::layouts;
 use crate::machines;
+use crate::passthrough;
 use crate::pins::{self, Pins};
 use crate::programs::{HOOKS, SK_LOOKUP};
 use crate::record::{self, Notes};
@@ -30,9 +31,9 @@ pub fn detach(cgroup_id: u64) -> Result<bool> {
         return Ok(false);
     }
     let tables = Tables::open(&pins)?;
-    collect::gone(&pins, &tables)?;
+    let noted = collect::gone(&pins, &tables)?;
     let was = pins.pod(cgroup_id).is_dir() || tables.records.get(&cgroup_id)?.is_some();
-    one(&pins, &tables, cgroup_id)?;
+    one(&pins, &tables, cgroup_id, &noted)?;
     finish(&pins, &tables)?;
     Ok(was)
 }
@@ -56,9 +57,11 @@ pub fn detach_all() -> Result<usize> {
     match Tables::open(&pins) {
         Ok(tables) => {
             // Notes without links: an attachment, or a detachment, was interrupted.
-            let noted = tables.records.keys().context("reading RECORDS")?;
-            for cgroup_id in pods.iter().chain(&noted) {
-                one(&pins, &tables, *cgroup_id)?;
+            let keys = tables.records.keys().context("reading RECORDS")?;
+            let mut noted = record::all(&tables)?;
+            for cgroup_id in pods.iter().chain(&keys) {
+                one(&pins, &tables, *cgroup_id, &noted)?;
+                noted.retain(|(id, _)| id != cgroup_id);
             }
         }
         Err(_) if pods.is_empty() => {}
@@ -69,18 +72,22 @@ pub fn detach_all() -> Result<usize> {
     Ok(pods.len())
 }
 
-/// Detaches a cgroup while holding the lock. Can be repeated after a kill at any point.
-pub(crate) fn one(pins: &Pins, tables: &Tables, cgroup_id: u64) -> Result<()> {
+/// Detaches a cgroup while holding the lock. Can be repeated after a kill at any point. `noted` are the notes on the pods
+/// that are attached.
+pub(crate) fn one(
+    pins: &Pins,
+    tables: &Tables,
+    cgroup_id: u64,
+    noted: &[(u64, Notes)],
+) -> Result<()> {
     let notes = Notes::read(tables, cgroup_id)?;
-    let shared = match &notes {
-        Some(notes) => record::all(tables)?
-            .iter()
-            .any(|(id, other)| *id != cgroup_id && other.netns_cookie == notes.netns_cookie),
-        None => false,
-    };
+    let shared = notes.as_ref().is_some_and(|notes| {
+        let mut others = noted.iter().filter(|(id, _)| *id != cgroup_id);
+        others.any(|(_, other)| other.netns_cookie == notes.netns_cookie)
+    });
     let directory = pins.pod(cgroup_id);
-    let namespace_is_gone =
-        pins::is_cut_off(&directory.join(SK_LOOKUP), bpf::netns_link)? == Some(true);
+    // Or the link was detached by a call that was killed.
+    let may_be_gone = pins::is_cut_off(&directory.join(SK_LOOKUP), bpf::netns_link)? == Some(true);
     if let Some(notes) = notes.as_ref().filter(|_| !shared) {
         layouts::let_alone(pins, tables, notes)?;
         bpf::wait_for_running_programs().context("membarrier")?;
@@ -97,8 +104,15 @@ pub(crate) fn one(pins: &Pins, tables: &Tables, cgroup_id: u64) -> Result<()> {
             let _ = fs::remove_file(&path);
         }
     }
-    if let Some(notes) = notes.as_ref().filter(|_| !shared && !namespace_is_gone) {
-        tproxy::take_back_noted(notes)?;
+    if let Some(notes) = notes.as_ref().filter(|_| !shared) {
+        tproxy::take_back_noted(notes, may_be_gone)?;
+        // What the node's daemon has added for the proxy. Not later: without notes nobody would know.
+        if notes.pod.is_some()
+            && notes.ipv6
+            && let Some(netns) = notes.namespace()
+        {
+            passthrough::remove(&netns)?;
+        }
     }
     pins::remove(&directory)?;
     if let Some(notes) = notes.as_ref().filter(|_| !shared) {

@@ -14,6 +14,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{FsType, statfs};
@@ -221,6 +222,32 @@ pub fn remove(directory: &Path) -> Result<()> {
 
 fn all_roots() -> PathBuf {
     Path::new(BPFFS).join("redirect")
+}
+
+/// The node, as long as this value lives: two daemons with different settings would undo what the other does.
+#[derive(Debug)]
+pub struct Claim(#[expect(dead_code, reason = "held, not read")] Flock<File>);
+
+impl Claim {
+    /// Refused while another process has it.
+    pub fn new() -> Result<Self> {
+        mount_bpffs()?;
+        // Not the directory of this release: another daemon may be of another.
+        let directory = all_roots();
+        make(&directory)?;
+        let file =
+            File::open(&directory).with_context(|| format!("opening {}", directory.display()))?;
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Self(lock)),
+            Err((_, Errno::EWOULDBLOCK)) => bail!(
+                "another daemon keeps this node: one runs on a node (it has locked {})",
+                directory.display()
+            ),
+            Err((_, errno)) => {
+                Err(errno).with_context(|| format!("locking {}", directory.display()))
+            }
+        }
+    }
 }
 
 fn root() -> PathBuf {

@@ -7,6 +7,7 @@ use bytemuck::Zeroable;
 use redirect_common::record::{RECORD_BYTES, Record};
 use serde::{Deserialize, Serialize};
 
+use crate::observe::netns::NetworkNamespace;
 use crate::options::Policy;
 use crate::proxy::ProxyIdentity;
 use crate::tables::Tables;
@@ -90,6 +91,21 @@ impl Notes {
             .get(..record.length as usize)
             .with_context(|| format!("length {} is too large", record.length))?;
         Ok(serde_json::from_slice(json)?)
+    }
+
+    /// The network namespace by the path that it was attached with, if that still means the same. Inodes are used again,
+    /// cookies are not.
+    #[must_use]
+    pub fn namespace(&self) -> Option<NetworkNamespace> {
+        NetworkNamespace::open(self.netns.as_ref())
+            .ok()
+            .filter(|netns| self.is_of(netns))
+    }
+
+    /// Whether they are about that network namespace.
+    #[must_use]
+    pub fn is_of(&self, netns: &NetworkNamespace) -> bool {
+        netns.inode() == self.netns_inode && netns.cookie().ok() == Some(self.netns_cookie)
     }
 
     /// These notes, with more to be taken back.

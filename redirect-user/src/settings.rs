@@ -30,13 +30,14 @@ use crate::tables::{ListPrefix, RoutePrefix};
 const ADDRESS_BITS: u32 = 128;
 
 /// The pod's entry of `PODS`. `ids` translates the pod's user and group ids to the kernel's,
-/// `interfaces` are those of its network namespace.
+/// `interfaces` and `table` are those of its network namespace.
 pub fn pod_config(
     policy: &Policy,
     proxy: &ProxyIdentity,
     ipv6: bool,
     ids: &IdMap,
     interfaces: &[Interface],
+    table: &RoutingTable,
 ) -> Result<PodConfig> {
     let mut config = PodConfig {
         policy: policy.digest(),
@@ -66,6 +67,7 @@ pub fn pod_config(
         config.lists |= 1 << key.data.list;
     }
     config.unlisted_port_buckets = unlisted_port_buckets(policy);
+    config.foreign_buckets = foreign_buckets(table);
     if let ProxyIdentity::Container { container } = proxy {
         config.flags |= FLAG_PROXY_CONTAINER;
         if let Some(container) = container {
@@ -251,7 +253,7 @@ pub fn routes_digest(entries: &HashMap<RoutePrefix, RouteInfo>) -> u64 {
 }
 
 /// [`PodConfig::foreign_buckets`] of a network namespace.
-pub fn foreign_buckets(table: &RoutingTable) -> u32 {
+fn foreign_buckets(table: &RoutingTable) -> u32 {
     let mut own_buckets = 0;
     for Route { prefix, .. } in table.routes.iter().filter(|route| route.local) {
         let address = Address::from(prefix.network());

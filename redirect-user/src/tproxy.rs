@@ -146,21 +146,24 @@ pub(crate) fn take_back(netns: &NetworkNamespace, changes: &[Change]) -> Result<
 }
 
 /// Takes back what the notes say was made. The path of the namespace may have gone with the process
-/// that it named: any other process in there will do.
-pub(crate) fn take_back_noted(notes: &Notes) -> Result<()> {
+/// that it named: any other process in there will do. One that `may_be_gone` is not missed.
+pub(crate) fn take_back_noted(notes: &Notes, may_be_gone: bool) -> Result<()> {
     if notes.changes.is_empty() {
         return Ok(());
     }
-    let is_it = |netns: &NetworkNamespace| netns.inode() == notes.netns_inode;
-    let by_path = NetworkNamespace::open(notes.netns.as_ref()).ok();
     let by_process = || {
         proc::pids()
             .into_iter()
             .filter(|pid| proc::namespace_inode(*pid, "net") == Some(notes.netns_inode))
-            .find_map(|pid| NetworkNamespace::of_process(pid).ok().filter(is_it))
+            .find_map(|pid| {
+                NetworkNamespace::of_process(pid)
+                    .ok()
+                    .filter(|netns| notes.is_of(netns))
+            })
     };
-    match by_path.filter(is_it).or_else(by_process) {
+    match notes.namespace().or_else(by_process) {
         Some(netns) => take_back(&netns, &notes.changes),
+        None if may_be_gone => Ok(()),
         None => {
             let left: Vec<_> = notes.changes.iter().map(ToString::to_string).collect();
             tracing::warn!(

@@ -293,7 +293,9 @@ impl State {
                 match theirs.get(key) {
                     None => found.push(format!("left over: {name} {key:02x?}")),
                     Some(other) if other != value => {
-                        found.push(format!("another value: {name} {key:02x?}"));
+                        found.push(format!(
+                            "another value: {name} {key:02x?}: {value:02x?} for {other:02x?}"
+                        ));
                     }
                     Some(_) => (),
                 }
@@ -378,10 +380,11 @@ fn trie<const K: usize, const V: usize>(name: &str) -> Option<Contents> {
     Some(keys(map.keys()).map(entry).collect())
 }
 
-/// Below a directory of maps.
+/// Below a directory of maps, or one that a pod's own entry jumps by.
 fn is_map(pin: &Path) -> bool {
     let directory = pin.parent().and_then(Path::to_str);
     directory.is_some_and(|name| name == "maps" || name.starts_with("maps-"))
+        || pin.to_string_lossy().ends_with("_jump")
 }
 
 fn open(name: &str, kind: impl FnOnce(MapData) -> Map) -> Option<Map> {

@@ -29,6 +29,7 @@ use crate::{
     pod::Pod,
     protocol::{Dial, Family},
     scene::{Scene, To},
+    tracer::Tracer,
 };
 
 /// What is to happen happens in less, also on a busy machine.
@@ -50,6 +51,7 @@ pub struct Usage {
 /// A running daemon; killed with this value.
 pub struct Daemon {
     child: Child,
+    tracer: Option<Tracer>,
     socket: PathBuf,
     metrics: u16,
     log: Arc<Mutex<Vec<String>>>,
@@ -80,7 +82,11 @@ impl Daemon {
         arguments: &[&str],
     ) -> Self {
         let metrics = free_port();
-        let mut child = Self::call(redirect, socket, metrics, server)
+        let mut call = Self::call(redirect, socket, metrics, server);
+        if !arguments.contains(&"--resync") {
+            call.args(["--resync", "1s"]);
+        }
+        let mut child = call
             .args(arguments)
             .stdin(Stdio::null())
             .stderr(Stdio::piped())
@@ -99,6 +105,7 @@ impl Daemon {
         });
         let daemon = Self {
             child,
+            tracer: None,
             socket: socket.to_owned(),
             metrics,
             log,
@@ -123,14 +130,7 @@ impl Daemon {
             .arg("--socket")
             .arg(socket)
             .args(["--metrics", &format!("127.0.0.1:{metrics}")])
-            .args([
-                "--resync",
-                "1s",
-                "--api-timeout",
-                "2s",
-                "--log-format",
-                "json",
-            ]);
+            .args(["--api-timeout", "2s", "--log-format", "json"]);
         command
     }
 
@@ -158,6 +158,17 @@ impl Daemon {
             cpu: Duration::from_millis(10 * ticks),
             descriptors,
         }
+    }
+
+    /// Follows its calls to the kernel from now on.
+    pub fn traced(mut self) -> Self {
+        self.tracer = Some(Tracer::follow(self.child.id()));
+        self
+    }
+
+    /// What follows the calls of a daemon that is [`Self::traced`].
+    pub fn tracer(&self) -> &Tracer {
+        self.tracer.as_ref().expect("a daemon that is traced")
     }
 
     /// Where it listens.
@@ -266,6 +277,9 @@ impl Daemon {
     /// Asks it to end, and waits for that.
     pub fn end(&mut self, signal: Signal) -> ExitStatus {
         kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
+        if let Some(tracer) = self.tracer.take() {
+            tracer.wait();
+        }
         let deadline = Instant::now() + patience(PATIENCE);
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -291,8 +305,13 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
+        let is_traced = self.tracer.take().is_some_and(|tracer| {
+            let _already_gone = self.child.kill();
+            tracer.wait();
+            true
+        });
         // One that has ended before may have a successor on the same socket.
-        if matches!(self.child.try_wait(), Ok(None)) {
+        if is_traced || matches!(self.child.try_wait(), Ok(None)) {
             let _already_gone = self.child.kill();
             let _reaped = self.child.wait();
             let _left_in_tmp = fs::remove_file(&self.socket);

@@ -1,17 +1,19 @@
 //! What a call of the loader leaves when it does not end as it should: killed after any call to the kernel that changes something, or
 //! refused any of them. Connections meet the old state or the new one, and the next call puts everything right.
 
-use std::process::Command;
+use std::{collections::BTreeSet, net::SocketAddr, process::Command};
 
 use nix::errno::Errno;
 
 use crate::{
     bpffs::{Objects, State},
     loader::{attach_command, finish, redirect},
+    machine::{Link, Machine},
     namespace::errors,
     options::Options,
-    protocol::{Dial, Family, Identity, Listen, canonical},
+    protocol::{Dial, Dialed, Family, Identity, Listen, canonical},
     scene::{Scene, To, wildcards},
+    surroundings,
     tracer::{self, Fault, MAKING, Traced},
 };
 
@@ -22,10 +24,8 @@ const MOST: usize = 120;
 /// How often a call may end before the point at which it was to be killed.
 const MOST_ENDED_EARLY: usize = 5;
 
-const DIAL_COUNT: usize = 7;
-
 /// Connections whose ends tell the policy: who dials (`None` is outside), how, and where to.
-const DIALS: [(Option<Identity>, Family, To); DIAL_COUNT] = [
+const DIALS: [(Option<Identity>, Family, To); 7] = [
     (Some(Identity::APP), V4, To::Service(80)),
     (Some(Identity::APP), V6, To::Service(80)),
     (Some(Identity::APP), Mapped, To::Service(443)),
@@ -35,19 +35,22 @@ const DIALS: [(Option<Identity>, Family, To); DIAL_COUNT] = [
     (None, V6, To::Own(8080)),
 ];
 
-/// Who answers a fixed set of connections: five from the pod, by the application and the proxy, and two from outside.
-pub type Ends = [&'static str; DIAL_COUNT];
+/// Who answers a fixed set of connections: five from the pod, by the application and the proxy, and two from outside; then two
+/// from the virtual machine, if there is one. A proxy that sees the original destination as its own address has [`IN_PLACE`].
+pub type Ends = &'static [&'static str];
+
+const IN_PLACE: &str = " in place";
 
 /// Without capture.
-pub const DIRECT: Ends = [
+pub const DIRECT: Ends = &[
     "service", "service", "service", "service", "app", "app", "app",
 ];
 /// Under [`Options::ISTIO`].
-pub const ISTIO: Ends = [
+pub const ISTIO: Ends = &[
     "15001", "15001", "15001", "service", "15006", "15006", "15006",
 ];
 /// Under [`OTHER_OPTIONS`].
-pub const OTHER: Ends = [
+pub const OTHER: Ends = &[
     "16001", "16001", "service", "service", "16006", "16006", "16006",
 ];
 
@@ -61,7 +64,7 @@ pub const OTHER_OPTIONS: Options = Options {
 };
 
 /// Under [`THIRD_OPTIONS`].
-pub const THIRD: Ends = [
+pub const THIRD: Ends = &[
     "15001", "15001", "service", "service", "15006", "15006", "15006",
 ];
 /// What a third pod has.
@@ -70,8 +73,8 @@ pub const THIRD_OPTIONS: Options = Options {
     ..Options::ISTIO
 };
 
-/// A pod whose proxy listens where both policies say.
-fn scene() -> Scene {
+/// A pod whose proxy listens where all policies say.
+pub(crate) fn scene() -> Scene {
     let mut scene = Scene::new();
     for port in [16001, 16006] {
         for at in wildcards(port) {
@@ -82,40 +85,53 @@ fn scene() -> Scene {
 }
 
 /// Who answers now. What both ends see has to fit it.
-fn ends(scene: &mut Scene) -> Result<Vec<String>, String> {
-    DIALS
-        .iter()
-        .map(|(from, family, to)| {
-            let to = scene.address(*family, *to);
-            let dial = Dial::new(*family, to);
-            let dialed = match from {
-                Some(identity) => scene.actor(identity).dial(&dial),
-                None => scene.outside.dial(&dial),
-            };
-            let who = dialed.outcome().to_owned();
-            let Some(greeting) = &dialed.greeting else {
-                return Err(format!("{to}: {who}"));
-            };
-            let original = if to.is_ipv4() {
-                &greeting.original
-            } else {
-                &greeting.original6
-            };
-            let captured = who.starts_with('1');
-            if dialed.peer.map(canonical) != Some(to)
-                || captured && original.address.map(canonical) != Some(to)
-            {
-                return Err(format!("{to}: wrong addresses: {dialed:?}"));
-            }
-            Ok(who)
-        })
-        .collect()
+pub(crate) fn ends(
+    scene: &mut Scene,
+    machine: Option<&mut Machine>,
+) -> Result<Vec<String>, String> {
+    let mut met = Vec::new();
+    for (from, family, to) in DIALS {
+        let to = scene.address(family, to);
+        let dial = Dial::new(family, to);
+        let dialed = match &from {
+            Some(identity) => scene.actor(identity).dial(&dial),
+            None => scene.outside.dial(&dial),
+        };
+        met.push(end(to, &dialed)?);
+    }
+    if let Some(machine) = machine {
+        for family in [V4, V6] {
+            let to = scene.address(family, To::Service(80));
+            met.push(end(to, &machine.actor.dial(&Dial::new(family, to)))?);
+        }
+    }
+    Ok(met)
+}
+
+fn end(to: SocketAddr, dialed: &Dialed) -> Result<String, String> {
+    let who = dialed.outcome();
+    let Some(greeting) = &dialed.greeting else {
+        return Err(format!("{to}: {who}"));
+    };
+    let original = if to.is_ipv4() {
+        &greeting.original
+    } else {
+        &greeting.original6
+    };
+    let captured = who.starts_with('1');
+    if dialed.peer.map(canonical) != Some(to)
+        || captured && original.address.map(canonical) != Some(to)
+    {
+        return Err(format!("{to}: wrong addresses: {dialed:?}"));
+    }
+    let in_place = captured && canonical(greeting.local) == to;
+    Ok(who.to_owned() + if in_place { IN_PLACE } else { "" })
 }
 
 /// Connections that stand for as long as they like.
 const ESTABLISHED: [&str; 2] = ["out", "in"];
 
-fn establish(scene: &mut Scene) {
+pub(crate) fn establish(scene: &mut Scene) {
     let (service, own) = (
         scene.address(V4, To::Service(80)),
         scene.address(V4, To::Own(8080)),
@@ -128,7 +144,7 @@ fn establish(scene: &mut Scene) {
     );
 }
 
-fn converse(scene: &mut Scene, text: &str) -> Result<(), String> {
+pub(crate) fn converse(scene: &mut Scene, text: &str) -> Result<(), String> {
     let [out, inward] = ESTABLISHED;
     for said in [scene.app.ask(out, text), scene.outside.ask(inward, text)] {
         if said.as_deref() != Ok(text) {
@@ -175,6 +191,8 @@ pub fn succeed(command: &mut Command) -> Result<(), String> {
 pub struct Cast {
     /// The pod.
     pub scene: Scene,
+    /// Behind [`INTERFACE`], if the pod has one.
+    machine: Option<Machine>,
     /// Before the call that suffers.
     old: Ends,
     /// After it, had it succeeded.
@@ -183,11 +201,15 @@ pub struct Cast {
     repaired: Ends,
 }
 
+/// The interface of the pod's virtual machine.
+pub const INTERFACE: &str = "vm0";
+
 impl Cast {
     /// A pod of that many policies.
     pub fn new(old: Ends, new: Ends, repaired: Ends) -> Self {
         Self {
             scene: scene(),
+            machine: None,
             old,
             new,
             repaired,
@@ -197,6 +219,74 @@ impl Cast {
     /// Of a pod that the case is not about.
     pub fn bystander(ends: Ends) -> Self {
         Self::new(ends, ends, ends)
+    }
+
+    /// With a virtual machine in the pod.
+    pub fn with_machine(mut self) -> Self {
+        self.machine = Some(Machine::new(&self.scene.pod, INTERFACE, 1, Link::Plain));
+        self
+    }
+
+    fn old_or_new(&self) -> Vec<Ends> {
+        vec![self.old, self.new]
+    }
+
+    fn establish(&mut self) {
+        establish(&mut self.scene);
+        if let Some(machine) = &mut self.machine {
+            let service = self.scene.address(V4, To::Service(80));
+            let dialed = machine.actor.dial(&Dial::new(V4, service).keep("out"));
+            assert!(dialed.error.is_none(), "{dialed:?}");
+        }
+    }
+
+    fn converse(&mut self, text: &str) -> Result<(), String> {
+        converse(&mut self.scene, text)?;
+        // What has been captured of a machine needs its filters as long as it lasts.
+        let lasts = self.old.last() == self.new.last() || self.old.last() == DIRECT.first();
+        match &mut self.machine {
+            Some(machine) if lasts => {
+                let said = machine.actor.ask("out", text);
+                (said.as_deref() == Ok(text)).then_some(()).ok_or_else(|| {
+                    format!("an established connection of the machine says {said:?} to {text:?}")
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// All that a call of the loader may change.
+struct World {
+    state: State,
+    /// Of each pod.
+    surroundings: Vec<BTreeSet<String>>,
+}
+
+impl World {
+    fn read(casts: &[Cast]) -> Self {
+        let surroundings = casts.iter();
+        Self {
+            state: State::read(),
+            surroundings: surroundings
+                .map(|cast| surroundings::of(&cast.scene.pod.netns))
+                .collect(),
+        }
+    }
+
+    /// The differences to what is wanted, in words; none if equal.
+    fn differences(&self, wanted: &Self) -> Vec<String> {
+        let mut found = self.state.differences(&wanted.state);
+        for (ours, theirs) in self.surroundings.iter().zip(&wanted.surroundings) {
+            let difference = |what: &str, a: &BTreeSet<String>, b: &BTreeSet<String>| {
+                let only = a.difference(b);
+                only.map(|line| format!("{what}: {line}"))
+                    .collect::<Vec<_>>()
+            };
+            found.extend(difference("left over", ours, theirs));
+            found.extend(difference("missing", theirs, ours));
+        }
+        found
     }
 }
 
@@ -227,7 +317,7 @@ pub enum Suffers {
 const REFUSALS: [Errno; 4] = [Errno::ENOMEM, Errno::EPERM, Errno::ENOSPC, Errno::E2BIG];
 
 impl Suffers {
-    fn fault(self, point: usize) -> Fault {
+    pub(crate) fn fault(self, point: usize) -> Fault {
         match self {
             Self::Kill => Fault::Kill { after: point },
             Self::Refusal => Fault::Refuse {
@@ -238,7 +328,7 @@ impl Suffers {
     }
 
     /// Being killed when an object has been made is the same as being killed after the call before.
-    fn minds(self, call: &str) -> bool {
+    pub(crate) fn minds(self, call: &str) -> bool {
         self == Self::Refusal || !MAKING.contains(&call)
     }
 }
@@ -246,7 +336,7 @@ impl Suffers {
 impl Case<'_> {
     /// Has the call suffer at every point, one after another, where `at` holds for the call to the kernel.
     pub fn endure(mut self, suffers: Suffers, at: fn(&str) -> bool) {
-        let rest = State::read();
+        let rest = World::read(&self.casts);
         let resting = Objects::pinned();
         let wanted = self.undisturbed(self.repair, |cast| cast.repaired).1;
         let calls = self.undisturbed(self.command, |cast| cast.new).0;
@@ -267,7 +357,7 @@ impl Case<'_> {
             }
             let used = Objects::pinned().without(&resting);
             (self.restore)(&self.casts);
-            let left = State::read().differences(&rest);
+            let left = World::read(&self.casts).differences(&rest);
             if !left.is_empty() {
                 wrong.push(format!("{name}, then removed: {}", left.join(", ")));
             }
@@ -285,22 +375,20 @@ impl Case<'_> {
         &mut self,
         command: &dyn Fn(&[Cast]) -> Command,
         ends: fn(&Cast) -> Ends,
-    ) -> (Vec<String>, State) {
+    ) -> (Vec<String>, World) {
         (self.prepare)(&self.casts);
         self.meet("before", |cast| vec![cast.old]).unwrap();
         let traced = tracer::run(&command(&self.casts), None);
         assert_eq!(traced.code, Some(0), "{}", traced.errors);
         self.meet("after", |cast| vec![ends(cast)]).unwrap();
-        let state = State::read();
+        let state = World::read(&self.casts);
         (self.restore)(&self.casts);
         (traced.calls, state)
     }
 
     fn suffer(&mut self, fault: Fault) -> Traced {
         (self.prepare)(&self.casts);
-        for cast in &mut self.casts {
-            establish(&mut cast.scene);
-        }
+        self.casts.iter_mut().for_each(Cast::establish);
         tracer::run(&(self.command)(&self.casts), Some(fault))
     }
 
@@ -312,7 +400,7 @@ impl Case<'_> {
             Some(0) if *ended_early < MOST_ENDED_EARLY => *ended_early += 1,
             code => return Err(format!("it ended: {code:?} {}", traced.errors)),
         }
-        self.meet("killed", |cast| vec![cast.old, cast.new])
+        self.meet("killed", Cast::old_or_new)
     }
 
     /// A call that fails says why in one line; one that can do without what it was refused succeeds.
@@ -322,17 +410,17 @@ impl Case<'_> {
         match traced.code {
             Some(0) => self.meet("refused", |cast| vec![cast.new]),
             Some(1) if errors.lines().count() == 1 && errors.starts_with("redirect: ") => self
-                .meet("refused", |cast| vec![cast.old, cast.new])
+                .meet("refused", Cast::old_or_new)
                 .map_err(|error| format!("{error}: {errors}")),
             code => Err(format!("it ended: {code:?} {errors}")),
         }
     }
 
-    fn mend(&mut self, wanted: &State) -> Result<(), String> {
+    fn mend(&mut self, wanted: &World) -> Result<(), String> {
         self.converse("disturbed")?;
         succeed(redirect().arg("status")).or_else(only_a_warning)?;
         succeed(&mut (self.repair)(&self.casts))?;
-        let differences = State::read().differences(wanted);
+        let differences = World::read(&self.casts).differences(wanted);
         if !differences.is_empty() {
             return Err(format!("repaired: {}", differences.join(", ")));
         }
@@ -343,15 +431,16 @@ impl Case<'_> {
     fn converse(&mut self, when: &str) -> Result<(), String> {
         self.casts
             .iter_mut()
-            .try_for_each(|cast| converse(&mut cast.scene, when))
+            .try_for_each(|cast| cast.converse(when))
     }
 
     /// Compares all connections with any of the ends that are allowed.
     fn meet(&mut self, when: &str, allowed: impl Fn(&Cast) -> Vec<Ends>) -> Result<(), String> {
         for cast in &mut self.casts {
             let allowed = allowed(cast);
-            let met = ends(&mut cast.scene).map_err(|error| format!("{when}: {error}"))?;
-            if !allowed.iter().any(|ends| met == ends) {
+            let met = ends(&mut cast.scene, cast.machine.as_mut())
+                .map_err(|error| format!("{when}: {error}"))?;
+            if !allowed.iter().any(|ends| met == **ends) {
                 return Err(format!("{when}: {met:?}, allowed are {allowed:?}"));
             }
         }

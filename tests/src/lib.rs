@@ -17,8 +17,9 @@
 //! | [`envoy`], [`skip`] | a real Envoy in the pod, and what is said where there is none |
 //! | [`follower`] | `redirect log` beside a test |
 //! | [`bpffs`] | a BPF file system of a test's own, and what the loader keeps in it |
-//! | [`tracer`] | running the loader call by call, and killing it after any of them, or refusing it |
-//! | [`faults`] | what a loader leaves that was killed or refused a call |
+//! | [`tracer`] | following a program call by call, and killing it after any of them, refusing it, or holding the program there |
+//! | [`faults`], [`daemon_faults`] | what a loader leaves that was killed or refused a call, and how the daemon goes on |
+//! | [`surroundings`] | what of a pod's network namespace the loader may change |
 //! | [`api_server`], [`daemon`], [`kubernetes`] | a node: the Kubernetes API played, `redirect daemon`, pods as the API tells them |
 //! | [`light`] | pods by the hundred |
 //! | [`foreign`] | somebody else's eBPF program on the same hook |
@@ -45,6 +46,7 @@ pub mod conformance;
 pub mod container;
 pub mod containerd;
 pub mod daemon;
+pub mod daemon_faults;
 pub mod datagram;
 pub mod dial;
 pub mod envoy;
@@ -78,4 +80,5 @@ pub mod sidecar;
 pub mod skip;
 pub mod soak;
 pub mod sockopt;
+pub mod surroundings;
 pub mod tracer;

@@ -1,15 +1,20 @@
-//! Running a program call by call: it is killed right after any call that changes something outside it, or the kernel seems to
-//! refuse that call.
+//! Running a program call by call: it is killed right after any call that changes something outside it, the kernel seems to refuse
+//! that call, or the program is held there while something else happens.
+
+mod calls;
 
 use std::{
     collections::BTreeMap,
     fs,
-    io::{IoSliceMut, Read as _, Write as _},
+    io::{Read as _, Write as _},
     os::unix::process::CommandExt as _,
     process::{Child, Command, Stdio},
-    sync::mpsc::{RecvTimeoutError, channel},
-    thread,
-    time::Duration,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        mpsc::{RecvTimeoutError, channel},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
 };
 
 use nix::{
@@ -17,16 +22,18 @@ use nix::{
     sys::{
         ptrace::{self, Options},
         signal::{Signal, kill},
-        uio::{RemoteIoVec, process_vm_readv},
-        wait::{WaitPidFlag, WaitStatus, waitpid},
+        wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid},
     },
     unistd::Pid,
 };
 
+pub use self::calls::MAKING;
 use crate::patience::patience;
 
-/// No traced run takes longer.
+/// No traced run takes longer, and none waits longer for what it is to do.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How often is looked at threads that are held.
+const LOOK: Duration = Duration::from_millis(1);
 
 /// Waits for the go-ahead, so that no call is made before the tracer is there.
 const GATE: &str = "read -r go && exec \"$@\"";
@@ -46,6 +53,11 @@ pub enum Fault {
         /// What the program is told.
         error: Errno,
     },
+    /// That call, counted from 1, waits until [`Tracer::release`].
+    Hold {
+        /// Which.
+        call: usize,
+    },
 }
 
 /// What came of a traced run.
@@ -63,41 +75,144 @@ pub struct Traced {
 ///
 /// Only variables that were set explicitly are passed on.
 pub fn run(command: &Command, fault: Option<Fault>) -> Traced {
-    let mut child = start(command);
-    let leader = Pid::from_raw(i32::try_from(child.id()).unwrap());
-    let options = Options::PTRACE_O_TRACESYSGOOD
-        | Options::PTRACE_O_TRACECLONE
-        | Options::PTRACE_O_TRACEEXEC
-        | Options::PTRACE_O_EXITKILL;
-    ptrace::seize(leader, options).unwrap();
-    child.stdin.take().unwrap().write_all(b"\n").unwrap();
-
-    let (ended, watched) = channel::<()>();
-    let watchdog = thread::spawn(move || {
-        let late = watched.recv_timeout(patience(PATIENCE)) == Err(RecvTimeoutError::Timeout);
+    let progress = Progress::default();
+    progress.lock().fault = fault;
+    let (started, leader) = channel();
+    thread::scope(|scope| {
+        let (ended, end) = channel();
+        let tracer = scope.spawn(|| {
+            let (ended, started) = (ended, started);
+            let mut child = start(command);
+            let leader = pid_of(child.id());
+            ptrace::seize(leader, OPTIONS).unwrap();
+            started.send(leader).unwrap();
+            child.stdin.take().unwrap().write_all(b"\n").unwrap();
+            follow(leader, &progress);
+            ended.send(()).unwrap();
+            child.wait().unwrap();
+            let mut errors = String::new();
+            // What the program writes fits a pipe's buffer.
+            let mut stderr = child.stderr.take().unwrap();
+            stderr.read_to_string(&mut errors).unwrap();
+            errors
+        });
+        let leader = leader.recv().unwrap();
+        let late = end.recv_timeout(patience(PATIENCE)) == Err(RecvTimeoutError::Timeout);
         if late {
             let _already_gone = kill(leader, Signal::SIGKILL);
         }
-        late
-    });
-    let (calls, code) = follow(leader, fault);
-    // Reaped already, with its threads.
-    let _no_child = child.wait();
-    drop(ended);
-    let late = watchdog.join().unwrap();
-    let mut errors = String::new();
-    // What the program writes fits a pipe's buffer.
-    child
-        .stderr
-        .take()
-        .unwrap()
-        .read_to_string(&mut errors)
-        .unwrap();
-    assert!(!late, "{command:?} hangs after {calls:?}: {errors}");
-    Traced {
-        calls,
-        code,
-        errors,
+        let errors = tracer.join().unwrap();
+        let made = progress.lock();
+        assert!(!late, "{command:?} hangs after {:?}: {errors}", made.calls);
+        Traced {
+            calls: made.calls.clone(),
+            code: made.code,
+            errors,
+        }
+    })
+}
+
+/// A program that runs already, and from now on with all its threads traced.
+///
+/// Until it has ended, nobody else may wait for it: a stop would be taken for its end.
+#[derive(Debug)]
+pub struct Tracer {
+    progress: Arc<Progress>,
+    thread: JoinHandle<()>,
+}
+
+impl Tracer {
+    /// Calls count from now on, and nothing happens to them until [`Self::arm`].
+    pub fn follow(process: u32) -> Self {
+        let progress = Arc::new(Progress::default());
+        let (begun, begin) = channel();
+        let shared = progress.clone();
+        let thread = thread::spawn(move || {
+            let leader = pid_of(process);
+            seize(leader);
+            begun.send(()).unwrap();
+            follow(leader, &shared);
+        });
+        begin.recv().unwrap();
+        Self { progress, thread }
+    }
+
+    /// Calls count anew, and that is to happen to one of them.
+    pub fn arm(&self, fault: Option<Fault>) {
+        let mut made = self.progress.lock();
+        made.calls.clear();
+        (made.fault, made.struck) = (fault, false);
+    }
+
+    /// The calls that it has made so far.
+    pub fn calls(&self) -> Vec<String> {
+        self.progress.lock().calls.clone()
+    }
+
+    /// Whether what was to happen to it has happened.
+    pub fn has_struck(&self) -> bool {
+        self.progress.lock().struck
+    }
+
+    /// Lets no call begin from now on, apart from those that change nothing, and waits for those that have begun.
+    pub fn hold(&self) {
+        self.progress.lock().holds = true;
+        let deadline = Instant::now() + PATIENCE;
+        while self.progress.lock().under_way > 0 && !self.has_ended() {
+            assert!(Instant::now() < deadline, "a call does not end");
+            thread::sleep(LOOK);
+        }
+    }
+
+    /// Lets it go on.
+    pub fn release(&self) {
+        self.progress.lock().holds = false;
+    }
+
+    /// Whether the program has ended.
+    pub fn has_ended(&self) -> bool {
+        self.thread.is_finished()
+    }
+
+    /// Waits until the program has ended, which it has been asked to.
+    pub fn wait(&self) {
+        let deadline = Instant::now() + patience(PATIENCE);
+        while !self.has_ended() {
+            assert!(Instant::now() < deadline, "a traced program does not end");
+            thread::sleep(LOOK);
+        }
+    }
+}
+
+const OPTIONS: Options = Options::PTRACE_O_TRACESYSGOOD
+    .union(Options::PTRACE_O_TRACECLONE)
+    .union(Options::PTRACE_O_TRACEEXEC)
+    .union(Options::PTRACE_O_EXITKILL);
+
+fn pid_of(process: u32) -> Pid {
+    Pid::from_raw(process.cast_signed())
+}
+
+/// Takes hold of all threads: none makes another call untraced.
+fn seize(leader: Pid) {
+    let mut seized = Vec::new();
+    loop {
+        let tasks = fs::read_dir(format!("/proc/{leader}/task")).unwrap();
+        let names = tasks.map(|task| task.unwrap().file_name());
+        let found: Vec<Pid> = names
+            .map(|name| Pid::from_raw(name.to_str().unwrap().parse().unwrap()))
+            .filter(|thread| !seized.contains(thread))
+            .collect();
+        if found.is_empty() {
+            return;
+        }
+        for thread in found {
+            // One that has been started by a thread of ours is seized already.
+            if ptrace::seize(thread, OPTIONS).is_ok() {
+                let _ended_just_now = ptrace::interrupt(thread);
+            }
+            seized.push(thread);
+        }
     }
 }
 
@@ -111,7 +226,7 @@ fn start(command: &Command) -> Child {
             .filter_map(|(name, value)| Some((name, value?))),
     );
     gated
-        // The group tells its threads from the test's other children.
+        // An interrupt from the keyboard is for the test.
         .process_group(0)
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
@@ -120,63 +235,135 @@ fn start(command: &Command) -> Child {
         .unwrap()
 }
 
+/// How far a program has come.
+#[derive(Debug, Default)]
+struct Progress(Mutex<Made>);
+
+#[derive(Debug, Default)]
+struct Made {
+    fault: Option<Fault>,
+    calls: Vec<String>,
+    code: Option<i32>,
+    struck: bool,
+    holds: bool,
+    /// Calls that have begun, and are not held.
+    under_way: usize,
+}
+
+impl Progress {
+    fn lock(&self) -> MutexGuard<'_, Made> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// A call that a thread has begun.
 struct Begun {
     name: String,
     refused: Option<Errno>,
 }
 
-/// Lets the threads run from call to call until all have ended.
-fn follow(leader: Pid, fault: Option<Fault>) -> (Vec<String>, Option<i32>) {
-    let group = Pid::from_raw(-leader.as_raw());
-    let (mut calls, mut code) = (Vec::new(), None);
+/// Lets the threads run from call to call until all have ended. The program itself is left to be waited for.
+fn follow(leader: Pid, progress: &Progress) {
     let mut pending: BTreeMap<Pid, Begun> = BTreeMap::new();
+    let mut held: Vec<Pid> = Vec::new();
     loop {
-        let (thread, signal) = match waitpid(group, Some(WaitPidFlag::__WALL)) {
-            Ok(WaitStatus::PtraceSyscall(thread)) => {
+        if !held.is_empty() && !progress.lock().holds {
+            progress.lock().under_way += held.len();
+            held.drain(..).for_each(|thread| go_on(thread, None));
+        }
+        let stop = match wait(leader, held.is_empty(), progress) {
+            Next::Stop(stop) => stop,
+            Next::Nothing => {
+                thread::sleep(LOOK);
+                continue;
+            }
+            Next::End => return,
+        };
+        match stop {
+            WaitStatus::PtraceSyscall(thread) => {
+                let mut made = progress.lock();
                 if let Some(begun) = pending.remove(&thread) {
                     if let Some(error) = begun.refused {
                         answer(thread, error);
+                        made.struck = true;
                     }
-                    calls.push(begun.name);
-                    if let Some(Fault::Kill { after }) = fault
-                        && after == calls.len()
+                    made.calls.push(begun.name);
+                    made.under_way = made.under_way.saturating_sub(1);
+                    if let Some(Fault::Kill { after }) = made.fault
+                        && after == made.calls.len()
                     {
+                        made.struck = true;
                         let _already_gone = kill(leader, Signal::SIGKILL);
                     }
                 } else if is_entry(thread)
-                    && let Some(name) = lasting(thread)
+                    && let Some(name) = calls::lasting(thread)
                 {
-                    let number = calls.len() + pending.len() + 1;
-                    let refused = match fault {
-                        Some(Fault::Refuse { call, error }) if call == number => Some(error),
-                        _ => None,
-                    };
-                    if refused.is_some() {
-                        skip(thread);
+                    let number = made.calls.len() + pending.len() + 1;
+                    let mut refused = None;
+                    match made.fault {
+                        Some(Fault::Refuse { call, error }) if call == number => {
+                            skip(thread);
+                            refused = Some(error);
+                        }
+                        Some(Fault::Hold { call }) if call == number => {
+                            (made.holds, made.struck) = (true, true);
+                        }
+                        _ => {}
                     }
                     pending.insert(thread, Begun { name, refused });
+                    if made.holds {
+                        held.push(thread);
+                        continue;
+                    }
+                    made.under_way += 1;
                 }
-                (thread, None)
+                drop(made);
+                go_on(thread, None);
             }
-            Ok(WaitStatus::PtraceEvent(thread, _, _)) => (thread, None),
-            Ok(WaitStatus::Stopped(thread, signal)) => (thread, Some(signal)),
-            Ok(WaitStatus::Exited(thread, status)) => {
-                if thread == leader {
-                    code = Some(status);
-                }
-                continue;
-            }
-            Ok(_) => continue,
-            Err(Errno::EINTR) => continue,
-            Err(Errno::ECHILD) => return (calls, code),
-            Err(error) => panic!("waitpid: {error}"),
-        };
-        match ptrace::syscall(thread, signal) {
-            // Killed meanwhile: waitpid tells.
-            Ok(()) | Err(Errno::ESRCH) => (),
-            Err(error) => panic!("ptrace: {error}"),
+            WaitStatus::PtraceEvent(thread, _, _) => go_on(thread, None),
+            WaitStatus::Stopped(thread, signal) => go_on(thread, Some(signal)),
+            _ => {}
         }
+    }
+}
+
+fn go_on(thread: Pid, signal: Option<Signal>) {
+    match ptrace::syscall(thread, signal) {
+        // Killed meanwhile: the next wait tells.
+        Ok(()) | Err(Errno::ESRCH) => (),
+        Err(error) => panic!("ptrace: {error}"),
+    }
+}
+
+enum Next {
+    Stop(WaitStatus),
+    Nothing,
+    End,
+}
+
+/// The next stop of a thread, or end of one. The leader ends last.
+fn wait(leader: Pid, blocks: bool, progress: &Progress) -> Next {
+    // Other threads of this process have other children.
+    let ours = WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD;
+    let mut look = ours | WaitPidFlag::WEXITED | WaitPidFlag::WSTOPPED | WaitPidFlag::WNOWAIT;
+    if !blocks {
+        look |= WaitPidFlag::WNOHANG;
+    }
+    match waitid(Id::All, look) {
+        Ok(WaitStatus::StillAlive) => Next::Nothing,
+        Ok(WaitStatus::Exited(thread, code)) if thread == leader => {
+            progress.lock().code = Some(code);
+            Next::End
+        }
+        Ok(WaitStatus::Signaled(thread, ..)) if thread == leader => Next::End,
+        Ok(seen) => match waitpid(seen.pid(), Some(ours)) {
+            Ok(stop) => Next::Stop(stop),
+            Err(Errno::ECHILD | Errno::EINTR) => Next::Nothing,
+            Err(error) => panic!("waitpid: {error}"),
+        },
+        Err(Errno::EINTR) => Next::Nothing,
+        Err(Errno::ECHILD) => Next::End,
+        Err(error) => panic!("waitid: {error}"),
     }
 }
 
@@ -198,106 +385,4 @@ fn answer(thread: Pid, error: Errno) {
     let mut registers = ptrace::getregs(thread).unwrap();
     registers.rax = i64::from(-(error as i32)).cast_unsigned();
     ptrace::setregs(thread, registers).unwrap();
-}
-
-/// The name of the call that the thread is about to make, if it makes a kernel object or what it does can outlast the process.
-fn lasting(thread: Pid) -> Option<String> {
-    // proc_pid_syscall(5): the number in decimal, then six arguments in hexadecimal.
-    let text = fs::read_to_string(format!("/proc/{thread}/syscall")).ok()?;
-    let mut words = text.split(' ');
-    let number: libc::c_long = words.next()?.parse().ok()?;
-    let arguments: Vec<u64> = words
-        .map_while(|word| u64::from_str_radix(word.trim().strip_prefix("0x")?, 16).ok())
-        .collect();
-    let name = match number {
-        libc::SYS_bpf => return bpf_command(*arguments.first()?),
-        libc::SYS_openat if arguments.get(2)? & O_CREAT != 0 => "openat",
-        libc::SYS_write if is_kernel_file(thread, *arguments.first()?) => "write",
-        libc::SYS_sendto if changes_network(thread, &arguments) => "netlink",
-        libc::SYS_mkdirat => "mkdirat",
-        libc::SYS_renameat | libc::SYS_renameat2 => "rename",
-        libc::SYS_unlinkat => "unlinkat",
-        libc::SYS_linkat => "linkat",
-        libc::SYS_mount | libc::SYS_umount2 => "mount",
-        #[cfg(target_arch = "x86_64")]
-        libc::SYS_mkdir => "mkdir",
-        #[cfg(target_arch = "x86_64")]
-        libc::SYS_rename => "rename",
-        #[cfg(target_arch = "x86_64")]
-        libc::SYS_unlink => "unlink",
-        #[cfg(target_arch = "x86_64")]
-        libc::SYS_rmdir => "rmdir",
-        #[cfg(target_arch = "x86_64")]
-        libc::SYS_link => "link",
-        _ => return None,
-    };
-    Some(name.to_owned())
-}
-
-const O_CREAT: u64 = libc::O_CREAT as u64;
-
-/// Calls that only make an object: until it is pinned or attached it goes with its descriptor.
-pub const MAKING: [&str; 4] = [
-    "bpf MAP_CREATE",
-    "bpf PROG_LOAD",
-    "bpf BTF_LOAD",
-    "bpf OBJ_GET",
-];
-
-fn bpf_command(command: u64) -> Option<String> {
-    let name = match command {
-        0 => "MAP_CREATE",
-        2 => "MAP_UPDATE_ELEM",
-        3 => "MAP_DELETE_ELEM",
-        5 => "PROG_LOAD",
-        6 => "OBJ_PIN",
-        7 => "OBJ_GET",
-        8 => "PROG_ATTACH",
-        9 => "PROG_DETACH",
-        18 => "BTF_LOAD",
-        21 => "MAP_LOOKUP_AND_DELETE_ELEM",
-        26 => "MAP_UPDATE_BATCH",
-        27 => "MAP_DELETE_BATCH",
-        28 => "LINK_CREATE",
-        29 => "LINK_UPDATE",
-        34 => "LINK_DETACH",
-        _ => return None,
-    };
-    Some(format!("bpf {name}"))
-}
-
-/// Whether a descriptor is a file of the kernel's: pins, cgroups, parameters.
-fn is_kernel_file(thread: Pid, descriptor: u64) -> bool {
-    fs::read_link(format!("/proc/{thread}/fd/{descriptor}"))
-        .is_ok_and(|path| path.starts_with("/sys") || path.starts_with("/proc"))
-}
-
-/// Whether `sendto` is a request to netlink that changes something.
-fn changes_network(thread: Pid, arguments: &[u64]) -> bool {
-    // linux/netlink.h: struct nlmsghdr has a 32-bit length, then the type. linux/rtnetlink.h: kinds of four, the third reads.
-    const LENGTH: usize = 6;
-    const GET: u16 = 2;
-    const RTM_BASE: u16 = 16;
-    const SOCK_DIAG_BY_FAMILY: u16 = 20;
-    let &[descriptor, buffer, length, ..] = arguments else {
-        return false;
-    };
-    let is_netlink = fs::read_link(format!("/proc/{thread}/fd/{descriptor}"))
-        .ok()
-        .and_then(|path| {
-            let inode = path.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?;
-            let table = fs::read_to_string(format!("/proc/{thread}/net/netlink")).ok()?;
-            Some(table.lines().any(|line| line.ends_with(inode)))
-        });
-    if is_netlink != Some(true) || length < LENGTH as u64 {
-        return false;
-    }
-    let mut header = [0; LENGTH];
-    let remote = RemoteIoVec {
-        base: usize::try_from(buffer).unwrap(),
-        len: LENGTH,
-    };
-    process_vm_readv(thread, &mut [IoSliceMut::new(&mut header)], &[remote]).unwrap();
-    let kind = u16::from_ne_bytes([header[4], header[5]]);
-    kind >= RTM_BASE && kind % 4 != GET && kind != SOCK_DIAG_BY_FAMILY
 }

@@ -10,7 +10,7 @@ use std::process::Command;
 use redirect_tests::{
     bpffs,
     faults::{
-        Case, Cast, DIRECT, Ends, ISTIO, OTHER, OTHER_OPTIONS,
+        Case, Cast, DIRECT, Ends, INTERFACE, ISTIO, OTHER, OTHER_OPTIONS,
         Suffers::{self, Kill, Refusal},
         THIRD, THIRD_OPTIONS, attach, detach, run,
     },
@@ -21,6 +21,8 @@ use redirect_tests::{
 use rstest::rstest;
 
 const EVERYWHERE: fn(&str) -> bool = |_| true;
+/// Where the programs are loaded already, opening what is pinned is the same for every attachment.
+const CHANGES: fn(&str) -> bool = |call| call != "bpf OBJ_GET";
 const PINS: fn(&str) -> bool = |call| ["unlinkat", "unlink", "rmdir", "rename"].contains(&call);
 
 #[rstest]
@@ -154,6 +156,107 @@ fn collection_of_a_pod_that_vanished(#[values(Kill, Refusal)] suffers: Suffers) 
         }
         .endure(suffers, EVERYWHERE);
     });
+}
+
+/// Connections from outside keep their address.
+const TPROXY: Ends = &[
+    "15001",
+    "15001",
+    "15001",
+    "service",
+    "15006",
+    "15006 in place",
+    "15006 in place",
+];
+const TPROXY_OPTIONS: Options = Options {
+    tproxy: true,
+    ..Options::ISTIO
+};
+
+#[rstest]
+#[case::attach(DIRECT, attach_tproxy, TPROXY)]
+#[case::change_of_mode(OTHER, attach_tproxy, TPROXY)]
+#[case::change_back(TPROXY, attach_other, OTHER)]
+#[case::detach(TPROXY, detach_first, DIRECT)]
+fn tproxy(
+    #[values(Kill, Refusal)] suffers: Suffers,
+    #[case] old: Ends,
+    #[case] command: fn(&[Cast]) -> Command,
+    #[case] new: Ends,
+) {
+    let cast = || Cast::new(old, new, new);
+    endure_beside_another(cast, suffers, command, &move |casts| {
+        if old == TPROXY {
+            run(&mut attach_tproxy(casts));
+        } else if old == OTHER {
+            run(&mut attach_other(casts));
+        }
+    });
+}
+
+/// With a virtual machine that is not captured.
+const ISTIO_ALONE: Ends = &[
+    "15001", "15001", "15001", "service", "15006", "15006", "15006", "service", "service",
+];
+const MACHINE: Ends = &[
+    "15001", "15001", "15001", "service", "15006", "15006", "15006", "15001", "15001",
+];
+const MACHINE_OPTIONS: Options = Options {
+    virtual_interfaces: INTERFACE,
+    ..Options::ISTIO
+};
+const MACHINE_DIRECT: Ends = &[
+    "service", "service", "service", "service", "app", "app", "app", "service", "service",
+];
+
+#[rstest]
+#[case::attach(MACHINE_DIRECT, attach_machine, MACHINE)]
+#[case::added(ISTIO_ALONE, attach_machine, MACHINE)]
+#[case::removed(MACHINE, attach_istio, ISTIO_ALONE)]
+#[case::detach(MACHINE, detach_first, MACHINE_DIRECT)]
+fn virtual_machine(
+    #[values(Kill, Refusal)] suffers: Suffers,
+    #[case] old: Ends,
+    #[case] command: fn(&[Cast]) -> Command,
+    #[case] new: Ends,
+) {
+    let cast = || Cast::new(old, new, new).with_machine();
+    endure_beside_another(cast, suffers, command, &move |casts| {
+        if old == MACHINE {
+            run(&mut attach_machine(casts));
+        } else if old == ISTIO_ALONE {
+            run(&mut attach_istio(casts));
+        }
+    });
+}
+
+/// Another pod stays attached throughout, so that the programs stay loaded.
+fn endure_beside_another(
+    cast: impl FnOnce() -> Cast + Send,
+    suffers: Suffers,
+    command: fn(&[Cast]) -> Command,
+    prepare: &(dyn Fn(&[Cast]) + Sync),
+) {
+    bpffs::private(|| {
+        let casts = vec![cast(), Cast::bystander(THIRD)];
+        run(&mut attach(&casts[1].scene, &THIRD_OPTIONS));
+        Case {
+            casts,
+            prepare,
+            command: &command,
+            repair: &command,
+            restore: &|casts| run(&mut detach_first(casts)),
+        }
+        .endure(suffers, CHANGES);
+    });
+}
+
+fn attach_tproxy(casts: &[Cast]) -> Command {
+    attach(&casts[0].scene, &TPROXY_OPTIONS)
+}
+
+fn attach_machine(casts: &[Cast]) -> Command {
+    attach(&casts[0].scene, &MACHINE_OPTIONS)
 }
 
 fn attach_istio(casts: &[Cast]) -> Command {

@@ -8,11 +8,17 @@
     reason = "a test panics where it fails, also in its helpers"
 )]
 
+use std::net::Ipv4Addr;
+
 use redirect_tests::{
+    actor::Actor,
     backend::Backend::Redirect,
-    bpffs, loader,
+    bpffs,
+    daemon::out,
+    loader,
     options::Options,
-    protocol::Listen,
+    pod::Pod,
+    protocol::{Identity, Listen},
     scene::{Scene, wildcards},
 };
 use rstest::rstest;
@@ -57,4 +63,29 @@ fn detach_forgets_listeners_of_former_ports_too() {
         assert_eq!(ports(cookies[0]), [0; 0]);
         assert_eq!(ports(cookies[1]), [15001, 15006]);
     });
+}
+
+/// There is room for eight on a port. Those of the application come first by address, and none of them serves the pod's own connections.
+#[rstest]
+#[case::by_user(Identity::new(1337, 4000), "15001")]
+#[case::by_group(Identity::new(4000, 1337), "15001")]
+#[case::neither(Identity::new(4000, 4000), "ECONNREFUSED")]
+fn listeners_of_the_proxy_come_first(#[case] proxy: Identity, #[case] who: &str) {
+    let mut scene = Scene::without_proxy(Pod::new(), &Options::ISTIO);
+    for number in 1..=8 {
+        let address = Ipv4Addr::new(10, 255, 255, number);
+        scene.pod.netns.ip(&format!("addr add {address}/32 dev lo"));
+        scene
+            .app
+            .listen(Listen::new("app", (address, 15001).into()));
+    }
+    let mut proxy = Actor::start(
+        &scene.pod.netns.path(),
+        Some(scene.pod.cgroup.child("sidecar")),
+        proxy,
+    );
+    proxy.listen(Listen::new("15001", (Ipv4Addr::LOCALHOST, 15001).into()));
+    assert_eq!(out(&mut scene, 80), "service");
+    scene.attach(Redirect, &Options::ISTIO);
+    assert_eq!(out(&mut scene, 80), who);
 }

@@ -20,11 +20,10 @@ pub fn is_settled(request: &Request) -> Result<bool> {
     if request.policy.mode != Mode::Redirect || !request.policy.virtual_interfaces.is_empty() {
         return Ok(false);
     }
-    let Wanted {
-        mut config, notes, ..
-    } = Wanted::of(request)?;
+    let wanted = Wanted::of(request)?;
     let table = routing_table(&request.netns)?;
-    config.foreign_buckets = settings::foreign_buckets(&table);
+    let config = wanted.config(&request.policy, &request.proxy, wanted.notes.ipv6, &table)?;
+    let notes = wanted.notes;
     let routes = settings::route_entries(notes.netns_cookie, &table);
     let Some(pins) = Pins::open_existing()? else {
         return Ok(false);

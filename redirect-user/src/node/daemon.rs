@@ -21,6 +21,7 @@ use super::pods::{self, Pods};
 use super::reports::{self, Reports};
 use super::socket::{Server, Socket};
 use crate::observe::mounts;
+use crate::pins::Claim;
 
 /// How the daemon runs.
 #[derive(Clone, Debug)]
@@ -58,6 +59,7 @@ async fn serve(settings: Settings) -> Result<()> {
     let mut terminated = signal(SignalKind::terminate())?;
     let mut interrupted = signal(SignalKind::interrupt())?;
     mounts::node()?;
+    let _claim = Claim::new()?;
     let client = client(&settings).await?;
     let listener = TcpListener::bind(settings.metrics)
         .await

@@ -77,6 +77,8 @@ pub struct Keeper {
     known: HashMap<String, Known>,
     /// What the daemon has attached, by UID: cgroup id and notes.
     attached: HashMap<String, (u64, Notes)>,
+    /// Whether that could not be read when it was last to be.
+    is_stale: bool,
     /// When the plugin told of which pod: the API may be behind.
     added: HashMap<String, Instant>,
     /// When the API has last told anything of the node's pods.
@@ -107,6 +109,7 @@ impl Keeper {
             synced: false,
             known: HashMap::new(),
             attached: HashMap::new(),
+            is_stale: false,
             added: HashMap::new(),
             heard: None,
             due: HashMap::new(),
@@ -211,11 +214,7 @@ impl Keeper {
         let nothing = Told::default();
         let proxy = Proxy::AsBefore(notes.proxy.clone());
         let attempt = self.attach(&pod, uid, (&notes.policy, &proxy), &nothing, Some(&notes));
-        let name = PodName {
-            namespace: pod.namespace,
-            name: pod.name,
-            uid: Some(pod.uid),
-        };
+        let name = name_of(&pod);
         let known = self
             .known
             .entry(uid.to_owned())
@@ -248,7 +247,9 @@ impl Keeper {
     }
 
     fn read_attached(&mut self) {
-        match status::attached() {
+        let records = status::attached();
+        self.is_stale = records.is_err();
+        match records {
             Ok(records) => {
                 self.attached = records
                     .into_iter()
@@ -262,8 +263,25 @@ impl Keeper {
         }
     }
 
+    /// Makes sure that what is attached is known: without, a pod would stay captured that is to be let go.
+    fn refresh(&mut self) -> Result<(), String> {
+        if self.is_stale {
+            self.read_attached();
+        }
+        if self.is_stale {
+            return Err("what is attached cannot be read".to_owned());
+        }
+        Ok(())
+    }
+
     /// Makes one pod what it should be.
     fn reconcile(&mut self, uid: &str) {
+        if let Err(error) = self.refresh() {
+            return match self.pods.get(uid) {
+                Some(pod) => self.enter(uid, &pod, State::Failed(error)),
+                None => self.look_at(uid.to_owned(), LEAVING),
+            };
+        }
         let pod = match self.pods.get(uid) {
             Some(pod) if !pods::is_finished(&pod) => pod,
             None if !self.synced => return self.hold(uid),
@@ -271,10 +289,10 @@ impl Keeper {
         };
         let decision = decide(&pod, &self.rules);
         let state = match &decision {
-            Decision::Skip(skip) => {
-                self.let_go(uid);
-                State::Skipped(skip.clone())
-            }
+            Decision::Skip(skip) => match self.let_go(uid) {
+                Ok(()) => State::Skipped(skip.clone()),
+                Err(error) => State::Failed(error),
+            },
             Decision::Invalid(error) => {
                 // A mistake in an annotation must not end a capture: the last policy holds.
                 let last = self
@@ -334,7 +352,17 @@ impl Keeper {
             .filter(|path| path.is_dir())
             .or_else(|| self.find_cgroup(on_node));
         let begun = Instant::now();
-        let attempt = place::attach(pod.clone(), policy, proxy, told, found.as_deref(), notes);
+        let known = self.known.get(&pod.uid);
+        let has_failed = known.is_some_and(|known| matches!(known.state, State::Failed(_)));
+        let attempt = place::attach(
+            pod.clone(),
+            policy,
+            proxy,
+            told,
+            found.as_deref(),
+            notes,
+            has_failed,
+        );
         let (namespace, name, uid) = (&pod.namespace, &pod.name, &pod.uid);
         match &attempt {
             Ok(Attempt::Done(outcome)) => {
@@ -397,15 +425,27 @@ impl Keeper {
 
     /// The pod has gone from the API, or has ended. What still runs of it stays captured: it must not get out by that.
     fn depart(&mut self, uid: &str) {
-        self.known.remove(uid);
+        let known = self.known.remove(uid);
+        if let Some((_, notes)) = self.attached.get(uid) {
+            let name = notes.pod.as_ref().map(name_of);
+            if place::is_alive(notes) || self.is_new(uid) {
+                self.look_at(uid.to_owned(), LEAVING);
+            } else if let (Err(error), Some(name)) = (self.let_go(uid), name) {
+                // Shown until nothing is left of it.
+                let known = known.unwrap_or_else(|| Known::new(name, State::Captured));
+                self.known.insert(uid.to_owned(), known);
+                self.fail(uid, error);
+            }
+        }
         self.count_pods();
-        let Some((_, notes)) = self.attached.get(uid) else {
-            return;
-        };
-        if place::is_alive(notes) || self.is_new(uid) {
-            self.look_at(uid.to_owned(), LEAVING);
-        } else {
-            self.let_go(uid);
+    }
+
+    /// Something has gone wrong with a pod that is known: it is tried again.
+    fn fail(&mut self, uid: &str, error: String) {
+        if let Some(known) = self.known.get_mut(uid) {
+            known.enter(State::Failed(error));
+            let after = known.pause(RETRY, RETRY_MAX);
+            self.look_at(uid.to_owned(), after);
         }
     }
 
@@ -415,14 +455,14 @@ impl Keeper {
         added.is_some_and(|added| may_be_behind(self.heard, *added))
     }
 
-    /// Detaches a pod, if it is attached.
-    fn let_go(&mut self, uid: &str) {
+    /// Detaches a pod, if it is attached. The error is in words.
+    fn let_go(&mut self, uid: &str) -> Result<(), String> {
         let Some((cgroup_id, notes)) = self.attached.get(uid).cloned() else {
-            return;
+            return Ok(());
         };
         // Its counters go with it.
         self.observe_traffic();
-        match place::detach(cgroup_id, &notes) {
+        match detach::detach(cgroup_id) {
             Ok(_) => {
                 if let Some(pod) = &notes.pod {
                     let KubernetesPod {
@@ -431,11 +471,15 @@ impl Keeper {
                     tracing::info!(namespace, name, uid, "detached");
                 }
                 self.attached.remove(uid);
+                Ok(())
             }
             Err(error) => {
                 self.metrics.trouble(Trouble::Detach);
-                tracing::warn!(uid, "detaching: {error:#}");
+                let error = format!("detaching: {error:#}");
+                tracing::warn!(uid, error, "not detached");
+                // For those who ask once only.
                 self.look_at(uid.to_owned(), RETRY_MAX);
+                Err(error)
             }
         }
     }
@@ -461,6 +505,14 @@ fn state_after(attempt: anyhow::Result<Attempt>) -> State {
         Ok(Attempt::Done(_)) => State::Captured,
         Ok(Attempt::NotYet(missing)) => State::Waiting(missing),
         Err(error) => State::Failed(format!("{error:#}")),
+    }
+}
+
+fn name_of(pod: &KubernetesPod) -> PodName {
+    PodName {
+        namespace: pod.namespace.clone(),
+        name: pod.name.clone(),
+        uid: Some(pod.uid.clone()),
     }
 }
 

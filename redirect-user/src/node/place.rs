@@ -9,9 +9,9 @@ use crate::observe::cgroup::Cgroup;
 use crate::observe::netns::NetworkNamespace;
 use crate::observe::{containers, mounts, node_pods};
 use crate::options::Policy;
+use crate::passthrough;
 use crate::proxy::{ProxyContainer, ProxyIdentity};
 use crate::record::{KubernetesPod, Notes};
-use crate::{detach, passthrough};
 
 /// Where a pod is, as far as somebody has told.
 #[derive(Clone, Debug, Default)]
@@ -42,7 +42,8 @@ pub enum Attempt {
     NotYet(&'static str),
 }
 
-/// Attaches a pod. `found` is its cgroup if it has been looked for, `notes` are those of the last time.
+/// Attaches a pod. `found` is its cgroup if it has been looked for, `notes` are those of the last time;
+/// `has_failed` says whether it then failed.
 pub fn attach(
     pod: KubernetesPod,
     policy: &Policy,
@@ -50,6 +51,7 @@ pub fn attach(
     told: &Told,
     found: Option<&Path>,
     notes: Option<&Notes>,
+    has_failed: bool,
 ) -> Result<Attempt> {
     let told_cgroup = told.cgroup.as_deref().map(below_mountpoint).transpose()?;
     let Some(path) = told_cgroup
@@ -89,8 +91,8 @@ pub fn attach(
         policy: policy.clone(),
         proxy,
     };
-    // Nearly always, and a node has many pods.
-    let outcome = if attach::is_settled(&request)? {
+    // Nearly always, and a node has many pods. An attempt that failed may have left something.
+    let outcome = if !has_failed && attach::is_settled(&request)? {
         Outcome::Unchanged
     } else {
         attach::attach(&request)?
@@ -122,27 +124,12 @@ fn container(pod: &Cgroup, id: &str) -> Result<Option<ProxyContainer>> {
     }))
 }
 
-/// Detaches a pod. False if it was not attached.
-pub fn detach(cgroup_id: u64, notes: &Notes) -> Result<bool> {
-    let was = detach::detach(cgroup_id)?;
-    if let Some(netns) = recorded_namespace(notes).filter(|_| notes.ipv6) {
-        passthrough::remove(&netns)?;
-    }
-    Ok(was)
-}
-
 /// Whether any process of the pod lives, or may live.
 pub fn is_alive(notes: &Notes) -> bool {
     match Cgroup::open(&notes.cgroup) {
         Ok(cgroup) => cgroup.is_populated().unwrap_or(true),
         Err(_) => notes.cgroup.exists(),
     }
-}
-
-/// The namespace by the path it was attached with, if that still means the same.
-pub fn recorded_namespace(notes: &Notes) -> Option<NetworkNamespace> {
-    let netns = NetworkNamespace::open(notes.netns.as_ref()).ok()?;
-    (netns.inode() == notes.netns_inode).then_some(netns)
 }
 
 /// The pods' cgroups, by uid.
@@ -159,7 +146,7 @@ fn namespace(
     if let Some(path) = told {
         return Ok(Some(NetworkNamespace::open(path)?));
     }
-    let recorded = notes.and_then(recorded_namespace);
+    let recorded = notes.and_then(Notes::namespace);
     let Some(found) = node_pods::namespace(cgroup)? else {
         return Ok(recorded);
     };

@@ -17,10 +17,17 @@ impl Keeper {
             return failed("the pod has no UID".to_owned(), true);
         };
         self.added.insert(uid.clone(), Instant::now());
+        if let Err(error) = self.refresh() {
+            self.enter(&uid, pod, State::Failed(error.clone()));
+            return failed(error, true);
+        }
         let policy = match decide(pod, &self.rules) {
             Decision::Capture(policy) => policy,
             Decision::Skip(skip) => {
-                self.let_go(&uid);
+                if let Err(error) = self.let_go(&uid) {
+                    self.enter(&uid, pod, State::Failed(error.clone()));
+                    return failed(error, true);
+                }
                 let reason = skip.to_string();
                 self.enter(&uid, pod, State::Skipped(skip));
                 return skipped(reason);
@@ -67,6 +74,9 @@ impl Keeper {
             return skipped(skip.to_string());
         }
         self.read_attached();
+        if let Err(error) = self.refresh() {
+            return failed(error, true);
+        }
         let uid = pods::uid(pod).unwrap_or_default();
         let Some((_, notes)) = self.attached.get(uid) else {
             return failed("the pod is not attached".to_owned(), false);
@@ -88,6 +98,9 @@ impl Keeper {
     /// A sandbox goes. It may have gone long ago, and the pod may have another one by now.
     pub(super) fn del(&mut self, gone: &Gone) -> Answer {
         self.read_attached();
+        if let Err(error) = self.refresh() {
+            return failed(error, true);
+        }
         let uids: Vec<String> = self
             .attached
             .iter()
@@ -96,9 +109,8 @@ impl Keeper {
             .collect();
         for uid in &uids {
             self.added.remove(uid);
-            self.let_go(uid);
-            if self.attached.contains_key(uid) {
-                return failed("the pod could not be detached".to_owned(), true);
+            if let Err(error) = self.let_go(uid) {
+                return failed(error, true);
             }
         }
         done(Outcome::Ok)
@@ -118,7 +130,8 @@ impl Keeper {
             .map(|(uid, _)| uid.clone())
             .collect();
         for uid in uids {
-            self.let_go(&uid);
+            // It is tried again without being asked.
+            let _told_already = self.let_go(&uid);
         }
         done(Outcome::Ok)
     }
@@ -138,7 +151,7 @@ fn ends(notes: &Notes, gone: &Gone) -> bool {
             let netns = gone.netns.as_deref().map(NetworkNamespace::open);
             let is_netns = match netns {
                 Some(Ok(netns)) => netns.inode() == notes.netns_inode,
-                _ => place::recorded_namespace(notes).is_none(),
+                _ => notes.namespace().is_none(),
             };
             named && is_uid && is_netns && !place::is_alive(notes)
         }

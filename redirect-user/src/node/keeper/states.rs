@@ -21,7 +21,7 @@ pub(super) enum State {
     Waiting(&'static str),
     /// Its annotations cannot be read.
     Invalid(String),
-    /// It could not be attached.
+    /// It could not be attached, or not be detached.
     Failed(String),
 }
 

@@ -1,0 +1,113 @@
+//! Handing over the listeners of a proxy that began to listen before it was attached.
+
+use std::collections::HashSet;
+use std::net::IpAddr;
+use std::os::fd::AsRawFd;
+
+use anyhow::{Context, Result};
+use nix::sys::stat::fstat;
+use redirect_common::connection::SocketState;
+use redirect_common::decide::{Owner, is_proxy};
+use redirect_common::listener::{LISTENER_SLOTS, ListenerKey};
+use redirect_common::pod::PodConfig;
+use redirect_common::route::{ROUTE_LOCAL, ROUTE_PREFIX_BITS, RouteKey};
+
+use super::Request;
+use crate::observe::cgroup::Cgroup;
+use crate::observe::listeners::{Listener, Listeners, listeners};
+use crate::options::Policy;
+use crate::proxy::ProxyIdentity;
+use crate::record::Notes;
+use crate::tables::{RoutePrefix, Tables};
+
+/// Finds the listeners that were there before the sockops program was, and hands them over: the
+/// proxy's first, as there is room for some only.
+pub(super) fn find_listeners(
+    tables: &Tables,
+    request: &Request,
+    notes: &Notes,
+    config: &PodConfig,
+) -> Result<Listeners> {
+    let in_container = match &request.proxy {
+        ProxyIdentity::Container {
+            container: Some(container),
+        } => Cgroup::open(&container.cgroup).and_then(|cgroup| cgroup.processes()),
+        _ => Ok(Vec::new()),
+    };
+    // It may have ended.
+    let in_container = in_container.unwrap_or_default();
+    let of_proxy = |listener: &Listener| {
+        // A socket's inode has the ids of whoever created it.
+        let owner = fstat(&listener.fd).ok().map(|inode| Owner {
+            uid: inode.st_uid,
+            gid: inode.st_gid,
+        });
+        is_proxy(config, owner, in_container.contains(&listener.pid))
+    };
+    let ports: Vec<u16> = request.policy.listeners().map(|(port, _)| port).collect();
+    let found = listeners(&request.netns, &ports)?;
+    for port in ports.into_iter().collect::<HashSet<_>>() {
+        let mut on_port = Vec::new();
+        for listener in &found.found {
+            if listener.address.port() == port
+                && is_reachable(tables, notes.netns_cookie, listener.address.ip())?
+            {
+                on_port.push(listener);
+            }
+        }
+        on_port.sort_by_key(|listener| !of_proxy(listener));
+        for (slot, listener) in (0..LISTENER_SLOTS).zip(on_port) {
+            let key = ListenerKey::new(notes.netns_cookie, port, slot);
+            let fd = listener.fd.as_raw_fd() as u32;
+            let inherited = if port == request.policy.inbound_port {
+                tables.sockets.set(&fd, &SocketState::of_listener(port))
+            } else {
+                Ok(())
+            };
+            let address = listener.address;
+            match inherited.and_then(|()| tables.listeners.set(&key, &fd)) {
+                // It does not listen any more, or is of another protocol, such as MPTCP.
+                Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                    tracing::warn!("cannot hand over the listener {address}: {error}");
+                }
+                // Without it all that is captured would be refused.
+                handed => handed.with_context(|| format!("handing over the listener {address}"))?,
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Whether what is bound there gets connections: `IP_FREEBIND` lets everybody bind addresses that are
+/// not the pod's.
+fn is_reachable(tables: &Tables, netns_cookie: u64, address: IpAddr) -> Result<bool> {
+    if address.is_unspecified() || address.is_loopback() {
+        return Ok(true);
+    }
+    let key = RoutePrefix {
+        prefix_bits: ROUTE_PREFIX_BITS + 128,
+        data: RouteKey::new(netns_cookie, address.into()),
+    };
+    let route = tables.routes.get(&key).context("reading ROUTES")?;
+    Ok(route.is_some_and(|route| route.flags & ROUTE_LOCAL != 0))
+}
+
+pub(super) fn warn_about_listeners(found: &Listeners, policy: &Policy) {
+    for listener in &found.unreachable {
+        tracing::warn!(
+            "the listener on {} cannot be reached: until it is opened again, connections to it are refused",
+            listener.address
+        );
+    }
+    for (port, what) in policy.listeners() {
+        if !found
+            .found
+            .iter()
+            .any(|listener| listener.address.port() == port)
+        {
+            tracing::info!(
+                "no proxy listens on port {port} yet: captured {what} are refused until one does"
+            );
+        }
+    }
+}
