@@ -23,7 +23,7 @@ pub struct Options {
     /// Run only tests whose name contains this
     filter: Option<String>,
     /// How many kernel-level tests run at once: they share the machine's global state
-    #[arg(long, value_name = "N", default_value_t = 2)]
+    #[arg(long, value_name = "N", default_value_t = 3)]
     threads: usize,
 }
 
