@@ -8,7 +8,10 @@
     reason = "a test panics where it fails, also in its helpers"
 )]
 
-use std::time::{Duration, Instant};
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
 
 use redirect_tests::{
     api_server::ApiServer,
@@ -88,6 +91,8 @@ fn node_with_250_pods_is_captured_and_left_alone_then() {
         let before = daemon.usage();
         let all = looked + u32::from(PODS);
         daemon.until_within(PATIENCE, "all have been looked at again", || {
+            // To ask is work for it too.
+            thread::sleep(Duration::from_secs(3));
             (attaches(&daemon, "unchanged") >= all).then_some(())
         });
         let looks = attaches(&daemon, "unchanged") - looked;
