@@ -147,11 +147,10 @@ fn build() -> Result<Command> {
     Ok(command)
 }
 
-/// `cargo xtask image`, for the test of the DaemonSet's pod.
+/// For the test of the DaemonSet's pod. By cargo: the build has replaced this program's file.
 fn image() -> Result<Command> {
-    let this = std::env::current_exe().context("cannot find this program's own file")?;
-    let mut command = Command::new(this);
-    command.arg("image");
+    let mut command = cargo::at_root()?;
+    command.args(["xtask", "image"]);
     Ok(command)
 }
 
