@@ -279,7 +279,7 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         Ok(outcome) => {
             // Whatever the outcome: a call that was killed, or a pod that has gone, may have left something.
             collect::unused_lists(&tables)?;
-            collect::unused_builds(&pins, &noted)?;
+            collect::unused_builds(&pins, &noted, true)?;
             Ok(outcome)
         }
         Err(error) => {

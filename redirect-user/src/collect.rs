@@ -6,6 +6,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use redirect_common::POLICY_LAYOUT_VERSION;
 
 use crate::detach;
 use crate::layouts;
@@ -78,14 +79,18 @@ pub(crate) fn unused_lists(tables: &Tables) -> Result<()> {
         .context("writing LISTS")
 }
 
-/// Unpins the programs of all builds, and the maps of all layouts, but of this one and of those that `others` are recorded
-/// with. A link that still runs another program, since an upgrade was killed, keeps it.
-pub(crate) fn unused_builds(pins: &Pins, others: &[(u64, Notes)]) -> Result<()> {
-    let mut builds = vec![programs::build_id()];
-    builds.extend(others.iter().map(|(_, notes)| notes.build));
+/// Unpins the programs of all builds, and the maps of all layouts, that no pod in `noted` is recorded with, and that this build
+/// does not need itself. A link that still runs another program, since an upgrade was killed, keeps it.
+pub(crate) fn unused_builds(pins: &Pins, noted: &[(u64, Notes)], needs_own: bool) -> Result<()> {
+    let mut builds: Vec<u64> = noted.iter().map(|(_, notes)| notes.build).collect();
+    let mut layouts: Vec<u32> = noted.iter().map(|(_, notes)| notes.layout).collect();
+    if needs_own {
+        builds.push(programs::build_id());
+        layouts.push(POLICY_LAYOUT_VERSION);
+    }
     pins.programs_but(&builds)?
         .iter()
         .try_for_each(|directory| pins.withdraw(directory))?;
     // After the programs: these would go on with maps that are no longer found.
-    layouts::remove_unused(pins, others.iter().map(|(_, notes)| notes.layout))
+    layouts::remove_unused(pins, &layouts)
 }

@@ -124,11 +124,15 @@ pub(crate) fn one(
 
 /// Removes what no pod uses any more.
 fn finish(pins: &Pins, tables: &Tables) -> Result<()> {
-    if pins.pods()?.is_empty() {
+    let linked = pins.pods()?;
+    if linked.is_empty() {
         return pins.remove_all();
     }
-    collect::unused_builds(pins, &record::all(tables)?)?;
-    collect::unused_lists(tables)
+    collect::unused_lists(tables)?;
+    let noted = record::all(tables)?;
+    // A pod whose notes cannot be read may be this build's.
+    let is_noted = |id: &u64| noted.iter().any(|(noted, _)| noted == id);
+    collect::unused_builds(pins, &noted, !linked.iter().all(is_noted))
 }
 
 fn wait_for_handshakes(tables: &Tables, netns_cookie: u64) -> Result<()> {

@@ -110,11 +110,9 @@ pub(crate) fn leave(pins: &Pins, notes: &Notes, others: &[(u64, Notes)]) -> Resu
     Ok(())
 }
 
-/// Unpins the maps of all layouts but this one's and those `used`: what pods are recorded with.
-pub(crate) fn remove_unused(pins: &Pins, used: impl IntoIterator<Item = u32>) -> Result<()> {
-    let mut layouts = vec![POLICY_LAYOUT_VERSION];
-    layouts.extend(used);
-    pins.renewed_but(&layouts)?
+/// Unpins the maps of all layouts but those `used`: what pods are recorded with.
+pub(crate) fn remove_unused(pins: &Pins, used: &[u32]) -> Result<()> {
+    pins.renewed_but(used)?
         .iter()
         .try_for_each(|directory| pins.withdraw(directory))
 }

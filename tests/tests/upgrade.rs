@@ -109,6 +109,24 @@ fn another_build_takes_over_without_an_uncaptured_moment(#[values(V4, V6)] famil
 }
 
 #[rstest]
+fn build_goes_with_its_last_pod_also_if_that_build_detaches_it() {
+    let other = OtherBuild::new();
+    bpffs::private(|| {
+        let (mut stays, goes) = (Scene::new(), Scene::new());
+        attach(other.redirect(), &stays.pod);
+        let alone = bpffs::pins();
+        assert_eq!(builds(), 1);
+        attach(redirect(), &goes.pod);
+        assert_eq!(builds(), 2);
+        let detached = detach(goes.pod.cgroup.path());
+        assert!(detached.status.success(), "{}", errors(&detached));
+        assert_eq!(bpffs::pins(), alone);
+        let to = stays.address(V4, To::Service(80));
+        assert_eq!(stays.app.dial(&Dial::new(V4, to)).outcome(), "15001");
+    });
+}
+
+#[rstest]
 fn old_build_stays_until_its_last_pod_is_upgraded() {
     let other = OtherBuild::new();
     bpffs::private(|| {

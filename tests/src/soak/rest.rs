@@ -112,7 +112,8 @@ impl Soak<'_> {
         let Some(State::Attached { life, .. }) = cast.history.settled() else {
             return;
         };
-        let tally = std::mem::take(&mut self.tallies[index]);
+        let next = self.tallies[index].next();
+        let tally = std::mem::replace(&mut self.tallies[index], next);
         let counted = match counters(cast) {
             Ok(counted) => counted,
             Err(why) => return self.report.wrong(index, &why),
@@ -141,9 +142,10 @@ impl Soak<'_> {
         for event in self.everywhere(ATTACH) {
             self.happen(event);
         }
-        for cast in &mut self.casts {
+        for (cast, tally) in self.casts.iter_mut().zip(&mut self.tallies) {
             cast.retire();
             let held = std::mem::take(&mut cast.held);
+            tally.released(held.len());
             for (caller, holder) in &mut cast.holders {
                 let numbers = held.keys().filter(|key| key.0 == *caller);
                 let release = Request::Release(numbers.map(|key| key.1).collect());

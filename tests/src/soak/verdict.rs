@@ -42,6 +42,8 @@ pub struct Verdict {
 pub struct Tally {
     lives: BTreeMap<u32, Bounds>,
     strays: u64,
+    /// Strays of the time before: the last of them may come late.
+    earlier: u64,
     broken: u64,
 }
 
@@ -66,7 +68,7 @@ impl Tally {
                 let least = get(&bounds.least, label);
                 let more = match label {
                     NO_LISTENER => self.broken,
-                    _ if label.starts_with("inbound-") => self.strays,
+                    _ if label.starts_with("inbound-") => self.strays + self.earlier,
                     _ => 0,
                 };
                 let most = get(&bounds.most, label) + more;
@@ -76,11 +78,26 @@ impl Tally {
             .collect()
     }
 
+    /// To go on with once the counters have been compared.
+    pub fn next(&self) -> Self {
+        Self {
+            earlier: self.strays,
+            ..Self::default()
+        }
+    }
+
     /// How many connections may or may not have been counted.
     pub fn unsure(&self, life: u32) -> u64 {
         let sum = |of: &BTreeMap<&'static str, u64>| of.values().sum::<u64>();
         let bounds = self.lives.get(&life);
-        bounds.map_or(0, |bounds| sum(&bounds.most) - sum(&bounds.least)) + self.strays
+        bounds.map_or(0, |bounds| sum(&bounds.most) - sum(&bounds.least))
+            + self.strays
+            + self.earlier
+    }
+
+    /// So many connections have been closed all at once: the last segment of each may come after it has gone.
+    pub const fn released(&mut self, connections: usize) {
+        self.strays += connections as u64;
     }
 
     /// So many segments were sent again: one may have come after its connection had gone.
