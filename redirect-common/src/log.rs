@@ -1,4 +1,4 @@
-//! What the programs tell while somebody listens: who listens, and what is told about a decision.
+//! What the programs tell while somebody listens: who listens, what is told about a decision, and what may go wrong.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -47,6 +47,53 @@ impl Follower {
     #[inline(always)]
     pub const fn reads_at(&self, now_ns: u64) -> bool {
         now_ns < self.until_ns
+    }
+}
+
+/// What may go wrong with one connection. Programs write the number, since the verifier walks every byte of a text again in each
+/// program that may write it; readers have the words.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// It is captured, and finds no listener of the proxy.
+    NoListener = 0,
+    /// It is to be captured, and goes where no route was known at attach.
+    NoRoute = 1,
+    /// It could not be announced to its accepting end.
+    FlowLost = 2,
+    /// The kernel has no memory to remember its socket by.
+    SocketStorageRefused = 3,
+    /// It is a virtual machine's, and would have to be captured, and cannot be.
+    MachineDropped = 4,
+    /// All slots that could stand for a DNS query stand for others.
+    NoDnsSlot = 5,
+}
+
+impl Trouble {
+    /// All of them, by number.
+    pub const ALL: [Self; 6] = [
+        Self::NoListener,
+        Self::NoRoute,
+        Self::FlowLost,
+        Self::SocketStorageRefused,
+        Self::MachineDropped,
+        Self::NoDnsSlot,
+    ];
+
+    /// What has become of the connection.
+    pub const fn text(self) -> &'static str {
+        match self {
+            Self::NoListener => "refused: no proxy listens where it is to go",
+            Self::NoRoute => "refused: no route was known there at attach",
+            Self::FlowLost => "refused: it could not be written to FLOWS",
+            Self::SocketStorageRefused => "no memory for the socket's storage",
+            Self::MachineDropped => {
+                "a virtual machine's packet is dropped: its interface has no such address, no steered port is free, or it is a fragment"
+            }
+            Self::NoDnsSlot => {
+                "DNS_SLOTS is full: its socket may take the answers of several servers for one's"
+            }
+        }
     }
 }
 

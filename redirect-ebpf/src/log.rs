@@ -11,7 +11,7 @@ use redirect_common::decide::{Outbound, Owner, Protocol};
 use redirect_common::listener::LISTENER_SLOTS;
 use redirect_common::log::{
     DECISION_BY_CONTAINER, DECISION_IN_PROXY_CONTAINER, DECISION_LOCAL, Decision, FOLLOWER_LOG,
-    FOLLOWER_RUN, NO_OWNER,
+    FOLLOWER_RUN, NO_OWNER, Trouble,
 };
 use redirect_common::pod::{FLAG_PROXY_CONTAINER, PodConfig};
 use redirect_common::verdict::Rule;
@@ -26,18 +26,6 @@ const NOBODY: Owner = Owner {
     uid: NO_OWNER,
     gid: NO_OWNER,
 };
-
-/// A rare trouble with one connection.
-#[repr(u32)]
-#[derive(Clone, Copy)]
-enum Trouble {
-    NoListener,
-    NoRoute,
-    FlowLost,
-    SocketStorageRefused,
-    MachineDropped,
-    NoDnsSlot,
-}
 
 /// A captured connection, whose destination this was, finds no listener of the proxy.
 #[inline(always)]
@@ -115,29 +103,10 @@ extern "C" fn trouble_with_connection(
         low as u32,
     ])
     .octets();
-    macro_rules! tell {
-        ($text:literal) => {
-            warn!(
-                (),
-                "netns {}: connection to {:i} port {}: {}", netns_cookie, address, port, $text
-            )
-        };
-    }
-    if trouble == Trouble::NoListener as u32 {
-        tell!("refused: no proxy listens where it is to go");
-    } else if trouble == Trouble::NoRoute as u32 {
-        tell!("refused: no route was known there at attach");
-    } else if trouble == Trouble::FlowLost as u32 {
-        tell!("refused: it could not be written to FLOWS");
-    } else if trouble == Trouble::MachineDropped as u32 {
-        tell!(
-            "a virtual machine's packet is dropped: its interface has no such address, no steered port is free, or it is a fragment"
-        );
-    } else if trouble == Trouble::NoDnsSlot as u32 {
-        tell!("DNS_SLOTS is full: its socket may take the answers of several servers for one's");
-    } else {
-        tell!("no memory for the socket's storage");
-    }
+    warn!(
+        (),
+        "netns {}: connection to {:i} port {}: trouble {}", netns_cookie, address, port, trouble
+    );
     0
 }
 

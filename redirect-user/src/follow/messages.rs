@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context, Result};
 use aya_log::EbpfLogger;
 use log::{Level, Log, Metadata, Record};
+use redirect_common::log::Trouble;
 
 /// A message of a program.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,7 +58,7 @@ impl Log for Collector {
         self.lock().push(Raw {
             level: record.level(),
             netns_cookie,
-            text,
+            text: in_words(text),
         });
     }
 
@@ -78,6 +79,15 @@ fn split(message: &str) -> (Option<u64>, String) {
     }
 }
 
+/// Puts words for the number of a [`Trouble`] at the end. One of another build may be unknown here, and stays.
+fn in_words(text: String) -> String {
+    let known = text.rsplit_once("trouble ").and_then(|(about, number)| {
+        let trouble = Trouble::ALL.get(number.parse::<usize>().ok()?)?;
+        Some(format!("{about}{}", trouble.text()))
+    });
+    known.unwrap_or(text)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -91,6 +101,18 @@ mod tests {
         );
         for other in ["a: b", "netns x: b", "netns 42"] {
             assert_eq!(split(other), (None, other.to_owned()));
+        }
+    }
+
+    #[test]
+    fn trouble_is_told_in_words() {
+        for trouble in Trouble::ALL {
+            let text = format!("connection to ::1 port 80: trouble {}", trouble as u32);
+            let words = format!("connection to ::1 port 80: {}", trouble.text());
+            assert_eq!(in_words(text), words);
+        }
+        for other in ["a", "a: trouble", "a: trouble 6", "a: trouble x"] {
+            assert_eq!(in_words(other.to_owned()), other);
         }
     }
 }
