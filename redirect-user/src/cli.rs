@@ -23,6 +23,7 @@ use crate::kernel::Task;
 use crate::observe::cgroup::Cgroup;
 use crate::observe::netns::NetworkNamespace;
 use crate::options::{CaptureFlags, IstioIptablesFlags, OptionError, process_env};
+use crate::output::say;
 use crate::proxy::ProxyIdentity;
 use crate::run::{self, NotStarted};
 use crate::{detach, kernel, status};
@@ -263,7 +264,7 @@ impl AttachArgs {
             policy,
             proxy: ProxyIdentity::Uid,
         })?;
-        println!("{} {name}", outcome.label());
+        say(format_args!("{} {name}", outcome.label()))?;
         Ok(ExitCode::SUCCESS)
     }
 }
@@ -275,12 +276,12 @@ impl DetachArgs {
             Some(path) => {
                 let cgroup = Cgroup::open(&path).context("--cgroup")?;
                 if detach::detach(cgroup.id())? {
-                    println!("detached {}", cgroup.path().display());
+                    say(format_args!("detached {}", cgroup.path().display()))?;
                 } else {
-                    println!("not attached {}", cgroup.path().display());
+                    say(format_args!("not attached {}", cgroup.path().display()))?;
                 }
             }
-            None => println!("detached {} pods", detach::detach_all()?),
+            None => say(format_args!("detached {} pods", detach::detach_all()?))?,
         }
         Ok(ExitCode::SUCCESS)
     }
@@ -291,8 +292,8 @@ impl StatusArgs {
         kernel::require(Task::AnyPod)?;
         let status = status::status()?;
         match self.output {
-            Format::Json => println!("{}", serde_json::to_string_pretty(&status)?),
-            Format::Table => table::print(&status)?,
+            Format::Json => say(serde_json::to_string_pretty(&status)?)?,
+            Format::Table => say(table::text(&status)?)?,
         }
         Ok(ExitCode::SUCCESS)
     }

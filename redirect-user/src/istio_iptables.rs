@@ -14,6 +14,7 @@ use crate::observe::cgroup::Cgroup;
 use crate::observe::netns::NetworkNamespace;
 use crate::observe::pod_cgroup;
 use crate::options::{Change, IstioIptables, Policy};
+use crate::output::say;
 use crate::proxy::ProxyIdentity;
 use crate::{passthrough, pins};
 
@@ -21,7 +22,7 @@ use crate::{passthrough, pins};
 pub fn run(call: IstioIptables) -> Result<()> {
     if let Some(dry_run) = &call.dry_run {
         let text = transcript::of(&call)?;
-        print!("{text}");
+        say(text.trim_end())?;
         if let Some(path) = &dry_run.transcript {
             fs::write(path, text)
                 .with_context(|| format!("DRY_RUN_FILE_PATH: writing {}", path.display()))?;
@@ -56,7 +57,7 @@ fn attach_own(policy: Policy) -> Result<()> {
         policy,
         proxy: ProxyIdentity::Uid,
     })?;
-    println!("{} {name}", outcome.label());
+    say(format_args!("{} {name}", outcome.label()))?;
     Ok(())
 }
 
@@ -67,7 +68,7 @@ fn detach_own() -> Result<()> {
     let was = detach::detach(cgroup.id())?;
     passthrough::remove(&netns)?;
     let what = if was { "detached" } else { "not attached" };
-    println!("{what} {}", cgroup.path().display());
+    say(format_args!("{what} {}", cgroup.path().display()))?;
     Ok(())
 }
 

@@ -21,6 +21,7 @@ pub mod machines;
 pub mod node;
 pub mod observe;
 pub mod options;
+mod output;
 mod passthrough;
 mod pins;
 pub mod programs;

@@ -1,6 +1,5 @@
 //! `redirect check`.
 
-use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -13,6 +12,7 @@ use super::Format;
 use crate::check::{Level, Report, Subject, check};
 use crate::observe::cgroup::Cgroup;
 use crate::observe::netns::NetworkNamespace;
+use crate::output::say;
 
 #[derive(Debug, Args)]
 pub(super) struct CheckArgs {
@@ -44,14 +44,14 @@ impl CheckArgs {
         };
         let report = check(&Subject { cgroup, netns });
         match self.output {
-            Format::Json => println!("{}", serde_json::to_string_pretty(&report)?),
-            Format::Table => print(&report)?,
+            Format::Json => say(serde_json::to_string_pretty(&report)?)?,
+            Format::Table => say(text(&report))?,
         }
         Ok(ExitCode::from(u8::from(!report.ready)))
     }
 }
 
-fn print(report: &Report) -> Result<()> {
+fn text(report: &Report) -> String {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING);
     for finding in &report.findings {
@@ -63,13 +63,10 @@ fn print(report: &Report) -> Result<()> {
         };
         table.add_row([level, finding.what.clone(), finding.detail.clone()]);
     }
-    let mut out = anstream::stdout();
-    writeln!(out, "{table}")?;
     let verdict = if report.ready {
         "pods can be captured here"
     } else {
         "pods cannot be captured here as it is"
     };
-    writeln!(out, "{verdict}")?;
-    Ok(())
+    format!("{table}\n{verdict}")
 }

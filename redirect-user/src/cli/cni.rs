@@ -12,6 +12,7 @@ use clap::{Args, Subcommand};
 use crate::cni::install::{self, Installation, Settings, State};
 use crate::cni::{self, NAME};
 use crate::options::process_env;
+use crate::output::say;
 
 pub(super) const ABOUT: &str = "Without a command it is a CNI plugin, for container runtimes: CNI_* variables and a network \
                                 configuration on standard input.";
@@ -95,17 +96,15 @@ impl CniArgs {
     }
 }
 
+fn answered(answer: &str, code: ExitCode) -> ExitCode {
+    say(answer).map_or(ExitCode::FAILURE, |()| code)
+}
+
 fn plugin() -> ExitCode {
     match cni::run(&process_env, &mut stdin()) {
         Ok(result) if result.is_empty() => ExitCode::SUCCESS,
-        Ok(result) => {
-            println!("{result}");
-            ExitCode::SUCCESS
-        }
-        Err(error) => {
-            println!("{error}");
-            ExitCode::FAILURE
-        }
+        Ok(result) => answered(&result, ExitCode::SUCCESS),
+        Err(error) => answered(&error, ExitCode::FAILURE),
     }
 }
 
@@ -140,7 +139,8 @@ impl InstallArgs {
                         Ok(State::Inserted(_)) => "inserted into",
                         _ => "unchanged in",
                     };
-                    println!("{what} {}", file.display());
+                    // It goes on, heard or not.
+                    let _ = say(format_args!("{what} {}", file.display()));
                     stop.fetch_or(!self.watch, Ordering::Relaxed);
                 }
                 Err(error) if self.watch => eprintln!("redirect: {}", super::describe(error)),
@@ -188,11 +188,11 @@ impl UninstallArgs {
             cni_bin_dir,
         } = &self.directories;
         install::uninstall(cni_conf_dir, cni_bin_dir, self.keep_binary)?;
-        println!(
+        say(format_args!(
             "removed from {} and {}",
             cni_conf_dir.display(),
             cni_bin_dir.display()
-        );
+        ))?;
         Ok(ExitCode::SUCCESS)
     }
 }

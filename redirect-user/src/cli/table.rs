@@ -1,7 +1,7 @@
 //! `redirect status` for people.
 
 use std::collections::BTreeMap;
-use std::io::Write as _;
+use std::fmt::Write as _;
 
 use anyhow::Result;
 use comfy_table::{Table, presets};
@@ -10,29 +10,22 @@ use owo_colors::OwoColorize;
 use crate::proxy::ProxyIdentity;
 use crate::status::{Pod, Status};
 
-/// Prints to standard output, coloured on a terminal.
-pub fn print(status: &Status) -> Result<()> {
-    let mut out = anstream::stdout();
-    writeln!(
-        out,
-        "redirect {} (programs {})",
-        status.version, status.build
-    )?;
+/// All pods, with colours.
+pub fn text(status: &Status) -> Result<String> {
+    let mut out = format!("redirect {} (programs {})", status.version, status.build);
     if status.pods.is_empty() {
-        writeln!(out, "no pod is attached")?;
-        return Ok(());
+        write!(out, "\nno pod is attached")?;
     }
     for pod in &status.pods {
-        writeln!(out)?;
-        writeln!(out, "{}", pod.cgroup.display().bold())?;
+        write!(out, "\n\n{}", pod.cgroup.display().bold())?;
         let mut table = Table::new();
         table.load_preset(presets::NOTHING);
         for (name, value) in rows(pod) {
             table.add_row([format!("  {name}"), value]);
         }
-        writeln!(out, "{table}")?;
+        write!(out, "\n{table}")?;
     }
-    Ok(())
+    Ok(out)
 }
 
 fn rows(pod: &Pod) -> Vec<(&'static str, String)> {

@@ -12,6 +12,7 @@ use tokio::task::JoinSet;
 use crate::observe::netns::NetworkNamespace;
 use crate::observe::routes::{Family, first_global_family};
 use crate::options::{Ipv6, Policy, Validation};
+use crate::output::say;
 
 /// Pause between two calls, and the longest one of them: a second, as in Istio.
 const ROUND: Duration = Duration::from_secs(1);
@@ -40,8 +41,7 @@ pub fn run(policy: &Policy, netns: &NetworkNamespace, validation: Validation) ->
         .build()
         .context("starting the event loop")?;
     runtime.block_on(validate(policy, family, validation))?;
-    println!("validation passed");
-    Ok(())
+    say("validation passed")
 }
 
 async fn validate(policy: &Policy, family: Family, validation: Validation) -> Result<(), Failed> {
