@@ -484,17 +484,9 @@ fn container_tells_the_proxy_whatever_its_ids() {
         (tproxy(), PROXY, true, POD_IP, 15020, Rule::Proxy),
     ];
     for (options, owner, in_container, destination, port, wanted) in rows {
-        let destination = ip(destination);
         let packet = Packet {
-            protocol: Protocol::Tcp,
-            source: ip(POD_IP),
-            destination,
-            port,
-            interface: leaves_by(destination),
-            mark: 0,
-            owner: Some(owner),
             in_container,
-            from_machine: false,
+            ..from_pod(owner, destination, port)
         };
         assert_eq!(decided_out(&options, &packet), wanted, "{packet:?}");
         assert_eq!(by_the_rules_out(&options, &packet), wanted, "{packet:?}");

@@ -220,10 +220,7 @@ impl Keeper {
             .entry(uid.to_owned())
             .or_insert_with(|| Known::new(name, State::Captured));
         known.enter(state_after(attempt));
-        if matches!(known.state, State::Failed(_)) {
-            let after = known.pause(RETRY, RETRY_MAX);
-            self.look_at(uid.to_owned(), after);
-        }
+        self.look_again(uid);
         self.count_pods();
     }
 
@@ -400,16 +397,9 @@ impl Keeper {
             .entry(uid.to_owned())
             .or_insert_with(|| Known::new(pods::name(pod), State::Captured));
         known.enter(state);
-        let again = match &known.state {
-            State::Waiting(_) => Some(WAITING),
-            State::Failed(_) => Some(known.pause(RETRY, RETRY_MAX)),
-            _ => None,
-        };
         let news = known.news(REPORTED_AFTER);
         let invalid = matches!(known.state, State::Invalid(_));
-        if let Some(after) = again {
-            self.look_at(uid.to_owned(), after);
-        }
+        self.look_again(uid);
         if let Some(note) = news {
             if invalid {
                 let PodName {
@@ -444,9 +434,21 @@ impl Keeper {
     fn fail(&mut self, uid: &str, error: String) {
         if let Some(known) = self.known.get_mut(uid) {
             known.enter(State::Failed(error));
-            let after = known.pause(RETRY, RETRY_MAX);
-            self.look_at(uid.to_owned(), after);
+            self.look_again(uid);
         }
+    }
+
+    /// Soon, as long as the pod has not got where it should.
+    fn look_again(&mut self, uid: &str) {
+        let again = match self.known.get(uid) {
+            Some(known) => match known.state {
+                State::Waiting(_) => WAITING,
+                State::Failed(_) => known.pause(RETRY, RETRY_MAX),
+                _ => return,
+            },
+            None => return,
+        };
+        self.look_at(uid.to_owned(), again);
     }
 
     /// Whether the plugin has just told of it, so that the API may not have yet.

@@ -51,8 +51,6 @@ pub struct Listener {
     pub pid: i32,
     /// That process's `comm`.
     pub command: String,
-    /// Owner of the socket, as an id of this process's user namespace.
-    pub uid: u32,
     /// A duplicate of the process's descriptor: the same open socket. Close it soon: while it is open, the
     /// address stays taken when the proxy closes its own.
     pub fd: OwnedFd,
@@ -65,8 +63,6 @@ pub struct Unreachable {
     pub address: SocketAddr,
     /// Inode of the socket in sockfs.
     pub inode: u64,
-    /// Owner of the socket, as an id of this process's user namespace.
-    pub uid: u32,
 }
 
 /// What listens on the ports asked for.
@@ -145,14 +141,7 @@ fn listening_sockets(ports: &[u16]) -> io::Result<HashMap<u64, Unreachable>> {
             );
             if ports.contains(&address.port()) {
                 let inode = u64::from(header.inode);
-                sockets.insert(
-                    inode,
-                    Unreachable {
-                        address,
-                        inode,
-                        uid: header.uid,
-                    },
-                );
+                sockets.insert(inode, Unreachable { address, inode });
             }
         }
     }
@@ -179,7 +168,6 @@ fn take_from(pid: i32, wanted: &mut HashMap<u64, Unreachable>, found: &mut Vec<L
             inode,
             pid,
             command: proc::command(pid),
-            uid: socket.uid,
             fd,
         });
         wanted.remove(&inode);
@@ -266,7 +254,6 @@ mod tests {
         for listener in &listeners.found {
             assert_eq!(inode(&listener.fd), listener.inode);
             assert_eq!(listener.pid, i32::try_from(std::process::id()).unwrap());
-            assert_eq!(listener.uid, 0);
             assert!(getsockopt(&listener.fd, sockopt::AcceptConn).unwrap());
         }
         assert_eq!(listeners.found[2].address, "[::1]:15001".parse().unwrap());
