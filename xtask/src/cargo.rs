@@ -4,11 +4,14 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
 
 use crate::ui;
+
+const STRIP_LIMIT: Duration = Duration::from_secs(60);
 
 /// The eBPF crate builds for another target and is left out of every ordinary workspace command.
 pub const EBPF_CRATE: &str = "redirect-ebpf";
@@ -117,4 +120,15 @@ pub fn built_binary(release: bool) -> Result<PathBuf> {
         bail!("the build left no program at {}", path.display());
     }
     Ok(path)
+}
+
+/// A copy of a program without symbols, which are most of it.
+pub fn strip(program: &Path, copy: &Path) -> Result<()> {
+    let mut strip = Command::new("strip");
+    strip.arg("-o").arg(copy).arg(program);
+    ui::run_quietly(
+        &format!("strip {}", program.display()),
+        &mut strip,
+        STRIP_LIMIT,
+    )
 }

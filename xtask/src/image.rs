@@ -23,7 +23,6 @@ const CONTAINERFILE: &str = "deploy/Containerfile";
 const STAGE: &str = "build";
 /// The directory below that stage's root which becomes the image's.
 const STAGE_ROOT: &str = "out";
-const STRIP_LIMIT: Duration = Duration::from_secs(60);
 /// Nothing is fetched; the archive has a few megabytes.
 const BUILDAH_LIMIT: Duration = Duration::from_secs(300);
 
@@ -93,9 +92,7 @@ fn lay_out(root: &Path) -> Result<()> {
     // Runtimes name network namespaces by either path.
     symlink("/run", root.join("var/run"))?;
     let installed = bin.join("redirect");
-    let mut strip = Command::new("strip");
-    strip.arg("-o").arg(&installed).arg(&program);
-    ui::run_quietly("strip", &mut strip, STRIP_LIMIT)?;
+    cargo::strip(&program, &installed)?;
     fs::set_permissions(&installed, Permissions::from_mode(0o755))?;
     ui::step(Mark::Did, "root", &root.display().to_string());
     Ok(())

@@ -1,44 +1,26 @@
 //! What is built here and run there.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::process::Stdio;
 
 use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
 use tempfile::TempDir;
 
 use super::image::Image;
-use crate::preflight::find_program;
 use crate::{cargo, setup, ui};
 
 /// Where the guest has the tests; they look for the programs they call in the directories above.
 pub const TESTS: &str = "/vm/deps";
 const PROGRAMS: &[&str] = &["redirect", "actor"];
-const STRIP_LIMIT: Duration = Duration::from_secs(60);
 /// This program, as the guest's first process.
 const INIT: &str = "xtask";
 /// What tests read of the workspace, at the same path as here.
 const FOLDERS: &[&str] = &["deploy", "docs", "tests/src/conformance/resolv"];
-/// Programs of some size, and the tests that need them.
-const FOR_SOME: &[(&str, &[&str])] = &[
-    ("envoy", &[ENVOY]),
-    (
-        "cni_containerd",
-        &[
-            "containerd",
-            "containerd-shim-runc-v2",
-            "ctr",
-            "runc",
-            "/usr/lib/cni/host-local",
-            "/usr/lib/cni/loopback",
-            "/usr/lib/cni/ptp",
-        ],
-    ),
-];
-/// These ask nothing of the kernel that others do not ask, and need what a guest does not have: Helm, kubectl, the image.
-const NOT_FOR_GUESTS: &[&str] = &["chart", "daemon_set"];
-/// Not one of the machine's, but of this workspace's set-up.
+/// These ask nothing of the kernel that others do not ask, and need what a guest does not have: Helm, kubectl, the image, and for a
+/// container runtime's time limits a processor.
+const NOT_FOR_GUESTS: &[&str] = &["chart", "cni_containerd", "daemon_set"];
+/// It has some size: only for the tests of this name.
 const ENVOY: &str = "envoy";
 
 /// One of cargo's messages, as far as it is of use here.
@@ -127,15 +109,9 @@ impl Programs {
         Ok(programs)
     }
 
-    /// Without symbols, which are most of it: all of it stays in the guest's memory.
+    /// Without symbols: all of it stays in the guest's memory.
     fn take(&self, program: &Path, name: &str) -> Result<()> {
-        let mut strip = Command::new("strip");
-        strip.arg("-o").arg(self.folder.path().join(name));
-        ui::run_quietly(
-            &format!("strip {}", program.display()),
-            strip.arg(program),
-            STRIP_LIMIT,
-        )
+        cargo::strip(program, &self.folder.path().join(name))
     }
 
     /// Adds them to a guest's files.
@@ -153,18 +129,10 @@ impl Programs {
             for folder in FOLDERS {
                 image.add_folder(&cargo::workspace()?.root.join(folder))?;
             }
-            let is_here = |test: &&str| self.tests.iter().any(|name| name == test);
-            let programs = FOR_SOME.iter().filter(|(test, _)| is_here(test));
-            // What is missing has its tests skipped, which is told.
-            for name in programs.flat_map(|(_, programs)| *programs) {
-                if *name == ENVOY {
-                    let envoy = setup::envoy_binary()?;
-                    if envoy.is_file() {
-                        image.add_as(&envoy, "/vm/envoy/envoy")?;
-                    }
-                } else if let Some(path) = find_program(name) {
-                    image.add(&path)?;
-                }
+            // If it is missing, its tests are skipped, which is told.
+            let envoy = setup::envoy_binary()?;
+            if envoy.is_file() && self.tests.iter().any(|name| name == ENVOY) {
+                image.add_as(&envoy, "/vm/envoy/envoy")?;
             }
         }
         Ok(())
