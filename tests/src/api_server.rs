@@ -6,7 +6,7 @@ mod service_account;
 use std::{
     collections::BTreeMap,
     fs,
-    net::SocketAddr,
+    net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     process,
     sync::{
@@ -26,7 +26,11 @@ use axum::{
 };
 use futures::stream;
 use serde_json::{Value, json};
-use tokio::{net::TcpListener, runtime::Runtime, sync::watch};
+use tokio::{
+    net::{TcpListener, TcpSocket},
+    runtime::Runtime,
+    sync::watch,
+};
 
 pub use service_account::ServiceAccount;
 
@@ -82,6 +86,8 @@ struct Shared {
 pub struct ApiServer {
     shared: Arc<Shared>,
     address: SocketAddr,
+    /// Bound there, and never listens: nobody else gets the port while the server is away.
+    _reserved: TcpSocket,
     runtime: Option<Runtime>,
     kubeconfig: PathBuf,
 }
@@ -106,10 +112,8 @@ impl ApiServer {
             }),
             changed,
         });
-        // Free a moment ago; ports in the ephemeral range are not given out in order.
-        let address = std::net::TcpListener::bind("127.0.0.1:0")
-            .and_then(|listener| listener.local_addr())
-            .unwrap();
+        let reserved = bound((Ipv4Addr::LOCALHOST, 0).into());
+        let address = reserved.local_addr().unwrap();
         let serial = SERVERS.fetch_add(1, Ordering::Relaxed);
         let kubeconfig =
             std::env::temp_dir().join(format!("kubeconfig-{}-{serial}", process::id()));
@@ -123,6 +127,7 @@ impl ApiServer {
         Self {
             shared,
             address,
+            _reserved: reserved,
             runtime: None,
             kubeconfig,
         }
@@ -136,12 +141,7 @@ impl ApiServer {
             .build()
             .unwrap();
         let address = self.address;
-        let listener = runtime.block_on(async move {
-            let socket = tokio::net::TcpSocket::new_v4().unwrap();
-            socket.set_reuseaddr(true).unwrap();
-            socket.bind(address).unwrap();
-            socket.listen(64).unwrap()
-        });
+        let listener = runtime.block_on(async move { bound(address).listen(64).unwrap() });
         runtime.spawn(serve(listener, self.shared.clone()));
         self.runtime = Some(runtime);
     }
@@ -262,6 +262,14 @@ impl Cluster {
 fn key(pod: &Value) -> (String, String) {
     let text = |name: &str| pod["metadata"][name].as_str().unwrap().to_owned();
     (text("namespace"), text("name"))
+}
+
+fn bound(address: SocketAddr) -> TcpSocket {
+    let socket = TcpSocket::new_v4().unwrap();
+    // Also beside another that is bound there.
+    socket.set_reuseaddr(true).unwrap();
+    socket.bind(address).unwrap();
+    socket
 }
 
 async fn serve(listener: TcpListener, shared: Arc<Shared>) {

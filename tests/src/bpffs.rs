@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    error::Error,
     fs,
     path::{Path, PathBuf},
     thread,
@@ -93,6 +94,9 @@ pub fn pins() -> BTreeSet<PathBuf> {
     found
 }
 
+/// How often pins are read at most while somebody changes them.
+const READS: u32 = 100;
+
 /// Ids of kernel objects.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Objects {
@@ -102,8 +106,13 @@ pub struct Objects {
 }
 
 impl Objects {
-    /// All that the loader's pins keep alive: links, their programs and the maps of those.
+    /// All that the loader's pins keep alive: links, their programs and the maps of those. Read again if a pin goes meanwhile.
     pub fn pinned() -> Self {
+        let mut tries = (0..READS).map(|_| Self::try_pinned());
+        tries.find_map(Result::ok).expect("pins that stay")
+    }
+
+    fn try_pinned() -> Result<Self, Box<dyn Error>> {
         let mut objects = Self::default();
         for pin in pins() {
             let path = Path::new(ROOT).join(&pin);
@@ -111,13 +120,12 @@ impl Objects {
             if path.is_dir() {
                 continue;
             } else if is_map(&pin) {
-                objects.maps.insert(MapInfo::from_pin(&path).unwrap().id());
+                objects.maps.insert(MapInfo::from_pin(&path)?.id());
             } else if name.starts_with("programs-") {
-                let info = aya::programs::ProgramInfo::from_pin(&path).unwrap();
+                let info = aya::programs::ProgramInfo::from_pin(&path)?;
                 objects.programs.insert(info.id());
             } else if name.starts_with("pods/") {
-                let link = PinnedLink::from_pin(&path).unwrap();
-                let info = FdLink::from(link).info().unwrap();
+                let info = FdLink::from(PinnedLink::from_pin(&path)?).info()?;
                 objects.links.insert(info.id());
                 objects.programs.insert(info.program_id());
             }
@@ -125,10 +133,10 @@ impl Objects {
         }
         for program in loaded_programs().flatten() {
             if objects.programs.contains(&program.id()) {
-                objects.maps.extend(program.map_ids().unwrap().unwrap());
+                objects.maps.extend(program.map_ids()?.unwrap());
             }
         }
-        objects
+        Ok(objects)
     }
 
     /// All that is loaded and works with the loader's pinned maps, pinned itself or not: programs, their links, and all

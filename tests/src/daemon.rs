@@ -2,8 +2,7 @@
 
 use std::{
     env, fs,
-    io::{BufRead as _, BufReader, Read as _, Write as _},
-    net::TcpStream,
+    io::{BufRead as _, BufReader, Write as _},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{self, Child, Command, ExitStatus, Stdio},
@@ -23,6 +22,7 @@ use serde_json::{Value, json};
 
 use crate::{
     api_server::ApiServer,
+    http,
     kubernetes::NODE,
     loader::redirect,
     patience::patience,
@@ -227,19 +227,7 @@ impl Daemon {
 
     /// What it answers over HTTP: code and body.
     pub fn get(&self, path: &str) -> Option<(u16, String)> {
-        let mut stream = TcpStream::connect(("127.0.0.1", self.metrics)).ok()?;
-        stream
-            .set_read_timeout(Some(patience(Duration::from_secs(5))))
-            .ok()?;
-        write!(
-            stream,
-            "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-        )
-        .ok()?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text).ok()?;
-        let (head, body) = text.split_once("\r\n\r\n")?;
-        Some((head.split(' ').nth(1)?.parse().ok()?, body.to_owned()))
+        http::get(("127.0.0.1", self.metrics), path)
     }
 
     /// Asks one thing on its socket; again, as the plugin would, if it has too much to do at first.

@@ -2,7 +2,6 @@
 //! refused one. Connections meet the old state or the new one at every moment; a new daemon, or the same one by itself, gets there.
 
 use std::{
-    collections::BTreeSet,
     env, thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -16,16 +15,17 @@ use crate::{
     daemon::Daemon,
     faults::{Ends, Suffers, converse, ends, establish, scene},
     kubernetes::object,
-    patience::patience,
+    patience::{amount, patience},
     pod::Pod,
     protocol::Identity,
     scene::Scene,
-    surroundings,
     tracer::Fault,
+    traces::Traces,
 };
 
 /// At most so many calls of a piece of work suffer in one run; which ones, the seed says.
-const MOST: usize = 24;
+const MOST: u32 = 24;
+const MOST_WHEN_SLOW: u32 = 6;
 /// Chooses the calls; drawn and printed if it is not set.
 const SEED: &str = "REDIRECT_FAULTS_SEED";
 
@@ -84,7 +84,7 @@ pub fn endure(work: Work, suffers: Suffers) {
     assert!(chosen.len() > 3, "{calls:?}");
 
     let (mut wrong, mut told) = (Vec::new(), 0);
-    for point in chosen {
+    for &point in &chosen {
         play.rewind(&daemon);
         play.until(&daemon, old, &rest).unwrap();
         establish(&mut play.scene);
@@ -104,7 +104,10 @@ pub fn endure(work: Work, suffers: Suffers) {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     // Most calls cannot be done without.
-    assert!(suffers == Suffers::Kill || told > 2, "{told} were told");
+    assert!(
+        suffers == Suffers::Kill || told * 10 > chosen.len(),
+        "{told} were told"
+    );
 }
 
 /// Which calls suffer, counted from 1: at equal distances among those that matter.
@@ -118,7 +121,10 @@ fn choose(calls: &[String], suffers: Suffers) -> Vec<usize> {
     );
     let points = (1..=calls.len()).filter(|point| suffers.minds(&calls[point - 1]));
     let points: Vec<usize> = points.collect();
-    let step = points.len().div_ceil(MOST).max(1);
+    let step = points
+        .len()
+        .div_ceil(amount(MOST, MOST_WHEN_SLOW) as usize)
+        .max(1);
     eprintln!("{SEED}={seed}: one of {step}");
     points.into_iter().skip(seed % step).step_by(step).collect()
 }
@@ -163,7 +169,7 @@ impl Play {
     }
 
     /// What there is once the pod's connections meet those ends and the daemon rests.
-    fn settled(&mut self, daemon: &Daemon, wanted: Ends) -> World {
+    fn settled(&mut self, daemon: &Daemon, wanted: Ends) -> Traces {
         daemon.until("the work is done", || {
             (ends(&mut self.scene, None).ok()? == wanted).then_some(())
         });
@@ -172,21 +178,21 @@ impl Play {
             thread::sleep(patience(REST));
             let now = daemon.tracer().calls().len();
             if now == calls {
-                return World::read(&self.scene);
+                return Traces::read([&self.scene]);
             }
             calls = now;
         }
     }
 
     /// Waits until the daemon has got there.
-    fn until(&mut self, daemon: &Daemon, met: Ends, wanted: &World) -> Result<(), String> {
+    fn until(&mut self, daemon: &Daemon, met: Ends, wanted: &Traces) -> Result<(), String> {
         let deadline = Instant::now() + patience(RECOVERY);
         loop {
             let now = ends(&mut self.scene, None)?;
             let mut differences = Vec::new();
             if now == met {
                 daemon.tracer().hold();
-                differences = World::read(&self.scene).differences(wanted);
+                differences = Traces::read([&self.scene]).differences(wanted);
                 daemon.tracer().release();
                 if differences.is_empty() {
                     return Ok(());
@@ -208,7 +214,7 @@ impl Play {
         converse(&mut self.scene, "disturbed")
     }
 
-    fn kill(&mut self, daemon: &mut Daemon, fault: Fault, wanted: &World) -> Result<(), String> {
+    fn kill(&mut self, daemon: &mut Daemon, fault: Fault, wanted: &Traces) -> Result<(), String> {
         let tracer = daemon.tracer();
         tracer.arm(Some(fault));
         self.go();
@@ -229,7 +235,7 @@ impl Play {
         &mut self,
         daemon: &Daemon,
         fault: Fault,
-        wanted: &World,
+        wanted: &Traces,
         told: &mut usize,
     ) -> Result<(), String> {
         let (errors, lines) = (errors(daemon), daemon.log().len());
@@ -347,27 +353,4 @@ fn errors(daemon: &Daemon) -> f64 {
         .filter(|line| line.starts_with("redirect_errors_total{"))
         .map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap())
         .sum()
-}
-
-/// All that the daemon may change.
-struct World {
-    state: State,
-    surroundings: BTreeSet<String>,
-}
-
-impl World {
-    fn read(scene: &Scene) -> Self {
-        Self {
-            state: State::read(),
-            surroundings: surroundings::of(&scene.pod.netns),
-        }
-    }
-
-    /// The differences to what is wanted, in words; none if equal.
-    fn differences(&self, wanted: &Self) -> Vec<String> {
-        let mut found = self.state.differences(&wanted.state);
-        let all = self.surroundings.symmetric_difference(&wanted.surroundings);
-        found.extend(all.cloned());
-        found
-    }
 }

@@ -13,10 +13,10 @@ use std::{
 
 use crate::{
     actor::Actor,
-    kubectl::in_target,
     patience::patience,
     pod::Pod,
     protocol::{Dial, Family},
+    target::in_target,
 };
 
 /// How long Envoy may take to listen, and then to write a log line.

@@ -1,26 +1,29 @@
 //! What a call of the loader leaves when it does not end as it should: killed after any call to the kernel that changes something, or
 //! refused any of them. Connections meet the old state or the new one, and the next call puts everything right.
 
-use std::{collections::BTreeSet, net::SocketAddr, process::Command};
+use std::{net::SocketAddr, process::Command};
 
 use nix::errno::Errno;
 
 use crate::{
-    bpffs::{Objects, State},
+    bpffs::Objects,
     loader::{attach_command, finish, redirect},
     machine::{Link, Machine},
     namespace::errors,
     options::Options,
+    patience::amount,
     protocol::{Dial, Dialed, Family, Identity, Listen, canonical},
     scene::{Scene, To, wildcards},
-    surroundings,
     tracer::{self, Fault, MAKING, Traced},
+    traces::Traces,
 };
 
 use Family::{Mapped, V4, V6};
 
 /// More calls than this are sampled, but for the first and last of each kind in a row.
-const MOST: usize = 120;
+const MOST: u32 = 120;
+/// So many at most on a slow machine.
+const MOST_WHEN_SLOW: u32 = 6;
 /// How often a call may end before the point at which it was to be killed.
 const MOST_ENDED_EARLY: usize = 5;
 
@@ -256,40 +259,6 @@ impl Cast {
     }
 }
 
-/// All that a call of the loader may change.
-struct World {
-    state: State,
-    /// Of each pod.
-    surroundings: Vec<BTreeSet<String>>,
-}
-
-impl World {
-    fn read(casts: &[Cast]) -> Self {
-        let surroundings = casts.iter();
-        Self {
-            state: State::read(),
-            surroundings: surroundings
-                .map(|cast| surroundings::of(&cast.scene.pod.netns))
-                .collect(),
-        }
-    }
-
-    /// The differences to what is wanted, in words; none if equal.
-    fn differences(&self, wanted: &Self) -> Vec<String> {
-        let mut found = self.state.differences(&wanted.state);
-        for (ours, theirs) in self.surroundings.iter().zip(&wanted.surroundings) {
-            let difference = |what: &str, a: &BTreeSet<String>, b: &BTreeSet<String>| {
-                let only = a.difference(b);
-                only.map(|line| format!("{what}: {line}"))
-                    .collect::<Vec<_>>()
-            };
-            found.extend(difference("left over", ours, theirs));
-            found.extend(difference("missing", theirs, ours));
-        }
-        found
-    }
-}
-
 /// A situation, and the call of the loader that suffers in it.
 pub struct Case<'a> {
     /// The pods; the first is the one that the call is about.
@@ -334,9 +303,13 @@ impl Suffers {
 }
 
 impl Case<'_> {
+    fn traces(&self) -> Traces {
+        Traces::read(self.casts.iter().map(|cast| &cast.scene))
+    }
+
     /// Has the call suffer at every point, one after another, where `at` holds for the call to the kernel.
     pub fn endure(mut self, suffers: Suffers, at: fn(&str) -> bool) {
-        let rest = World::read(&self.casts);
+        let rest = self.traces();
         let resting = Objects::pinned();
         let wanted = self.undisturbed(self.repair, |cast| cast.repaired).1;
         let calls = self.undisturbed(self.command, |cast| cast.new).0;
@@ -357,7 +330,7 @@ impl Case<'_> {
             }
             let used = Objects::pinned().without(&resting);
             (self.restore)(&self.casts);
-            let left = World::read(&self.casts).differences(&rest);
+            let left = self.traces().differences(&rest);
             if !left.is_empty() {
                 wrong.push(format!("{name}, then removed: {}", left.join(", ")));
             }
@@ -375,13 +348,13 @@ impl Case<'_> {
         &mut self,
         command: &dyn Fn(&[Cast]) -> Command,
         ends: fn(&Cast) -> Ends,
-    ) -> (Vec<String>, World) {
+    ) -> (Vec<String>, Traces) {
         (self.prepare)(&self.casts);
         self.meet("before", |cast| vec![cast.old]).unwrap();
         let traced = tracer::run(&command(&self.casts), None);
         assert_eq!(traced.code, Some(0), "{}", traced.errors);
         self.meet("after", |cast| vec![ends(cast)]).unwrap();
-        let state = World::read(&self.casts);
+        let state = self.traces();
         (self.restore)(&self.casts);
         (traced.calls, state)
     }
@@ -416,11 +389,11 @@ impl Case<'_> {
         }
     }
 
-    fn mend(&mut self, wanted: &World) -> Result<(), String> {
+    fn mend(&mut self, wanted: &Traces) -> Result<(), String> {
         self.converse("disturbed")?;
         succeed(redirect().arg("status")).or_else(only_a_warning)?;
         succeed(&mut (self.repair)(&self.casts))?;
-        let differences = World::read(&self.casts).differences(wanted);
+        let differences = self.traces().differences(wanted);
         if !differences.is_empty() {
             return Err(format!("repaired: {}", differences.join(", ")));
         }
@@ -459,13 +432,16 @@ fn only_a_warning(error: String) -> Result<(), String> {
 
 /// Which calls are meant, counted from 1.
 fn points(calls: &[String], meant: impl Fn(&str) -> bool) -> Vec<usize> {
-    let step = calls.len().div_ceil(MOST);
+    let step = calls.len().div_ceil(MOST as usize);
     let differs = |a: usize, b: usize| calls.get(a) != calls.get(b);
-    (0..calls.len())
+    let points: Vec<usize> = (0..calls.len())
         .filter(|&i| meant(&calls[i]))
         .filter(|&i| i % step == 0 || differs(i, i + 1) || i == 0 || differs(i, i - 1))
         .map(|i| i + 1)
-        .collect()
+        .collect();
+    let most = amount(u32::MAX, MOST_WHEN_SLOW) as usize;
+    let step = points.len().div_ceil(most).max(1);
+    points.into_iter().step_by(step).collect()
 }
 
 /// The same, for a call that has to succeed.

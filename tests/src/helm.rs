@@ -2,14 +2,14 @@
 
 use std::{
     io::Write as _,
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Command, Stdio},
 };
 
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 
-use crate::kubectl::kubernetes_programs;
+use crate::{kubectl::kubernetes_programs, manifests::deploy};
 
 /// As in `docs/kubernetes.md`.
 const NAMESPACE: &str = "redirect-system";
@@ -57,7 +57,7 @@ impl Helm {
         if !library.is_dir() {
             return Err(format!("no {}", library.display()));
         }
-        let chart = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/helm/redirect");
+        let chart = deploy().join("helm/redirect");
         Ok(Self { programs, chart })
     }
 

@@ -6,10 +6,9 @@ use std::{
     process::Command,
 };
 
-use k8s_openapi::api::apps::v1::DaemonSet;
 use serde_json::Value;
 
-use crate::namespace::succeed;
+use crate::{manifests::deploy, namespace::succeed, target::in_target};
 
 /// Seconds that a call may take.
 const LIMIT: &str = "60";
@@ -34,31 +33,11 @@ pub fn find() -> Result<PathBuf, String> {
     }
 }
 
-/// What is at that place in the target directory that this program is in, or else in the workspace's.
-pub fn in_target(place: &str) -> Option<PathBuf> {
-    let test = env::current_exe().unwrap();
-    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target");
-    let mut places = test
-        .ancestors()
-        .chain([workspace.as_path()])
-        .map(|directory| directory.join(place));
-    places.find(|path| path.exists())
-}
-
 /// The objects that `kubectl apply -k` would send for a directory of `deploy/kustomize`.
 pub fn kustomize(kubectl: &Path, directory: &str) -> Vec<Value> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/kustomize");
+    let path = deploy().join("kustomize");
     let mut command = Command::new("timeout");
     command.arg(LIMIT).arg(kubectl);
     let text = succeed(command.arg("kustomize").arg(path.join(directory)));
     serde_saphyr::from_multiple(&text).unwrap_or_else(|error| panic!("{directory}: {error}"))
-}
-
-/// The one DaemonSet among them.
-pub fn daemon_set(objects: &[Value]) -> DaemonSet {
-    let mut found = objects.iter().filter(|one| one["kind"] == "DaemonSet");
-    let (Some(one), None) = (found.next(), found.next()) else {
-        panic!("not one DaemonSet: {objects:?}");
-    };
-    serde_json::from_value(one.clone()).unwrap()
 }

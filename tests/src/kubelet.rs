@@ -3,10 +3,7 @@
 use std::{
     collections::HashMap,
     fs,
-    io::{Read as _, Write as _},
-    net::TcpStream,
     path::{Path, PathBuf},
-    time::Duration,
 };
 
 use k8s_openapi::{
@@ -20,6 +17,7 @@ use k8s_openapi::{
 use crate::{
     api_server::{ApiServer, ServiceAccount},
     containerd::{ContainerConfig, Mount, PodRequest, Security, node::Node},
+    http,
     kubernetes::NODE,
 };
 
@@ -231,17 +229,7 @@ fn get_status(probe: &HTTPGetAction) -> Option<u16> {
     let IntOrString::Int(port) = probe.port else {
         panic!("{:?}", probe.port);
     };
-    let host = probe.host.as_deref().unwrap();
-    let port = u16::try_from(port).unwrap();
-    let mut stream = TcpStream::connect((host, port)).ok()?;
-    stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
-    let path = probe.path.as_deref().unwrap();
-    write!(
-        stream,
-        "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
-    )
-    .ok()?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text).ok()?;
-    text.split(' ').nth(1)?.parse().ok()
+    let server = (probe.host.as_deref().unwrap(), u16::try_from(port).unwrap());
+    let (status, _) = http::get(server, probe.path.as_deref().unwrap())?;
+    Some(status)
 }

@@ -13,13 +13,14 @@
 //! | [`cni`] | a container runtime's end of the CNI plugin, and a stand-in for the daemon |
 //! | [`containerd`] | a real container runtime, driven as a kubelet does it |
 //! | [`manifests`], [`helm`], [`kubectl`] | `deploy/`, and the real ones, for the chart and the manifests |
+//! | [`target`], [`http`] | what the set-up left, and one request |
 //! | [`kubelet`], [`sidecar`], [`mounts`] | the DaemonSet's pod as a kubelet runs it, and pods with a real Envoy |
 //! | [`envoy`], [`skip`] | a real Envoy in the pod, and what is said where there is none |
 //! | [`follower`] | `redirect log` beside a test |
 //! | [`bpffs`] | a BPF file system of a test's own, and what the loader keeps in it |
 //! | [`tracer`] | following a program call by call, and killing it after any of them, refusing it, or holding the program there |
 //! | [`faults`], [`daemon_faults`] | what a loader leaves that was killed or refused a call, and how the daemon goes on |
-//! | [`surroundings`] | what of a pod's network namespace the loader may change |
+//! | [`traces`], [`surroundings`] | all that the loader may change, and what of it is a pod's network namespace |
 //! | [`api_server`], [`daemon`], [`kubernetes`] | a node: the Kubernetes API played, `redirect daemon`, pods as the API tells them |
 //! | [`light`] | pods by the hundred |
 //! | [`foreign`] | somebody else's eBPF program on the same hook |
@@ -54,6 +55,7 @@ pub mod faults;
 pub mod follower;
 pub mod foreign;
 pub mod helm;
+pub mod http;
 pub mod iptables;
 pub mod judge;
 pub mod kubectl;
@@ -81,4 +83,6 @@ pub mod skip;
 pub mod soak;
 pub mod sockopt;
 pub mod surroundings;
+pub mod target;
 pub mod tracer;
+pub mod traces;

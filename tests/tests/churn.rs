@@ -20,16 +20,18 @@ use redirect_tests::{
     daemon::{Daemon, Usage, inward, out, until_out},
     kubernetes::object,
     light::LightPod,
+    patience::amount,
     protocol::{Burst, Dial, Family},
     scene::{Scene, To, loopback},
 };
 use rstest::rstest;
 use serde_json::{Value, json};
 
-/// How many pods come and go.
-const PODS: u32 = 1000;
-/// How many at the same time.
+/// How many pods come and go at the same time.
 const WAVE: u32 = 50;
+/// How often.
+const WAVES: u32 = 20;
+const WAVES_WHEN_SLOW: u32 = 4;
 /// What allocators keep may grow by that much, whatever the number of pods.
 const GROWTH_KB: u64 = 16 * 1024;
 /// Connections that the daemon may have open to somebody who asks, or to the API, when it is looked at.
@@ -173,7 +175,8 @@ fn pods_that_come_and_go_leave_nothing() {
         let traffic = Dial::new(Family::V4, stays.address(Family::V4, To::Service(80)));
         stays.app.traffic_start(traffic);
         let begun = Instant::now();
-        for (first, how) in (WAVE..WAVE + PODS)
+        let pods = amount(WAVES, WAVES_WHEN_SLOW) * WAVE;
+        for (first, how) in (WAVE..WAVE + pods)
             .step_by(WAVE as usize)
             .zip([End::Unheard, End::Orderly].into_iter().cycle())
         {
@@ -192,7 +195,7 @@ fn pods_that_come_and_go_leave_nothing() {
             (rest.objects == before.objects).then_some(rest)
         });
         eprintln!(
-            "{PODS} pods came and went in {took:.1?}; the daemon's memory: {} kB before, {} kB after; its descriptors: {} and {}",
+            "{pods} pods came and went in {took:.1?}; the daemon's memory: {} kB before, {} kB after; its descriptors: {} and {}",
             before.daemon.resident_kb,
             after.daemon.resident_kb,
             before.daemon.descriptors.len(),

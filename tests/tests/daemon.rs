@@ -294,7 +294,7 @@ fn capture_goes_on_while_the_daemon_is_away_and_when_it_comes_back(#[case] signa
         let counted = r#"redirect_connections_total{direction="outbound",verdict="captured",rule="outbound-captured"}"#;
         let before = daemon.metric(counted).unwrap_or(0.0);
         assert_eq!(out(&mut scene, 80), "15001");
-        assert_eq!(daemon.metric(counted), Some(before + 1.0));
+        daemon.until_metric(counted, before + 1.0);
     });
 }
 

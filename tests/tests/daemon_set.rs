@@ -27,13 +27,14 @@ use redirect_tests::{
     },
     envoy, kubectl,
     kubelet::DaemonPod,
-    mounts,
+    manifests, mounts,
     patience::patience,
     pod::SERVICE4,
     protocol::Greeting,
     scene::SERVICE,
     sidecar::Sidecar,
     skip,
+    target::in_target,
 };
 
 /// Not root.
@@ -56,7 +57,7 @@ impl Programs {
             return Err(missing);
         }
         Ok(Self {
-            image: kubectl::in_target("image/redirect.tar").ok_or(
+            image: in_target("image/redirect.tar").ok_or(
                 "no image/redirect.tar in the target directory: `cargo xtask image` makes it",
             )?,
             envoy: envoy::find()?,
@@ -182,7 +183,8 @@ impl Cluster {
     /// Runs the pod of a DaemonSet of `deploy/kustomize`, as far as all of its containers are started.
     fn deploy(&mut self, directory: &str, name: &str) -> Running {
         let objects = kubectl::kustomize(&self.programs.kubectl, directory);
-        let daemon_set: DaemonSet = kubectl::daemon_set(&objects);
+        let daemon_set = manifests::of_kind(&objects, "DaemonSet").clone();
+        let daemon_set: DaemonSet = serde_json::from_value(daemon_set).unwrap();
         let containerd = &self.node.containerd;
         let name = format!("{name}-{}", self.number);
         let pod = DaemonPod::new(&daemon_set, &name)

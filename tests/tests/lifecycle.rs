@@ -5,7 +5,10 @@
 )]
 
 use std::{
+    fs::OpenOptions,
+    io::pipe,
     net::SocketAddr,
+    os::fd::OwnedFd,
     process::{Command, Stdio},
     thread,
     time::{Duration, Instant},
@@ -16,7 +19,7 @@ use redirect_tests::{
     loader::{self, attach_command, finish, status_mentions},
     namespace::errors,
     options::Options,
-    patience::patience,
+    patience::{amount, patience},
     pod::{Pod, Shape},
     protocol::{Dial, Family, Identity, Traffic},
     scene::{Lands, Scene, To, inward, out},
@@ -558,8 +561,9 @@ fn ipv6_auto_follows_the_first_global_address(#[values(false, true)] only_ipv6: 
 const TOGETHER: &str = r#"
 mount -t bpf bpf /sys/fs/bpf || exit 1
 program=$1
+rounds=$6
 again() {
-    for round in 1 2 3 4 5; do
+    for round in $(seq $rounds); do
         "$program" attach --cgroup "$1" --netns "$2" -i '*' -b '*' -u 1337 >/dev/null || return 1
         "$program" detach --cgroup "$1" >/dev/null || return 1
     done
@@ -584,7 +588,50 @@ fn loaders_at_the_same_time_do_not_trip_over_each_other() {
     for pod in [&first, &second] {
         command.arg(pod.cgroup.path()).arg(pod.netns.path());
     }
+    command.arg(amount(5, 2).to_string());
     let output = finish(&mut command);
     assert!(output.status.success(), "{}", errors(&output));
     assert_eq!(errors(&output), "");
+}
+
+#[rstest]
+#[case::attach(&["attach", "-i", "*", "-b", "*", "-u", "1337"])]
+#[case::status(&["status"])]
+#[case::status_json(&["status", "-o", "json"])]
+#[case::detach(&["detach"])]
+fn reader_that_has_read_enough_changes_nothing(#[case] words: &[&str]) {
+    let pod = Pod::new();
+    let call = |stdout: OwnedFd| {
+        let mut command = loader::redirect();
+        command.args(words);
+        if words[0] != "status" {
+            command.arg("--cgroup").arg(pod.cgroup.path());
+        }
+        if words[0] == "attach" {
+            command.arg("--netns").arg(pod.netns.path());
+        }
+        command.stdout(stdout).output().unwrap()
+    };
+    let (reader, writer) = pipe().unwrap();
+    drop(reader);
+    let output = call(writer.into());
+    assert_eq!(
+        (output.status.code(), errors(&output)),
+        (Some(0), String::new())
+    );
+    assert_eq!(status_mentions(&pod), words[0] == "attach");
+
+    // Negative control: what was not written, and not for want of a reader, is told.
+    let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let output = call(full.into());
+    let told = "redirect: writing to standard output: No space left on device (os error 28)";
+    assert_eq!(
+        (output.status.code(), errors(&output).trim_end()),
+        (Some(1), told)
+    );
+    finish(
+        loader::redirect()
+            .args(["detach", "--cgroup"])
+            .arg(pod.cgroup.path()),
+    );
 }

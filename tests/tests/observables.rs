@@ -6,6 +6,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use aya::util::KernelVersion;
 use redirect_tests::{
     actor::Actor,
     backend::Backend,
@@ -272,6 +273,10 @@ fn one_source_port_reaches_several_destinations(
     }
 }
 
+/// The first kernel tested whose NAT finds another source port for a connection that would become like one that it has already. With
+/// the older ones its first packet is lost.
+const NAT_FINDS_PORTS: KernelVersion = KernelVersion::new(6, 12, 0);
+
 #[rstest]
 fn one_source_port_from_outside_reaches_several_ports(
     #[values(Redirect, Iptables)] backend: Backend,
@@ -290,6 +295,11 @@ fn one_source_port_from_outside_reaches_several_ports(
         let dialed = scene
             .outside
             .dial(&Dial::new(family, to).bind(source).keep(&port.to_string()));
+        if backend == Iptables && port != 80 && KernelVersion::current().unwrap() < NAT_FINDS_PORTS
+        {
+            assert_eq!(dialed.outcome(), "EINPROGRESS", "{to}");
+            return;
+        }
         assert_eq!(dialed.outcome(), "15006", "{to}");
         assert_eq!(dialed.peer, Some(to));
         let greeting = dialed.greeting.unwrap();

@@ -20,7 +20,7 @@ use redirect_tests::{
     backend::Backend::Redirect,
     bpffs, loader,
     options::Options,
-    patience::patience,
+    patience::{amount, patience},
     pod::Pod,
     protocol::{Answer, Dial, Family, Identity, Listen, Manner, Probe, Request},
     scene::{Scene, To, wildcards},
@@ -63,10 +63,11 @@ fn pod_holds_100_000_captured_connections_to_many_destinations() {
     assert!(total > 100_000);
 }
 
-/// Short connections of one test.
-const SHORT: u32 = 200_000;
-/// After how many it says so.
+/// Short connections, after which a test says so.
 const STRETCH: u32 = 25_000;
+/// How often.
+const STRETCHES: u32 = 8;
+const STRETCHES_WHEN_SLOW: u32 = 2;
 
 #[rstest]
 fn connections_that_are_gone_leave_nothing() {
@@ -88,14 +89,15 @@ fn connections_that_are_gone_leave_nothing() {
 
         listen(&mut scene, Manner::HangUp);
         let (sockets, captured) = (sockets(&scene), captured(&scene));
-        for (done, (_, dial)) in (0..SHORT)
+        let short = amount(STRETCHES, STRETCHES_WHEN_SLOW) * STRETCH;
+        for (done, (_, dial)) in (0..short)
             .step_by(STRETCH as usize)
             .zip(dials.iter().cycle())
         {
-            eprintln!("{done} of {SHORT} connections");
+            eprintln!("{done} of {short} connections");
             churn(&mut scene, dial);
         }
-        assert_eq!(self::captured(&scene) - captured, u64::from(SHORT));
+        assert_eq!(self::captured(&scene) - captured, u64::from(short));
         assert_eq!(bpffs::flows(), Some(Vec::new()));
         // What is known of a connection is kept with its sockets: none of them is left.
         wait_for_sockets(&scene, &sockets);

@@ -9,7 +9,7 @@ use crate::{
     actor::Actor,
     cgroup::{Cgroup, mount_point},
     cni::NAME,
-    kubernetes::NODE,
+    kubernetes::{NODE, STATUS},
     loader::{finish, redirect},
     namespace::{Namespace, errors},
     pod::SERVICE4,
@@ -58,7 +58,7 @@ impl Node {
             name: name.to_owned(),
             uid: uid(name),
             cgroup_parent: Path::new("/").join(below).display().to_string(),
-            annotations: HashMap::from([("sidecar.istio.io/status".to_owned(), "{}".to_owned())]),
+            annotations: HashMap::from([(STATUS.to_owned(), "{}".to_owned())]),
             security: Security::default(),
         }
     }
