@@ -9,6 +9,7 @@ mod settled;
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use redirect_common::POLICY_LAYOUT_VERSION;
@@ -149,12 +150,12 @@ pub fn attach(request: &Request) -> Result<Outcome> {
     notes.encode()?;
 
     let pins = Pins::open()?;
-    let programs = Programs::open_or_load(&pins)?;
+    let cgroup_id = request.cgroup.id();
+    let programs = Programs::open_or_load(&pins, &needs(request, &pins.pod(cgroup_id)))?;
     let tables = Tables::open(&pins)?;
     let mut noted = collect::gone(&pins, &tables)?;
     refuse_overlap(&tables, &noted, request, &notes, &unrouted)?;
 
-    let cgroup_id = request.cgroup.id();
     let own = noted.iter().position(|(id, _)| *id == cgroup_id);
     let mut attached = own.map(|own| noted.swap_remove(own).1);
     if attached
@@ -298,6 +299,19 @@ pub fn attach(request: &Request) -> Result<Outcome> {
     }
 }
 
+/// What the request needs, and what is linked already: `links` is where those of the pod are pinned.
+fn needs(request: &Request, links: &Path) -> Vec<Need> {
+    let is_needed = |need: &Need| match need {
+        Need::Always => true,
+        Need::Dns => {
+            let mut hooks = HOOKS.iter().filter(|hook| hook.need == Need::Dns);
+            request.policy.dns != Dns::Off || hooks.any(|hook| links.join(hook.name).exists())
+        }
+        Need::Machines => !request.policy.virtual_interfaces.is_empty(),
+    };
+    Need::ALL.into_iter().filter(is_needed).collect()
+}
+
 /// What was made in the namespace for this cgroup, or for one of the `others` that shares it.
 fn changes_made(attached: Option<&Notes>, others: &[(u64, Notes)], notes: &Notes) -> Vec<Change> {
     // The cgroup's own notes first: those of the others are copies.
@@ -414,7 +428,7 @@ fn sync_routes(
 /// notes on what is `attached`. True if anything changed.
 fn link(
     pins: &Pins,
-    programs: &Programs,
+    programs: &Programs<'_>,
     request: &Request,
     notes: &Notes,
     attached: Option<&Notes>,
@@ -423,22 +437,22 @@ fn link(
     if directory.is_dir() {
         let same_build = attached.is_some_and(|attached| attached.build == notes.build);
         let mut changed = false;
-        for (index, hook) in HOOKS.iter().enumerate() {
+        for hook in HOOKS {
             let path = directory.join(hook.name);
             if !path.exists() {
                 let Some(cgroup) = cgroup_of(hook, request) else {
                     continue;
                 };
-                bpf::pin(programs.attach(index, cgroup)?.as_fd(), &path)
+                bpf::pin(programs.attach(hook, cgroup)?.as_fd(), &path)
                     .with_context(|| format!("pinning link {}", hook.name))?;
                 changed = true;
             } else if !same_build {
-                programs.update(index, &open_link(&path)?)?;
+                programs.update(hook, &open_link(&path)?)?;
             }
         }
         if !same_build {
             let lookup = open_link(&directory.join(SK_LOOKUP))?;
-            let program = programs.load_entry(pins, notes.netns_cookie, Entered::SkLookup)?;
+            let program = programs.load_entry(notes.netns_cookie, Entered::SkLookup)?;
             bpf::link_update(lookup.as_fd(), program.as_fd()).context("updating link sk_lookup")?;
             changed = true;
         }
@@ -448,14 +462,14 @@ fn link(
     let pin = |link: OwnedFd, name: &str| {
         bpf::pin(link.as_fd(), &staged.join(name)).with_context(|| format!("pinning link {name}"))
     };
-    let program = programs.load_entry(pins, notes.netns_cookie, Entered::SkLookup)?;
+    let program = programs.load_entry(notes.netns_cookie, Entered::SkLookup)?;
     pin(
         programs::attach_sk_lookup(&program, &request.netns)?,
         SK_LOOKUP,
     )?;
-    for (index, hook) in HOOKS.iter().enumerate() {
+    for hook in HOOKS {
         if let Some(cgroup) = cgroup_of(hook, request) {
-            pin(programs.attach(index, cgroup)?, hook.name)?;
+            pin(programs.attach(hook, cgroup)?, hook.name)?;
         }
     }
     pins.publish(&staged, &directory)?;
@@ -476,6 +490,6 @@ fn cgroup_of<'a>(hook: &Hook, request: &'a Request) -> Option<BorrowedFd<'a>> {
     }
 }
 
-fn open_link(path: &std::path::Path) -> Result<OwnedFd> {
+fn open_link(path: &Path) -> Result<OwnedFd> {
     bpf::open_pinned(path).with_context(|| format!("opening {}", path.display()))
 }

@@ -22,7 +22,7 @@ use crate::observe::interfaces::{self, Layer};
 use crate::observe::netns::NetworkNamespace;
 use crate::options::InterfacePattern;
 use crate::pins::Pins;
-use crate::programs::{self, Entered, Programs};
+use crate::programs::{self, Entered, Need, Programs};
 use crate::record::Notes;
 use crate::sys::bpf;
 use crate::tables::Tables;
@@ -53,7 +53,7 @@ pub struct Found {
 /// Puts filters on the interfaces that match. True if anything changed.
 pub fn add(
     pins: &Pins,
-    programs: &Programs,
+    programs: &Programs<'_>,
     tables: &Tables,
     netns: &NetworkNamespace,
     patterns: &[InterfacePattern],
@@ -321,12 +321,12 @@ fn attach_type(direction: Direction) -> TcAttachType {
 
 /// Pins of the namespace's entries to the programs of this build. Every cgroup in the namespace uses
 /// them: they are loaded if they are not there.
-fn entries(pins: &Pins, programs: &Programs, netns_cookie: u64) -> Result<[PathBuf; 2]> {
-    let directory = pins.programs(programs::build_id());
+fn entries(pins: &Pins, programs: &Programs<'_>, netns_cookie: u64) -> Result<[PathBuf; 2]> {
+    let directory = pins.programs(programs::build_id(), Need::Machines);
     let paths = PROGRAMS.map(|(_, program)| directory.join(pin_name(program, netns_cookie)));
     for ((_, program), path) in PROGRAMS.iter().zip(&paths) {
         if !path.exists() {
-            let entry = programs.load_entry(pins, netns_cookie, *program)?;
+            let entry = programs.load_entry(netns_cookie, *program)?;
             bpf::pin(entry.as_fd(), path).with_context(|| format!("pinning {}", path.display()))?;
         }
     }

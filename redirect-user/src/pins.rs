@@ -4,6 +4,7 @@
 //! /sys/fs/bpf/redirect/v2/maps/NAME               shared by all pods and builds
 //!                         maps-LAYOUT/NAME        shared by all pods of builds with that layout of them
 //!                         programs-HASH/NAME      shared by all pods, one directory per build
+//!                         programs-HASH-dns/NAME  those of one need
 //!                         pods/CGROUP_ID/NAME     one link per hook
 //! ```
 
@@ -20,6 +21,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{FsType, statfs};
 use redirect_common::{LAYOUT_VERSION, POLICY_LAYOUT_VERSION};
 
+use crate::programs::Need;
 use crate::sys::bpf::{self, LinkTarget};
 use crate::tables;
 
@@ -101,7 +103,7 @@ impl Pins {
         Ok(directories)
     }
 
-    /// Directories of programs, one per build.
+    /// Directories of programs, one per build and need.
     pub fn all_programs(&self) -> Result<Vec<PathBuf>> {
         let mut directories = entries(&self.root)?;
         directories.retain(|path| file_name(path).starts_with("programs-"));
@@ -117,14 +119,16 @@ impl Pins {
         Ok(pins)
     }
 
-    /// Where the programs of one build are pinned.
-    pub fn programs(&self, build: u64) -> PathBuf {
-        self.root.join(format!("programs-{build:016x}"))
+    /// Where the programs of one build and need are pinned.
+    pub fn programs(&self, build: u64, need: Need) -> PathBuf {
+        self.root
+            .join(format!("programs-{build:016x}{}", need.suffix()))
     }
 
     /// Directories of the programs of all builds but these.
     pub fn programs_but(&self, builds: &[u64]) -> Result<Vec<PathBuf>> {
-        let kept: Vec<PathBuf> = builds.iter().map(|build| self.programs(*build)).collect();
+        let all_of = |build: &u64| Need::ALL.map(|need| self.programs(*build, need));
+        let kept: Vec<PathBuf> = builds.iter().flat_map(all_of).collect();
         let mut directories = self.all_programs()?;
         directories.retain(|path| !kept.contains(path));
         Ok(directories)

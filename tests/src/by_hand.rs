@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     io::{Error, ErrorKind, Read as _, Write as _},
     net::Shutdown,
+    thread,
     time::Duration,
 };
 
@@ -19,6 +20,11 @@ use crate::{
     protocol::{Listen, Step},
     server::bound,
 };
+
+/// How long a connection may take to pass on what its buffers have room for.
+const SETTLING: Duration = Duration::from_millis(20);
+/// No connection has buffers for so many bytes.
+const FILL_LIMIT: usize = 64 << 20;
 
 sockopt_impl!(
     /// How many seconds a connection waits for data in the state SYN_RECV.
@@ -90,19 +96,23 @@ pub fn take(
 /// Writes until the socket takes no more; the number of bytes it took.
 fn fill(mut socket: &Socket) -> Result<usize, Error> {
     socket.set_nonblocking(true)?;
-    let mut sent = 0;
-    let error = loop {
-        match socket.write(&[0; 65_536]) {
-            Ok(count) => sent += count,
-            Err(error) => break error,
+    let (mut sent, mut before) = (0, None);
+    // What waits here has to find no room there either.
+    while before != Some(sent) && sent < FILL_LIMIT {
+        if before.is_some() {
+            thread::sleep(patience(SETTLING));
         }
-    };
-    socket.set_nonblocking(false)?;
-    if error.kind() == ErrorKind::WouldBlock {
-        Ok(sent)
-    } else {
-        Err(error)
+        before = Some(sent);
+        loop {
+            match socket.write(&[0; 65_536]) {
+                Ok(count) => sent += count,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
     }
+    socket.set_nonblocking(false)?;
+    Ok(sent)
 }
 
 /// As in `include/net/tcp_states.h`.

@@ -19,6 +19,7 @@ use std::{
 use redirect_tests::{
     actor::Actor,
     backend::Backend,
+    bpffs::{self, Objects},
     loader::{self, attach_command, finish},
     namespace::errors,
     options::{DNS_PROXY_PORT, Options},
@@ -594,4 +595,28 @@ fn resolv_conf_without_servers_turns_dns_capture_off_with_a_warning() {
         check(&mut scene, Redirect, V4, transport, &row);
     }
     drop(loader::detach(scene.pod.cgroup.path()));
+}
+
+#[rstest]
+fn programs_of_dns_are_loaded_for_the_first_pod_that_needs_them() {
+    let are_there = || {
+        bpffs::pins()
+            .iter()
+            .any(|pin| pin.to_string_lossy().contains("-dns"))
+    };
+    bpffs::private(|| {
+        let mut scene = scene();
+        scene.attach(Redirect, &Options::ISTIO);
+        let loaded = Objects::loaded().programs().len();
+        assert!(!are_there() && loaded > 5);
+        scene.attach(Redirect, &ALL);
+        assert!(are_there() && Objects::loaded().programs().len() > loaded);
+        let row = (APP, To::Service(53), AGENT, AGENT);
+        check(&mut scene, Redirect, V4, ConnectedUdp, &row);
+        // Its hooks stay until the pod is detached.
+        scene.attach(Redirect, &Options::ISTIO);
+        assert!(are_there());
+        scene.detach();
+        assert!(bpffs::pins().is_empty());
+    });
 }

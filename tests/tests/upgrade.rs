@@ -9,7 +9,9 @@
 )]
 
 use std::{
+    collections::BTreeSet,
     fs,
+    path::PathBuf,
     process::{Command, Stdio},
     thread,
     time::Instant,
@@ -44,13 +46,14 @@ fn attach(by: Command, pod: &Pod) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Directories of pinned programs: one for each build in use.
+/// How many builds have programs pinned.
 fn builds() -> usize {
     let pins = bpffs::pins();
-    let is_build = |name: &str| name.starts_with("programs-") && !name.contains('/');
-    pins.iter()
-        .filter(|pin| is_build(&pin.to_string_lossy()))
-        .count()
+    let build = |pin: &PathBuf| {
+        let name = pin.to_str()?.strip_prefix("programs-")?;
+        name.split(['-', '/']).next().map(str::to_owned)
+    };
+    pins.iter().filter_map(build).collect::<BTreeSet<_>>().len()
 }
 
 fn only(traffic: &Traffic, who: &str) {

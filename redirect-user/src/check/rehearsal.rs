@@ -13,7 +13,7 @@ use super::{Finding, Level};
 use crate::observe::mounts;
 use crate::observe::netns::NetworkNamespace;
 use crate::pins::Pins;
-use crate::programs::{self, Entered, HOOKS, Programs};
+use crate::programs::{self, Entered, HOOKS, Need, Programs};
 
 const WHAT: &str = "rehearsal";
 
@@ -37,13 +37,18 @@ fn rehearse() -> Result<()> {
     mount(Some("bpf"), "/sys/fs/bpf", Some("bpf"), flags, nothing)
         .context("mounting a BPF file system")?;
     let pins = Pins::open()?;
-    let loaded = Programs::open_or_load(&pins)?;
+    let loaded = Programs::open_or_load(&pins, &Need::ALL)?;
     let netns = NetworkNamespace::own()?;
-    let entry = loaded.load_entry(&pins, netns.cookie()?, Entered::SkLookup)?;
-    let _steering = programs::attach_sk_lookup(&entry, &netns)?;
+    let enter = |entered| loaded.load_entry(netns.cookie()?, entered);
+    let _steering = programs::attach_sk_lookup(&enter(Entered::SkLookup)?, &netns)?;
+    let _machines = [
+        enter(Entered::MachineEgress)?,
+        enter(Entered::MachineIngress)?,
+    ];
     let place = Place::new()?;
     let cgroup = File::open(&place.0).with_context(|| format!("opening {}", place.0.display()))?;
-    let _links = (0..HOOKS.len())
+    let _links = HOOKS
+        .iter()
         .map(|hook| loaded.attach(hook, &cgroup))
         .collect::<Result<Vec<_>>>()?;
     Ok(())

@@ -20,7 +20,7 @@ use super::event::{Decision, Event, Message};
 use super::messages::{Messages, Raw};
 use super::{Wanted, busy};
 use crate::pins::{self, Pins};
-use crate::programs::{self, HOOKS};
+use crate::programs::{self, HOOKS, Need};
 use crate::record;
 use crate::sys::bpf;
 use crate::tables::Tables;
@@ -265,11 +265,14 @@ fn messages(pins: &Pins, tables: &Tables) -> Result<Option<Messages>> {
             .filter(|(_, notes)| notes.layout == POLICY_LAYOUT_VERSION)
             .map(|(_, notes)| notes.build),
     );
-    for directory in builds.into_iter().map(|build| pins.programs(build)) {
+    for directory in builds
+        .into_iter()
+        .map(|build| pins.programs(build, Need::Always))
+    {
         if !directory.is_dir() {
             continue;
         }
-        for hook in HOOKS {
+        for hook in HOOKS.iter().filter(|hook| hook.need == Need::Always) {
             let program = bpf::open_pinned(&directory.join(hook.program))?;
             match Messages::of_program(bpf::program_id(program.as_fd())?) {
                 Ok(messages) => return Ok(Some(messages)),
