@@ -128,10 +128,11 @@ mod fuzz {
         #![proptest_config(config(1))]
 
         #[test]
-        fn any_message_is_split(message in prop_oneof![text(), "(netns )?[0-9]{0,22}(: )?( to ::ffff:)?[a-z: ]{0,9}"], cookie: u64) {
+        fn any_message_is_split(message in prop_oneof![text(), "(netns )?[0-9]{0,22}(: )?( to ::ffff:)?[a-z: ]{0,9}(trouble [0-9]{0,20})?"], cookie: u64) {
             let (found, text) = split(&message);
             prop_assert!(found.is_none() || message.starts_with("netns "));
             prop_assert!(text.len() <= message.len());
+            prop_assert!(in_words(text.clone()) == text || text.contains("trouble "));
             let (found, rest) = split(&format!("netns {cookie}: {message}"));
             prop_assert_eq!((found, rest), (Some(cookie), message.replacen(" to ::ffff:", " to ", 1)));
         }

@@ -87,7 +87,7 @@ pub const KNOWN: &[Known] = &[
     },
     Known {
         name: "The client's source port",
-        explanation: "is what the proxy sees, always. With iptables the second of two connections with one source port gets another one where both end at one listener.",
+        explanation: "is what the proxy sees, always. With iptables the second of two connections with one source port gets another one where both end at one listener; on Linux 6.1 it is lost.",
         applies: |case, line| {
             let real = case.redirect(CLIENT_LOCAL);
             line.what == SERVER_PEER
