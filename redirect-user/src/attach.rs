@@ -307,7 +307,6 @@ fn needs(request: &Request, links: &Path) -> Vec<Need> {
             let mut hooks = HOOKS.iter().filter(|hook| hook.need == Need::Dns);
             request.policy.dns != Dns::Off || hooks.any(|hook| links.join(hook.name).exists())
         }
-        Need::Machines => !request.policy.virtual_interfaces.is_empty(),
     };
     Need::ALL.into_iter().filter(is_needed).collect()
 }

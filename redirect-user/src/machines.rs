@@ -322,7 +322,7 @@ fn attach_type(direction: Direction) -> TcAttachType {
 /// Pins of the namespace's entries to the programs of this build. Every cgroup in the namespace uses
 /// them: they are loaded if they are not there.
 fn entries(pins: &Pins, programs: &Programs<'_>, netns_cookie: u64) -> Result<[PathBuf; 2]> {
-    let directory = pins.programs(programs::build_id(), Need::Machines);
+    let directory = pins.programs(programs::build_id(), Need::Always);
     let paths = PROGRAMS.map(|(_, program)| directory.join(pin_name(program, netns_cookie)));
     for ((_, program), path) in PROGRAMS.iter().zip(&paths) {
         if !path.exists() {

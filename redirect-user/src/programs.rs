@@ -24,20 +24,17 @@ pub enum Need {
     /// Where DNS is captured. With such a program anywhere, the kernel locks the socket for every
     /// datagram of the machine.
     Dns,
-    /// Where virtual machines are captured.
-    Machines,
 }
 
 impl Need {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Always, Self::Dns, Self::Machines];
+    pub const ALL: [Self; 2] = [Self::Always, Self::Dns];
 
     /// Ends the name of the directory where a build's programs of this need are pinned.
     pub const fn suffix(self) -> &'static str {
         match self {
             Self::Always => "",
             Self::Dns => "-dns",
-            Self::Machines => "-machines",
         }
     }
 }
@@ -66,13 +63,6 @@ impl Entered {
             Self::SkLookup => "redirect_sk_lookup",
             Self::MachineEgress => "redirect_machine_egress",
             Self::MachineIngress => "redirect_machine_ingress",
-        }
-    }
-
-    const fn need(self) -> Need {
-        match self {
-            Self::SkLookup => Need::Always,
-            Self::MachineEgress | Self::MachineIngress => Need::Machines,
         }
     }
 
@@ -156,7 +146,7 @@ impl<'a> Programs<'a> {
         let path = self.pins.map("NETNS");
         let netns =
             bpf::open_pinned(&path).with_context(|| format!("opening {}", path.display()))?;
-        let jump = self.group(entered.need())?.pinned(&entered.jump())?;
+        let jump = self.group(Need::Always)?.pinned(&entered.jump())?;
         let entry = entry::instructions(netns.as_fd(), netns_cookie, jump, entered.pass());
         entered
             .load(&entry)

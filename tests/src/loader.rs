@@ -26,7 +26,7 @@ pub fn redirect() -> Command {
 }
 
 /// A call of the same program with another layout of the maps that an upgrade fills anew. It is built by
-/// `cargo build -p redirect-user --features other-layout --bin redirect-other-layout`.
+/// `cargo build --features redirect-user/other-layout --bin redirect-other-layout`.
 pub fn redirect_of_other_layout() -> Command {
     clean(Command::new(executable("redirect-other-layout")))
 }

@@ -84,11 +84,12 @@ fn cargo_home() -> Option<PathBuf> {
 /// The program that tests of upgrades change to: its maps have another layout.
 pub const OTHER_LAYOUT: &str = "redirect-other-layout";
 
-/// The call that builds [`OTHER_LAYOUT`], next to `redirect`.
+/// The call that builds [`OTHER_LAYOUT`], next to `redirect`. For a single package, dependencies would have other features and be
+/// built again.
 pub fn build_other_layout() -> Result<Command> {
     let mut command = at_root()?;
-    command.args(["build", "--package", "redirect-user"]);
-    command.args(["--features", "other-layout", "--bin", OTHER_LAYOUT]);
+    command.args(["build", "--features", "redirect-user/other-layout"]);
+    command.args(["--bin", OTHER_LAYOUT]);
     Ok(command)
 }
 

@@ -49,7 +49,7 @@ impl Group {
 
     fn open(directory: &Path, need: Need) -> Result<Self> {
         let names = programs(need).map(str::to_owned);
-        let names = names.chain(entered(need).map(Entered::jump));
+        let names = names.chain(entered(need).iter().map(|entered| entered.jump()));
         let open = |name: String| {
             let path = directory.join(&name);
             let fd =
@@ -74,9 +74,11 @@ fn programs(need: Need) -> impl Iterator<Item = &'static str> {
     hooks.map(|hook| hook.program)
 }
 
-fn entered(need: Need) -> impl Iterator<Item = Entered> {
-    let all = Entered::ALL.into_iter();
-    all.filter(move |entered| entered.need() == need)
+fn entered(need: Need) -> &'static [Entered] {
+    match need {
+        Need::Always => &Entered::ALL,
+        Need::Dns => &[],
+    }
 }
 
 fn load_object(pins: &Pins) -> Result<Ebpf> {
