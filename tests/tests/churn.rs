@@ -189,10 +189,12 @@ fn pods_that_come_and_go_leave_nothing() {
         };
         assert_eq!(who, "15001");
 
-        // The kernel frees a program after a grace period.
+        // The kernel frees a program after a grace period, and the daemon may be looking at a pod.
+        let most = before.daemon.descriptors.len() + CALLS;
         let after = daemon.until_within(PATIENCE, "only one pod's programs are loaded", || {
             let rest = Rest::of(&daemon);
-            (rest.objects == before.objects).then_some(rest)
+            let is_at_rest = rest.daemon.descriptors.len() <= most;
+            (rest.objects == before.objects && is_at_rest).then_some(rest)
         });
         eprintln!(
             "{pods} pods came and went in {took:.1?}; the daemon's memory: {} kB before, {} kB after; its descriptors: {} and {}",
@@ -204,12 +206,6 @@ fn pods_that_come_and_go_leave_nothing() {
         let differences = after.state.differences(&before.state);
         assert!(differences.is_empty(), "{differences:#?}");
         assert_eq!(after.traces, before.traces);
-        assert!(
-            after.daemon.descriptors.len() <= before.daemon.descriptors.len() + CALLS,
-            "{:#?} were {:#?}",
-            after.daemon.descriptors,
-            before.daemon.descriptors
-        );
         assert!(after.daemon.resident_kb < before.daemon.resident_kb + GROWTH_KB);
 
         server.delete(&stays_object);

@@ -1,11 +1,10 @@
 //! Random configurations, variables and results: each is read, or refused with one line.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use prop::collection::vec;
 use prop::sample::select;
 use proptest::prelude::*;
-use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
@@ -102,21 +101,22 @@ fn plugin_list() -> impl Strategy<Value = String> {
     })
 }
 
-/// Reads no more than it needs: a number may be larger than any that a [`Value`] holds.
+/// Reads no more than it needs: a number may be larger than any that a [`Value`] holds. Of a key that comes twice the last counts, as
+/// for container runtimes.
 fn kinds(list: &str) -> Vec<String> {
-    #[derive(Deserialize)]
-    struct List {
-        plugins: Vec<Plugin>,
-    }
-    #[derive(Deserialize)]
-    struct Plugin {
-        r#type: String,
-    }
-    let list: List = serde_json::from_str(list).expect(list);
-    list.plugins
-        .into_iter()
-        .map(|plugin| plugin.r#type)
+    type Object<'a> = HashMap<String, &'a RawValue>;
+    let list: Object<'_> = serde_json::from_str(list).expect(list);
+    let plugins: Vec<Object<'_>> = serde_json::from_str(list["plugins"].get()).expect("objects");
+    let kinds = plugins.iter().map(|plugin| plugin["type"].get());
+    kinds
+        .map(|kind| serde_json::from_str(kind).expect("a string"))
         .collect()
+}
+
+#[test]
+fn key_that_comes_twice_counts_the_last_time() {
+    let list = r#"{"cniVersion":"1.0.0","name":"n","plugins":[{"type":"a","type":"b"}]}"#;
+    assert_eq!(kinds(&insert(list, ENTRY).expect("a list")), ["b", NAME]);
 }
 
 #[test]
