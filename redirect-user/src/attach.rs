@@ -30,7 +30,7 @@ use crate::observe::interfaces::{Interface, interfaces};
 use crate::observe::netns::NetworkNamespace;
 use crate::observe::routes::{Family, RoutingTable, first_global_family, routing_table};
 use crate::options::{Dns, Ipv6, Policy};
-use crate::pins::Pins;
+use crate::pins::{self, Pins};
 use crate::programs::{self, Entered, HOOKS, Hook, Need, Programs, SK_LOOKUP, Side};
 use crate::proxy::ProxyIdentity;
 use crate::record::{KubernetesPod, Notes};
@@ -301,14 +301,21 @@ pub fn attach(request: &Request) -> Result<Outcome> {
 
 /// What the request needs, and what is linked already: `links` is where those of the pod are pinned.
 fn needs(request: &Request, links: &Path) -> Vec<Need> {
-    let is_needed = |need: &Need| match need {
-        Need::Always => true,
-        Need::Dns => {
-            let mut hooks = HOOKS.iter().filter(|hook| hook.need == Need::Dns);
-            request.policy.dns != Dns::Off || hooks.any(|hook| links.join(hook.name).exists())
-        }
+    let is_linked = |need: Need| {
+        let mut hooks = HOOKS.iter().filter(|hook| hook.need == need);
+        hooks.any(|hook| links.join(hook.name).exists())
     };
-    Need::ALL.into_iter().filter(is_needed).collect()
+    Need::ALL
+        .into_iter()
+        .filter(|need| has(request, *need) || is_linked(*need))
+        .collect()
+}
+
+fn has(request: &Request, need: Need) -> bool {
+    match need {
+        Need::Always => true,
+        Need::Dns => request.policy.dns != Dns::Off,
+    }
 }
 
 /// What was made in the namespace for this cgroup, or for one of the `others` that shares it.
@@ -446,11 +453,11 @@ fn link(
                     .with_context(|| format!("pinning link {}", hook.name))?;
                 changed = true;
             } else if !same_build {
-                programs.update(hook, &open_link(&path)?)?;
+                programs.update(hook, &pins::open_existing(&path)?)?;
             }
         }
         if !same_build {
-            let lookup = open_link(&directory.join(SK_LOOKUP))?;
+            let lookup = pins::open_existing(&directory.join(SK_LOOKUP))?;
             let program = programs.load_entry(notes.netns_cookie, Entered::SkLookup)?;
             bpf::link_update(lookup.as_fd(), program.as_fd()).context("updating link sk_lookup")?;
             changed = true;
@@ -477,7 +484,7 @@ fn link(
 
 /// Where a hook is to be attached; None if this pod does not need it.
 fn cgroup_of<'a>(hook: &Hook, request: &'a Request) -> Option<BorrowedFd<'a>> {
-    if hook.need == Need::Dns && request.policy.dns == Dns::Off {
+    if !has(request, hook.need) {
         return None;
     }
     let own = request.cgroup.as_fd();
@@ -487,8 +494,4 @@ fn cgroup_of<'a>(hook: &Hook, request: &'a Request) -> Option<BorrowedFd<'a>> {
         Side::Proxy => Some(proxy.unwrap_or(own)),
         Side::ProxyElsewhere => proxy,
     }
-}
-
-fn open_link(path: &Path) -> Result<OwnedFd> {
-    bpf::open_pinned(path).with_context(|| format!("opening {}", path.display()))
 }

@@ -21,7 +21,7 @@ use crate::observe::interfaces::filters::{self, Direction, Filter};
 use crate::observe::interfaces::{self, Layer};
 use crate::observe::netns::NetworkNamespace;
 use crate::options::InterfacePattern;
-use crate::pins::Pins;
+use crate::pins::{self, Pins};
 use crate::programs::{self, Entered, Need, Programs};
 use crate::record::Notes;
 use crate::sys::bpf;
@@ -256,7 +256,7 @@ fn add_one(
 }
 
 fn put_filter(found: &interfaces::Interface, direction: Direction, pinned: &Path) -> Result<bool> {
-    let wanted = bpf::program_id(bpf::open_pinned(pinned)?.as_fd())?;
+    let wanted = bpf::program_id(pins::open_existing(pinned)?.as_fd())?;
     let there = filters::filters(found.index, direction).context("listing filters")?;
     let there = there.into_iter().find(is_ours);
     if there.is_some_and(|filter| filter.program_id == Some(wanted)) {

@@ -196,10 +196,18 @@ pub fn open_maps_directory() -> Result<Option<File>> {
 /// Opens a pinned object; None if there is no such pin.
 pub fn open(path: &Path) -> Result<Option<OwnedFd>> {
     match bpf::open_pinned(path) {
-        Ok(object) => Ok(Some(object)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error).with_context(|| format!("opening {}", path.display())),
+        opened => in_words(opened, path).map(Some),
     }
+}
+
+/// Opens a pinned object that ought to be there.
+pub fn open_existing(path: &Path) -> Result<OwnedFd> {
+    in_words(bpf::open_pinned(path), path)
+}
+
+fn in_words(opened: io::Result<OwnedFd>, path: &Path) -> Result<OwnedFd> {
+    opened.with_context(|| format!("opening {}", path.display()))
 }
 
 /// Whether the kernel has cut a pinned link off, as what it hung on has gone; None if there is no such pin.

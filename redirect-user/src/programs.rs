@@ -12,7 +12,7 @@ use aya_obj::generated::bpf_attach_type;
 
 use self::group::Group;
 pub use self::hooks::{HOOKS, Hook, Side};
-use crate::pins::Pins;
+use crate::pins::{self, Pins};
 use crate::sys::bpf;
 
 /// Which pods need a program. Those of one need are loaded together, when the first pod has it: the verifier takes
@@ -122,14 +122,14 @@ impl<'a> Programs<'a> {
 
     /// Attaches one hook.
     pub fn attach(&self, hook: &Hook, cgroup: impl AsFd) -> Result<OwnedFd> {
-        let program = self.group(hook.need)?.pinned(hook.program)?;
+        let program = self.group(hook.need)?.pinned(&hook.program())?;
         bpf::link_create(program, cgroup.as_fd(), hook.attach_type)
             .with_context(|| format!("attaching {}", hook.name))
     }
 
     /// Puts this build's program behind an existing link, if another one is there.
     pub fn update(&self, hook: &Hook, link: &OwnedFd) -> Result<bool> {
-        let program = self.group(hook.need)?.pinned(hook.program)?;
+        let program = self.group(hook.need)?.pinned(&hook.program())?;
         let wanted = bpf::program_id(program)?;
         let observed = bpf::cgroup_link(link.as_fd())
             .with_context(|| format!("reading link {}", hook.name))?;
@@ -143,9 +143,7 @@ impl<'a> Programs<'a> {
 
     /// Loads a pod's entry to a shared program.
     pub fn load_entry(&self, netns_cookie: u64, entered: Entered) -> Result<OwnedFd> {
-        let path = self.pins.map("NETNS");
-        let netns =
-            bpf::open_pinned(&path).with_context(|| format!("opening {}", path.display()))?;
+        let netns = pins::open_existing(&self.pins.map("NETNS"))?;
         let jump = self.group(Need::Always)?.pinned(&entered.jump())?;
         let entry = entry::instructions(netns.as_fd(), netns_cookie, jump, entered.pass());
         entered

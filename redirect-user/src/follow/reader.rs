@@ -273,7 +273,7 @@ fn messages(pins: &Pins, tables: &Tables) -> Result<Option<Messages>> {
             continue;
         }
         for hook in HOOKS.iter().filter(|hook| hook.need == Need::Always) {
-            let program = bpf::open_pinned(&directory.join(hook.program))?;
+            let program = pins::open_existing(&directory.join(hook.program()))?;
             match Messages::of_program(bpf::program_id(program.as_fd())?) {
                 Ok(messages) => return Ok(Some(messages)),
                 // Not every program has something to tell.

@@ -8,9 +8,9 @@ use anyhow::{Context, Result, bail};
 use aya::programs::{Program, ProgramError};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 
-use super::{Entered, HOOKS, Need, build_id};
+use super::{Entered, HOOKS, Hook, Need, build_id};
 use crate::kernel::{self, Offsets};
-use crate::pins::Pins;
+use crate::pins::{self, Pins};
 use crate::sys::bpf;
 use crate::tables;
 
@@ -31,8 +31,8 @@ impl Group {
         let mut object = load_object(pins)?;
         let staged = pins.stage()?;
         for name in programs(need) {
-            let fd = load_program(&mut object, name)?;
-            bpf::pin(fd.as_fd(), &staged.join(name))
+            let fd = load_program(&mut object, &name)?;
+            bpf::pin(fd.as_fd(), &staged.join(&name))
                 .with_context(|| format!("pinning program {name}"))?;
         }
         for entered in entered(need) {
@@ -48,14 +48,8 @@ impl Group {
     }
 
     fn open(directory: &Path, need: Need) -> Result<Self> {
-        let names = programs(need).map(str::to_owned);
-        let names = names.chain(entered(need).iter().map(|entered| entered.jump()));
-        let open = |name: String| {
-            let path = directory.join(&name);
-            let fd =
-                bpf::open_pinned(&path).with_context(|| format!("opening {}", path.display()))?;
-            Ok((name, fd))
-        };
+        let names = programs(need).chain(entered(need).iter().map(|entered| entered.jump()));
+        let open = |name: String| Ok((name.clone(), pins::open_existing(&directory.join(name))?));
         names.map(open).collect::<Result<_>>().map(Self)
     }
 
@@ -69,9 +63,9 @@ impl Group {
     }
 }
 
-fn programs(need: Need) -> impl Iterator<Item = &'static str> {
+fn programs(need: Need) -> impl Iterator<Item = String> {
     let hooks = HOOKS.iter().filter(move |hook| hook.need == need);
-    hooks.map(|hook| hook.program)
+    hooks.map(Hook::program)
 }
 
 fn entered(need: Need) -> &'static [Entered] {
