@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// No call of the program takes longer.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A call of `redirect` in the making.
 pub fn redirect() -> Command {

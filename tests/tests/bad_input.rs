@@ -550,8 +550,8 @@ fn wrong_targets() {
             vec!["/run/netns/no-such", "does not exist"],
         ),
         (
-            vec!["--cgroup", &cgroup, "--netns", "/etc/hostname"],
-            vec!["/etc/hostname", "not a namespace"],
+            vec!["--cgroup", &cgroup, "--netns", "/proc/version"],
+            vec!["/proc/version", "not a namespace"],
         ),
         (
             vec!["--cgroup", &cgroup, "--netns", "/proc/self/ns/mnt"],

@@ -366,8 +366,8 @@ fn version_lists_what_is_spoken_whatever_is_asked() {
 #[case::vanished("CNI_NETNS", "/run/netns/rd-none", "CNI_NETNS: network namespace")]
 #[case::no_namespace(
     "CNI_NETNS",
-    "/etc/hostname",
-    "CNI_NETNS: \"/etc/hostname\" is not a namespace"
+    "/proc/version",
+    "CNI_NETNS: \"/proc/version\" is not a namespace"
 )]
 #[case::other_kind("CNI_NETNS", "/proc/self/ns/mnt", "is a mnt namespace")]
 #[case::arguments("CNI_ARGS", "K8S_POD_NAME", "CNI_ARGS: \"K8S_POD_NAME\"")]

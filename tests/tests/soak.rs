@@ -15,6 +15,7 @@ use redirect_tests::{
     actor::Actor,
     loader,
     options::Options,
+    patience::amount,
     protocol::{Dial, Family, Identity},
     scene::To,
     soak::{Plan, cast::Cast, report::Report, run},
@@ -36,20 +37,28 @@ fn all_connections_end_where_they_should_while_everything_changes() {
     assert!(report.is_clean(), "{report}");
     // Where hardly anything happens, all is well.
     for (who, least) in [
-        ("15001", 300),
-        ("15006", 300),
-        ("app", 1_000),
-        ("service", 300),
+        ("15001", amount(300, 50)),
+        ("15006", amount(300, 50)),
+        ("app", amount(1_000, 200)),
+        ("service", amount(300, 50)),
     ] {
         let met = report.outcomes.get(who).copied();
-        assert!(met >= Some(least), "{who} answered {met:?} times: {report}");
+        assert!(
+            met >= Some(least.into()),
+            "{who} answered {met:?} times: {report}"
+        );
     }
     for manner in ["short", "long", "half-closed", "reset", "aborted", "held"] {
         let made = report.manners.get(manner).copied();
-        assert!(made >= Some(100), "{manner}: {made:?}: {report}");
+        assert!(
+            made >= Some(amount(100, 20).into()),
+            "{manner}: {made:?}: {report}"
+        );
     }
-    assert!(report.asked > 1_000 && report.counted > 4, "{report}");
-    assert!(report.events.values().sum::<u64>() > 10, "{report}");
+    assert!(report.asked > amount(1_000, 200).into(), "{report}");
+    assert!(report.counted > amount(4, 2).into(), "{report}");
+    let events: u64 = report.events.values().sum();
+    assert!(events > amount(10, 5).into(), "{report}");
 }
 
 /// A pod that nothing should happen to, until that is noticed, and for a few rounds at most.

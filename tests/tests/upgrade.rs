@@ -25,6 +25,7 @@ use redirect_tests::{
     maps::exhaust_ports,
     namespace::errors,
     options::Options,
+    patience::amount,
     pod::Pod,
     protocol::{Dial, Family, Probe, Traffic},
     scene::{Scene, To},
@@ -35,9 +36,11 @@ use serde_json::Value;
 use Family::{V4, V6};
 
 /// How often the build changes under traffic.
-const ROUNDS: usize = 6;
+const ROUNDS: u32 = 6;
+const ROUNDS_WHEN_SLOW: u32 = 2;
 /// How often a call that takes a pod over is killed.
 const KILLS: u32 = 16;
+const KILLS_WHEN_SLOW: u32 = 4;
 
 fn attach(by: Command, pod: &Pod) -> String {
     let mut command = attach_by(by, pod);
@@ -81,7 +84,7 @@ fn another_build_takes_over_without_an_uncaptured_moment(#[values(V4, V6)] famil
 
         scene.app.traffic_start(out.clone());
         scene.outside.traffic_start(inward.clone());
-        for round in 0..ROUNDS {
+        for round in 0..amount(ROUNDS, ROUNDS_WHEN_SLOW) {
             let before = Objects::pinned();
             let by = if round % 2 == 0 {
                 other.redirect()
@@ -329,14 +332,15 @@ fn take_over_that_was_killed_is_completed_by_the_next_call() {
         let begun = Instant::now();
         attach(redirect_of_other_layout(), &pod.scene.pod);
         let whole = begun.elapsed();
-        for (step, to) in (0..KILLS).zip([1, 2].into_iter().cycle()) {
+        let kills = amount(KILLS, KILLS_WHEN_SLOW);
+        for (step, to) in (0..kills).zip([1, 2].into_iter().cycle()) {
             let mut command = attach_by(of_layout(to), &pod.scene.pod);
             let mut child = command
                 .args(Options::ISTIO.arguments())
                 .stdout(Stdio::null())
                 .spawn()
                 .unwrap();
-            thread::sleep(whole * step / KILLS);
+            thread::sleep(whole * step / kills);
             child.kill().unwrap();
             child.wait().unwrap();
             pod.check();
