@@ -13,8 +13,9 @@ mod qemu;
 mod report;
 mod test;
 
-use std::path::PathBuf;
-use std::process::ExitCode;
+use std::os::fd::AsRawFd as _;
+use std::path::{Path, PathBuf};
+use std::process::{self, ExitCode};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
@@ -116,11 +117,10 @@ impl Run {
 
 impl Shell {
     fn run(&self) -> Result<ExitCode> {
+        // It owns the terminal, so that Ctrl-C and job control work.
+        let shell = ["setsid", "--ctty", "--wait", "--", "bash", "-i"].map(str::to_owned);
         let job = Job {
-            commands: vec![GuestCommand::new(
-                "shell",
-                &["bash".to_owned(), "-i".to_owned()],
-            )],
+            commands: vec![GuestCommand::new("shell", &shell)],
         };
         let programs = Programs::build(self.tests)?;
         let kernel = self.kernel.get()?;
@@ -168,13 +168,15 @@ impl Machine {
             None => Vec::new(),
         };
         image.set_job(modules, job)?;
-        let initramfs = tempfile::NamedTempFile::new_in(folder()?)?;
-        image.write(initramfs.path())?;
+        // It has no name: if this is killed, nothing is left.
+        let initramfs = tempfile::tempfile_in(folder()?)?;
+        image.write(&initramfs)?;
+        let by_descriptor = format!("/proc/{}/fd/{}", process::id(), initramfs.as_raw_fd());
         let log = folder()?.join(format!("console-{}.log", kernel.file_name()));
         let guest = Guest {
             log: &log,
             kernel,
-            initramfs: initramfs.path(),
+            initramfs: Path::new(&by_descriptor),
             accelerator,
             size: self.size,
             limit: Duration::from_secs(self.limit),

@@ -1,8 +1,8 @@
 //! The guest's files: programs of this machine with the libraries they need, the modules and the job.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::BufWriter;
+use std::fs;
+use std::io::{self, BufWriter};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
@@ -214,8 +214,7 @@ impl Image {
     }
 
     /// Writes the archive. Directories come before what is in them: so they sort.
-    pub fn write(&self, file: &Path) -> Result<()> {
-        let to = File::create(file).with_context(|| format!("cannot make {}", file.display()))?;
+    pub fn write(&self, to: impl io::Write) -> Result<()> {
         let mut archive = Writer::new(BufWriter::new(to));
         for (path, entry) in &self.entries {
             let name = path.to_str().context("a path is not UTF-8")?;

@@ -133,7 +133,7 @@ fn guest_command(arguments: &[&str]) -> Command {
 }
 
 impl GuestCommand {
-    /// Starts it as the leader of a session that has the terminal, so that Ctrl-C and job control work.
+    /// Starts it. The terminal does not become its own: when the owner ends, what is still on its way is dropped.
     fn start(&self) -> Result<Child> {
         let arguments: Vec<&str> = self.arguments.iter().map(String::as_str).collect();
         let terminal = || {
@@ -142,9 +142,8 @@ impl GuestCommand {
                 .write(true)
                 .open(job::TERMINAL)
         };
-        let mut command = guest_command(&["setsid", "--ctty", "--wait", "--"]);
+        let mut command = guest_command(&arguments);
         command
-            .args(arguments)
             .envs(self.environment.iter().cloned())
             .stdin(terminal()?)
             .stdout(terminal()?)
