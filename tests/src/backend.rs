@@ -1,5 +1,7 @@
 //! The capture under test, and the reference that vouches for the expectations.
 
+use aya::util::KernelVersion;
+
 use crate::{
     iptables::{self, Variant},
     loader,
@@ -17,7 +19,16 @@ pub enum Backend {
     Iptables,
 }
 
+/// The first kernel tested whose NAT finds another source port for a connection that would become like one that it has already. With
+/// the older ones its first packet is lost.
+const NAT_FINDS_PORTS: KernelVersion = KernelVersion::new(6, 12, 0);
+
 impl Backend {
+    /// Whether two connections of one source port reach one listener of the proxy.
+    pub fn serves_one_source_port_twice(self) -> bool {
+        self == Self::Redirect || KernelVersion::current().unwrap() >= NAT_FINDS_PORTS
+    }
+
     /// Captures the pod's traffic, until the returned value is dropped; the pod is remembered by reference.
     pub fn attach(self, pod: &Pod, options: &Options) {
         match self {

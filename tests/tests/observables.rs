@@ -6,7 +6,6 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use aya::util::KernelVersion;
 use redirect_tests::{
     actor::Actor,
     backend::Backend,
@@ -273,10 +272,6 @@ fn one_source_port_reaches_several_destinations(
     }
 }
 
-/// The first kernel tested whose NAT finds another source port for a connection that would become like one that it has already. With
-/// the older ones its first packet is lost.
-const NAT_FINDS_PORTS: KernelVersion = KernelVersion::new(6, 12, 0);
-
 #[rstest]
 fn one_source_port_from_outside_reaches_several_ports(
     #[values(Redirect, Iptables)] backend: Backend,
@@ -295,8 +290,7 @@ fn one_source_port_from_outside_reaches_several_ports(
         let dialed = scene
             .outside
             .dial(&Dial::new(family, to).bind(source).keep(&port.to_string()));
-        if backend == Iptables && port != 80 && KernelVersion::current().unwrap() < NAT_FINDS_PORTS
-        {
+        if port != 80 && !backend.serves_one_source_port_twice() {
             assert_eq!(dialed.outcome(), "EINPROGRESS", "{to}");
             return;
         }

@@ -15,7 +15,7 @@ use redirect_tests::{
     actor::Actor,
     loader,
     options::Options,
-    patience::amount,
+    patience::{amount, patience},
     protocol::{Dial, Family, Identity},
     scene::To,
     soak::{Plan, cast::Cast, report::Report, run},
@@ -30,17 +30,17 @@ fn all_connections_end_where_they_should_while_everything_changes() {
     let plan = Plan {
         held: 1_000,
         round_ms: 3_000,
-        ..Plan::new(SEED, Duration::from_secs(35))
+        ..Plan::new(SEED, Duration::from_secs(amount(35, 70).into()))
     };
     let report = run(&plan, &mut |_| ControlFlow::Continue(()));
     println!("{report}");
     assert!(report.is_clean(), "{report}");
     // Where hardly anything happens, all is well.
     for (who, least) in [
-        ("15001", amount(300, 50)),
-        ("15006", amount(300, 50)),
+        ("15001", amount(300, 30)),
+        ("15006", amount(300, 30)),
         ("app", amount(1_000, 200)),
-        ("service", amount(300, 50)),
+        ("service", amount(300, 30)),
     ] {
         let met = report.outcomes.get(who).copied();
         assert!(
@@ -70,7 +70,7 @@ fn noticed(what: &str, distortion: fn(Options) -> Options, meddle: fn(&mut Cast)
         calm: true,
         distortion,
         meddle,
-        ..Plan::new(SEED, Duration::from_secs(30))
+        ..Plan::new(SEED, patience(Duration::from_secs(30)))
     };
     run(&plan, &mut |report| {
         if !is_noticed(report, what) && report.rounds < 5 {

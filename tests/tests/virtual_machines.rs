@@ -363,6 +363,10 @@ fn one_source_port_serves_several_destinations_at_once(
         let to = scene.address(family, to);
         let dial = Dial::new(family, to).bind(source).keep(&index.to_string());
         let dialed = machine.actor.dial(&dial);
+        if index > 0 && !backend.serves_one_source_port_twice() {
+            assert_eq!(dialed.outcome(), "EINPROGRESS", "{to}");
+            return;
+        }
         assert_eq!(dialed.outcome(), OUTBOUND, "{dialed:?}");
         let greeting = dialed.greeting.unwrap();
         let asked = if family == V4 {

@@ -11,6 +11,7 @@ mod modules;
 mod programs;
 mod qemu;
 mod report;
+mod results;
 mod test;
 
 use std::os::fd::AsRawFd as _;

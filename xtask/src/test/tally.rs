@@ -2,7 +2,9 @@
 
 use std::fmt;
 
-#[derive(Default)]
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tally {
     passed: u64,
     failed: u64,
@@ -39,6 +41,16 @@ impl Tally {
                 _ => {}
             }
         }
+    }
+
+    /// Adds what another one has.
+    pub fn add(&mut self, other: &Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.ignored += other.ignored;
+        self.begun += other.begun;
+        self.binaries += other.binaries;
+        self.failures.extend(other.failures.iter().cloned());
     }
 
     pub fn found_nothing(&self) -> bool {

@@ -40,6 +40,7 @@ const PROGRAMS: &[&str] = &[
     "readlink",
     "rm",
     "sed",
+    "seq",
     "setpriv",
     "setsid",
     "sha256sum",

@@ -1,10 +1,12 @@
 //! What is built here and run there.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
+use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
 
 use super::image::Image;
@@ -12,7 +14,8 @@ use crate::{cargo, setup, ui};
 
 /// Where the guest has the tests; they look for the programs they call in the directories above.
 pub const TESTS: &str = "/vm/deps";
-const PROGRAMS: &[&str] = &["redirect", "actor"];
+const REDIRECT: &str = "redirect";
+const PROGRAMS: &[&str] = &[REDIRECT, "actor"];
 /// This program, as the guest's first process.
 const INIT: &str = "xtask";
 /// What tests read of the workspace, at the same path as here.
@@ -47,6 +50,8 @@ pub struct Programs {
     folder: TempDir,
     /// Names of the test programs.
     pub tests: Vec<String>,
+    /// Names of all there are, wanted or not.
+    pub all_tests: Vec<String>,
 }
 
 impl Programs {
@@ -64,6 +69,7 @@ impl Programs {
         let programs = Self {
             folder: tempfile::tempdir_in(super::folder()?)?,
             tests: Vec::new(),
+            all_tests: Vec::new(),
         };
         let redirect = cargo::built_binary(false)?;
         for name in PROGRAMS {
@@ -94,12 +100,15 @@ impl Programs {
         if !output.status.success() {
             bail!("the tests do not build ({})", output.status);
         }
-        let tests = tests(&String::from_utf8_lossy(&output.stdout));
+        let mut tests = tests(&String::from_utf8_lossy(&output.stdout));
+        // Cargo tells them in the order in which they were built.
+        tests.sort();
         let is_one = |name: &&String| tests.iter().all(|(test, _)| test != *name);
         if let Some(unknown) = wanted.iter().find(is_one) {
             let names: Vec<&str> = tests.iter().map(|(name, _)| name.as_str()).collect();
             bail!("--test {unknown}: allowed are {}", names.join(", "));
         }
+        programs.all_tests = tests.iter().map(|(name, _)| name.clone()).collect();
         for (name, path) in tests {
             if wanted.is_empty() || wanted.contains(&name) {
                 programs.take(&path, &name)?;
@@ -114,11 +123,18 @@ impl Programs {
         cargo::strip(program, &self.folder.path().join(name))
     }
 
+    /// SHA-256 of `redirect`, in hexadecimal digits.
+    pub fn hash(&self) -> Result<String> {
+        let program = fs::read(self.folder.path().join(REDIRECT))?;
+        let digest = Sha256::digest(program);
+        Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
     /// Adds them to a guest's files.
     pub fn add_to(&self, image: &mut Image) -> Result<()> {
         let here = |name: &str| self.folder.path().join(name);
         image.add_as(&here(INIT), "/xtask")?;
-        image.add_as(&here("redirect"), "/usr/bin/redirect")?;
+        image.add_as(&here(REDIRECT), "/usr/bin/redirect")?;
         for name in &self.tests {
             image.add_as(&here(name), &format!("{TESTS}/{name}"))?;
         }

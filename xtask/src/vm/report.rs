@@ -10,8 +10,8 @@ use comfy_table::Table;
 
 use super::console::Disaster;
 use super::qemu::{End, Ended};
+use super::results::Found;
 use crate::cargo;
-use crate::test::Tally;
 
 /// One for every kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,10 +88,10 @@ pub struct Row {
     pub release: String,
     /// Whether every program loaded and attached; None if that was not seen.
     pub loads: Option<bool>,
-    pub tally: Tally,
-    /// Which of all tests were to run.
-    pub chosen: String,
-    pub skipped: usize,
+    /// What the tests found.
+    pub found: Found,
+    /// Which of all tests those are.
+    pub of: String,
     pub verdict: Verdict,
     pub boot: Option<Duration>,
     pub took: Duration,
@@ -113,17 +113,17 @@ impl Row {
             Some(false) => "no",
             None => "not seen",
         };
-        let tests = if self.tally.found_nothing() {
+        let tests = if self.found.tally.found_nothing() {
             "none run".to_owned()
         } else {
-            format!("{} ({})", self.tally, self.chosen)
+            format!("{} ({})", self.found.tally, self.of)
         };
         [
             self.kernel.clone(),
             self.release.clone(),
             loads.to_owned(),
             tests,
-            self.skipped.to_string(),
+            self.found.skipped.len().to_string(),
             self.verdict.to_string(),
         ]
     }

@@ -1,7 +1,8 @@
 //! `cargo xtask vm test`: the programs and the kernel-level tests, on one kernel after the other.
 
+use std::collections::BTreeMap;
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use clap::Args;
@@ -11,8 +12,9 @@ use super::job::{GuestCommand, Job, TERMINAL};
 use super::kernel::{Kernel, Wanted};
 use super::programs::{Programs, TESTS};
 use super::report::{self, Row, Verdict};
+use super::results::{Found, Results};
 use super::{Machine, qemu::Ended};
-use crate::test::{SKIP_LOG, Skips, Tally};
+use crate::test::{SKIP_LOG, Skips};
 use crate::{cargo, ui};
 
 /// What the loader says it needs; it refuses what is older.
@@ -20,6 +22,8 @@ const OLDEST: (u32, u32) = (5, 15);
 const LOAD: &str = "load";
 /// So many tests that fail may be the emulator's fault: whether they are is seen when each runs alone.
 const AGAIN_AT_MOST: usize = 10;
+/// Begins the line before what a test program writes.
+const RUNNING: &str = "     Running ";
 /// Where the tests are told.
 const SLOWNESS: &str = "REDIRECT_SLOWNESS";
 
@@ -39,39 +43,55 @@ pub struct Options {
     /// How many times longer than usual the tests wait
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
     slowness: u32,
-    /// Write these kernels' lines into docs/kernel-support.md
+    /// Write these kernels' lines into docs/kernel-support.md, with what earlier calls found with the same `redirect`
     #[arg(long)]
     table: bool,
+    /// Leave out the test programs that have passed on this kernel with the same `redirect`
+    #[arg(long, conflicts_with = "filter")]
+    rest: bool,
     /// Only tests whose name contains this
     filter: Option<String>,
 }
 
 impl Options {
+    /// Which tests a filter has left.
     fn chosen(&self) -> String {
         let programs = match self.tests.join(", ") {
             all if all.is_empty() => "all".to_owned(),
             some => some,
         };
-        match &self.filter {
-            Some(filter) => format!("{programs}: `{filter}`"),
-            None => programs,
-        }
+        let filter = self.filter.as_deref().unwrap_or_default();
+        format!("{programs}: `{filter}`")
     }
 }
 
 /// What the job wrote.
 #[derive(Default)]
 struct Output {
-    tally: Tally,
-    skipped: Vec<String>,
+    /// The test program that runs.
+    current: Option<String>,
+    by_program: BTreeMap<String, Found>,
 }
 
 impl Output {
     fn read(&mut self, line: &str) {
-        self.tally.read(line);
-        if line.starts_with("SKIP ") {
-            self.skipped.push(line.to_owned());
+        if let Some(program) = line.strip_prefix(RUNNING) {
+            self.current = program.rsplit('/').next().map(str::to_owned);
         }
+        let Some(name) = &self.current else { return };
+        let found = self.by_program.entry(name.clone()).or_default();
+        found.tally.read(line);
+        if line.starts_with("SKIP ") {
+            found.skipped.push(line.to_owned());
+        }
+    }
+
+    fn sum(&self) -> Found {
+        let mut sum = Found::default();
+        for found in self.by_program.values() {
+            sum.add(found);
+        }
+        sum
     }
 }
 
@@ -108,35 +128,95 @@ fn is_too_old(wanted: &Wanted) -> bool {
 }
 
 fn one(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Row> {
+    let known = Results::read(kernel, programs)?;
+    let is_wanted = |name: &&String| !(options.rest && known.passed(name));
+    let names: Vec<String> = programs.tests.iter().filter(is_wanted).cloned().collect();
+    if names.is_empty() {
+        return Ok(Row {
+            verdict: known.verdict(),
+            loads: Some(true),
+            found: known.sum(),
+            of: known.of(&programs.all_tests),
+            ..row(kernel)
+        });
+    }
     let mut arguments = vec![format!("--test-threads={}", options.threads)];
     arguments.extend(options.filter.clone());
-    let job = tests(options, &programs.tests, &arguments);
-    let (ended, output, took) = boot(options, kernel, programs, job)?;
-    let loads = ended.console.status(LOAD).map(|status| status == 0);
-    let mut verdict = Verdict::of(&ended);
-    if verdict == Verdict::Passed {
-        let is_bad = |name: &&String| ended.console.status(name) != Some(0);
-        let bad: Vec<String> = programs.tests.iter().filter(is_bad).cloned().collect();
-        let failures = output.tally.failures();
-        let skips = Skips::new(&cargo::workspace()?.root)?;
-        let skipped = output.skipped.iter().map(String::as_str);
-        let forbidden: Vec<&str> = skipped.filter(|line| !skips.allows(line)).collect();
-        if loads != Some(true) {
-            verdict = Verdict::Failed("the programs do not load".to_owned());
-        } else if !forbidden.is_empty() {
-            verdict = Verdict::Failed(forbidden.join(", "));
-        } else if !output.tally.is_complete() {
-            verdict = Verdict::Failed(bad.join(", "));
-        } else if !failures.is_empty() {
-            let few = failures.len() <= AGAIN_AT_MOST;
-            verdict = if few && pass_alone(options, kernel, programs, &bad, failures)? {
-                Verdict::PassedAlone(failures.to_vec())
-            } else {
-                Verdict::Failed(failures.join(", "))
-            };
-        }
+    let job = tests(options, &names, &arguments);
+    let (ended, mut output, took) = boot(options, kernel, programs, job)?;
+    let skips = Skips::new(&cargo::workspace()?.root)?;
+    let (verdict, passed_alone) =
+        judge(options, kernel, programs, &names, &ended, &output, &skips)?;
+    let now = Row {
+        loads: ended.console.status(LOAD).map(|status| status == 0),
+        boot: ended.boot,
+        took,
+        ..row(kernel)
+    };
+    if options.filter.is_some() {
+        return Ok(Row {
+            verdict,
+            found: output.sum(),
+            of: options.chosen(),
+            ..now
+        });
     }
-    Ok(row(options, kernel, &ended, output, loads, verdict, took))
+    output.by_program.retain(|_, found| {
+        found.is_complete() && found.skipped.iter().all(|line| skips.allows(line))
+    });
+    for found in output.by_program.values_mut() {
+        found.passed_alone = passed_alone;
+    }
+    let known = Results::update(kernel, programs, output.by_program)?;
+    Ok(Row {
+        // What is wrong now comes first.
+        verdict: if verdict.is_good() {
+            known.verdict()
+        } else {
+            verdict
+        },
+        found: known.sum(),
+        of: known.of(&programs.all_tests),
+        ..now
+    })
+}
+
+/// What these test programs make of the kernel, and whether those that failed passed alone.
+fn judge(
+    options: &Options,
+    kernel: &Kernel,
+    programs: &Programs,
+    names: &[String],
+    ended: &Ended,
+    output: &Output,
+    skips: &Skips,
+) -> Result<(Verdict, bool)> {
+    let verdict = Verdict::of(ended);
+    if verdict != Verdict::Passed {
+        return Ok((verdict, false));
+    }
+    let failed = |what: String| Ok((Verdict::Failed(what), false));
+    let is_bad = |name: &&String| ended.console.status(name) != Some(0);
+    let bad: Vec<String> = names.iter().filter(is_bad).cloned().collect();
+    let found = output.sum();
+    let failures = found.tally.failures();
+    let skipped = found.skipped.iter().map(String::as_str);
+    let forbidden: Vec<&str> = skipped.filter(|line| !skips.allows(line)).collect();
+    if ended.console.status(LOAD) != Some(0) {
+        failed("the programs do not load".to_owned())
+    } else if !forbidden.is_empty() {
+        failed(forbidden.join(", "))
+    } else if !found.tally.is_complete() {
+        failed(bad.join(", "))
+    } else if failures.is_empty() {
+        Ok((verdict, false))
+    } else if failures.len() <= AGAIN_AT_MOST
+        && pass_alone(options, kernel, programs, &bad, failures)?
+    {
+        Ok((Verdict::PassedAlone(failures.to_vec()), true))
+    } else {
+        failed(failures.join(", "))
+    }
 }
 
 /// Whether these tests of these programs pass one after the other, in a guest of their own.
@@ -152,10 +232,11 @@ fn pass_alone(
     let arguments = [&words, failures].concat();
     let job = tests(options, names, &arguments);
     let (ended, output, _) = boot(options, kernel, programs, job)?;
+    let tally = output.sum().tally;
     Ok(Verdict::of(&ended) == Verdict::Passed
-        && output.tally.is_complete()
-        && output.tally.failures().is_empty()
-        && output.tally.passed() >= failures.len() as u64)
+        && tally.is_complete()
+        && tally.failures().is_empty()
+        && tally.passed() >= failures.len() as u64)
 }
 
 /// Loads and attaches, then runs these test programs with these arguments.
@@ -171,8 +252,9 @@ fn tests(options: &Options, names: &[String], arguments: &[String]) -> Job {
         ..shell(LOAD, SCRIPT)
     };
     let mut commands = vec![load];
+    let run = format!("echo '{RUNNING}'$0; exec $0 \"$@\"");
     commands.extend(names.iter().map(|name| {
-        let program = [format!("{TESTS}/{name}")];
+        let program = ["sh", "-c", &run, &format!("{TESTS}/{name}")].map(str::to_owned);
         GuestCommand {
             environment: vec![
                 (SKIP_LOG.to_owned(), TERMINAL.to_owned()),
@@ -192,21 +274,19 @@ fn refusal(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Ro
     let job = Job {
         commands: vec![shell(LOAD, SCRIPT)],
     };
-    let (ended, output, took) = boot(options, kernel, programs, job)?;
+    let (ended, _, took) = boot(options, kernel, programs, job)?;
     let verdict = match (Verdict::of(&ended), ended.console.status(LOAD)) {
         (Verdict::Passed, Some(0)) => Verdict::Refused,
         (Verdict::Passed, _) => Verdict::Failed("not refused as it should be".to_owned()),
         (other, _) => other,
     };
-    Ok(row(
-        options,
-        kernel,
-        &ended,
-        output,
-        Some(false),
+    Ok(Row {
+        loads: Some(false),
         verdict,
+        boot: ended.boot,
         took,
-    ))
+        ..row(kernel)
+    })
 }
 
 fn boot(
@@ -214,7 +294,7 @@ fn boot(
     kernel: &Kernel,
     programs: &Programs,
     job: Job,
-) -> Result<(Ended, Output, std::time::Duration)> {
+) -> Result<(Ended, Output, Duration)> {
     let started = Instant::now();
     let mut output = Output::default();
     let ended = options
@@ -229,25 +309,17 @@ fn boot(
     Ok((ended, output, started.elapsed()))
 }
 
-fn row(
-    options: &Options,
-    kernel: &Kernel,
-    ended: &Ended,
-    output: Output,
-    loads: Option<bool>,
-    verdict: Verdict,
-    took: std::time::Duration,
-) -> Row {
+/// Of a kernel that nothing is known of yet.
+fn row(kernel: &Kernel) -> Row {
     Row {
         kernel: kernel.name.clone(),
         release: kernel.release().unwrap_or_default(),
-        loads,
-        tally: output.tally,
-        chosen: options.chosen(),
-        skipped: output.skipped.len(),
-        verdict,
-        boot: ended.boot,
-        took,
+        loads: None,
+        found: Found::default(),
+        of: String::new(),
+        verdict: Verdict::Passed,
+        boot: None,
+        took: Duration::ZERO,
     }
 }
 

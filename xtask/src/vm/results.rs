@@ -1,0 +1,191 @@
+//! What was found on a kernel, also by earlier calls: an emulator takes more than an hour for all tests, and one that was mended should
+//! not cost another.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
+use serde::{Deserialize, Serialize};
+
+use super::kernel::Kernel;
+use super::programs::Programs;
+use super::report::Verdict;
+use crate::test::Tally;
+
+/// What a test program found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Found {
+    pub tally: Tally,
+    /// The lines of the tests that were skipped.
+    pub skipped: Vec<String>,
+    /// Whether those that failed passed when each ran alone.
+    #[serde(default)]
+    pub passed_alone: bool,
+}
+
+impl Found {
+    /// Whether all that began has ended.
+    pub fn is_complete(&self) -> bool {
+        !self.tally.found_nothing() && self.tally.is_complete()
+    }
+
+    /// Adds what another program found.
+    pub fn add(&mut self, other: &Self) {
+        self.tally.add(&other.tally);
+        self.skipped.extend(other.skipped.iter().cloned());
+    }
+
+    fn is_good(&self) -> bool {
+        self.is_complete() && (self.passed_alone || self.tally.failures().is_empty())
+    }
+}
+
+/// What test programs found on a kernel, each when it ran last.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Results {
+    /// As `uname -r` tells it.
+    release: String,
+    /// SHA-256 of `redirect`: what was found with another one does not count.
+    redirect: String,
+    programs: BTreeMap<String, Found>,
+}
+
+impl Results {
+    /// Those of this kernel and this `redirect`.
+    pub fn read(kernel: &Kernel, programs: &Programs) -> Result<Self> {
+        let nothing = Self {
+            release: kernel.release().unwrap_or_default(),
+            redirect: programs.hash()?,
+            programs: BTreeMap::new(),
+        };
+        let text = fs::read(path(kernel)?).unwrap_or_default();
+        // A file of another version of this program tells nothing.
+        let known: Self = serde_json::from_slice(&text).unwrap_or_default();
+        let is_of_these =
+            (&known.release, &known.redirect) == (&nothing.release, &nothing.redirect);
+        Ok(if is_of_these { known } else { nothing })
+    }
+
+    /// Enters what was found now. Others may have done the same since this was read.
+    pub fn update(
+        kernel: &Kernel,
+        programs: &Programs,
+        found: BTreeMap<String, Found>,
+    ) -> Result<Self> {
+        let mut results = Self::read(kernel, programs)?;
+        results.programs.extend(found);
+        let path = path(kernel)?;
+        fs::write(&path, serde_json::to_vec_pretty(&results)?)
+            .with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(results)
+    }
+
+    /// Whether all tests of this program passed.
+    pub fn passed(&self, program: &str) -> bool {
+        self.programs.get(program).is_some_and(Found::is_good)
+    }
+
+    /// All of it in one.
+    pub fn sum(&self) -> Found {
+        let mut sum = Found::default();
+        for found in self.programs.values() {
+            sum.add(found);
+        }
+        sum
+    }
+
+    /// What it is of, if there are `all` of these test programs.
+    pub fn of(&self, all: &[String]) -> String {
+        match all.len() - self.programs.len().min(all.len()) {
+            0 => "all".to_owned(),
+            _ => format!("{} of {} test programs", self.programs.len(), all.len()),
+        }
+    }
+
+    /// What that makes of the kernel.
+    pub fn verdict(&self) -> Verdict {
+        let failures = |of: fn(&Found) -> bool| -> Vec<String> {
+            let found = self.programs.values().filter(|found| of(found));
+            found
+                .flat_map(|found| found.tally.failures().iter().cloned())
+                .collect()
+        };
+        let (failed, alone) = (
+            failures(|found| !found.passed_alone),
+            failures(|found| found.passed_alone),
+        );
+        if !failed.is_empty() {
+            Verdict::Failed(failed.join(", "))
+        } else if !alone.is_empty() {
+            Verdict::PassedAlone(alone)
+        } else {
+            Verdict::Passed
+        }
+    }
+}
+
+fn path(kernel: &Kernel) -> Result<PathBuf> {
+    Ok(super::folder()?.join(format!("results-{}.json", kernel.file_name())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(lines: &[&str], passed_alone: bool) -> Found {
+        let mut found = Found {
+            passed_alone,
+            ..Found::default()
+        };
+        for line in lines {
+            found.tally.read(line);
+        }
+        found
+    }
+
+    fn results(programs: &[(&str, Found)]) -> Results {
+        let programs = programs.iter();
+        Results {
+            programs: programs
+                .map(|(name, found)| ((*name).to_owned(), found.clone()))
+                .collect(),
+            ..Results::default()
+        }
+    }
+
+    #[test]
+    fn results_of_several_calls_make_one_verdict() {
+        let good = found(
+            &[
+                "running 2 tests",
+                "test result: ok. 2 passed; 0 failed; 0 ignored",
+            ],
+            false,
+        );
+        let bad = [
+            "running 2 tests",
+            "test a ... FAILED",
+            "test result: FAILED. 1 passed; 1 failed; 0 ignored",
+        ];
+        let all = ["outbound", "dns"].map(str::to_owned);
+        let half = results(&[("outbound", good.clone())]);
+        assert!(half.passed("outbound") && !half.passed("dns"));
+        assert_eq!(half.of(&all), "1 of 2 test programs");
+        assert_eq!(half.verdict(), Verdict::Passed);
+        let failed = results(&[("outbound", good.clone()), ("dns", found(&bad, false))]);
+        assert!(!failed.passed("dns"));
+        assert_eq!(failed.of(&all), "all");
+        assert_eq!(failed.verdict(), Verdict::Failed("a".to_owned()));
+        assert_eq!(
+            failed.sum().tally.to_string(),
+            "3 passed, 1 failed, 0 ignored"
+        );
+        let alone = results(&[("outbound", good), ("dns", found(&bad, true))]);
+        assert!(alone.passed("dns"));
+        assert_eq!(alone.verdict(), Verdict::PassedAlone(vec!["a".to_owned()]));
+        // Broken off.
+        let unfinished = results(&[("dns", found(&["running 2 tests"], false))]);
+        assert!(!unfinished.passed("dns"));
+    }
+}
