@@ -26,7 +26,7 @@ use proptest::{
     test_runner::{Config, RngAlgorithm, TestRng, TestRunner},
 };
 
-use crate::{iptables::Variant, options::Options, protocol::Transport};
+use crate::{iptables::Variant, options::Options, patience::patience, protocol::Transport};
 use attempt::{Attempt, attempts};
 use known::{Case, known};
 use observe::{Line, OUTCOME};
@@ -304,7 +304,7 @@ fn shrink(
     mut setting: impl ValueTree<Value = Setting>,
     attempt: &mut impl ValueTree<Value = Attempt>,
 ) -> Option<(Setting, Attempt, Vec<Line>)> {
-    let deadline = Instant::now() + SHRINKING;
+    let deadline = Instant::now() + patience(SHRINKING);
     // Detached before, so that nothing is left of the sets before.
     let fresh = |setting: &Setting| Setting {
         fresh: true,
