@@ -71,6 +71,8 @@ fn job() -> Result<()> {
     let text = fs::read(job::PATH).context(job::PATH)?;
     let job: Job = serde_json::from_slice(&text).context(job::PATH)?;
     mark(&Mark::Started);
+    // Whoever closes it last waits for what is on its way, but not if that is a thread that is being killed.
+    let terminal = OpenOptions::new().write(true).open(job::TERMINAL)?;
     for command in &job.commands {
         mark(&Mark::Begin(command.name.clone()));
         let status = match command.start() {
@@ -85,6 +87,7 @@ fn job() -> Result<()> {
             break;
         }
     }
+    drop(terminal);
     mark(&Mark::Done);
     Ok(())
 }
