@@ -26,6 +26,8 @@ const NO_LISTENER: &str = "no-proxy-listener";
 const STRAYS: u64 = 4;
 /// How a connection fails whose proxy is away.
 const BROKEN: [&str; 4] = ["ECONNREFUSED", "ECONNRESET", "UnexpectedEof", "EPIPE"];
+/// What shutdown() says of a connection that has just been reset.
+const SHUT_AFTER_RESET: &str = "ENOTCONN";
 
 /// What came of a connection that is as it should be.
 pub struct Verdict {
@@ -166,7 +168,7 @@ pub fn judge(
             lives.len() > 1 || cast.history.ending(played.began, played.ended)
         } else {
             let died = |number| cast.history.died_by(number, played.ended);
-            BROKEN.contains(&why.as_str())
+            (BROKEN.contains(&why.as_str()) || why == SHUT_AFTER_RESET)
                 && matches!(server, Some(Server::Proxy(number)) if died(number))
         };
         if !excused {
