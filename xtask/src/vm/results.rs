@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::iter::Sum;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
@@ -11,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::kernel::Kernel;
 use super::programs::Programs;
 use super::report::Verdict;
-use crate::test::Tally;
+use crate::test::{Skips, Tally};
 
 /// What a test program found.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,18 +27,23 @@ pub struct Found {
 
 impl Found {
     /// Whether all that began has ended.
-    pub fn is_complete(&self) -> bool {
+    fn is_complete(&self) -> bool {
         !self.tally.found_nothing() && self.tally.is_complete()
-    }
-
-    /// Adds what another program found.
-    pub fn add(&mut self, other: &Self) {
-        self.tally.add(&other.tally);
-        self.skipped.extend(other.skipped.iter().cloned());
     }
 
     fn is_good(&self) -> bool {
         self.is_complete() && (self.passed_alone || self.tally.failures().is_empty())
+    }
+}
+
+impl<'a> Sum<&'a Self> for Found {
+    fn sum<I: Iterator<Item = &'a Self>>(all: I) -> Self {
+        let mut sum = Self::default();
+        for found in all {
+            sum.tally.add(&found.tally);
+            sum.skipped.extend(found.skipped.iter().cloned());
+        }
+        sum
     }
 }
 
@@ -67,14 +73,22 @@ impl Results {
         Ok(if is_of_these { known } else { nothing })
     }
 
-    /// Enters what was found now. Others may have done the same since this was read.
+    /// Enters what was found now; a program that did not end, or skipped what it may not, has no result any more.
+    /// Others may have done the same since this was read.
     pub fn update(
         kernel: &Kernel,
         programs: &Programs,
         found: BTreeMap<String, Found>,
+        skips: &Skips,
     ) -> Result<Self> {
         let mut results = Self::read(kernel, programs)?;
-        results.programs.extend(found);
+        for (name, found) in found {
+            if found.is_complete() && found.skipped.iter().all(|line| skips.allows(line)) {
+                results.programs.insert(name, found);
+            } else {
+                results.programs.remove(&name);
+            }
+        }
         let path = path(kernel)?;
         fs::write(&path, serde_json::to_vec_pretty(&results)?)
             .with_context(|| format!("cannot write {}", path.display()))?;
@@ -88,18 +102,15 @@ impl Results {
 
     /// All of it in one.
     pub fn sum(&self) -> Found {
-        let mut sum = Found::default();
-        for found in self.programs.values() {
-            sum.add(found);
-        }
-        sum
+        self.programs.values().sum()
     }
 
     /// What it is of, if there are `all` of these test programs.
     pub fn of(&self, all: &[String]) -> String {
-        match all.len() - self.programs.len().min(all.len()) {
-            0 => "all".to_owned(),
-            _ => format!("{} of {} test programs", self.programs.len(), all.len()),
+        if all.iter().all(|name| self.programs.contains_key(name)) {
+            "all".to_owned()
+        } else {
+            format!("{} of {} test programs", self.programs.len(), all.len())
         }
     }
 

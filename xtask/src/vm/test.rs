@@ -54,13 +54,12 @@ pub struct Options {
 }
 
 impl Options {
-    /// Which tests a filter has left.
-    fn chosen(&self) -> String {
+    /// Which tests this filter has left.
+    fn chosen(&self, filter: &str) -> String {
         let programs = match self.tests.join(", ") {
             all if all.is_empty() => "all".to_owned(),
             some => some,
         };
-        let filter = self.filter.as_deref().unwrap_or_default();
         format!("{programs}: `{filter}`")
     }
 }
@@ -87,11 +86,7 @@ impl Output {
     }
 
     fn sum(&self) -> Found {
-        let mut sum = Found::default();
-        for found in self.by_program.values() {
-            sum.add(found);
-        }
-        sum
+        self.by_program.values().sum()
     }
 }
 
@@ -145,29 +140,25 @@ fn one(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Row> {
     let job = tests(options, &names, &arguments);
     let (ended, mut output, took) = boot(options, kernel, programs, job)?;
     let skips = Skips::new(&cargo::workspace()?.root)?;
-    let (verdict, passed_alone) =
-        judge(options, kernel, programs, &names, &ended, &output, &skips)?;
+    let verdict = judge(options, kernel, programs, &names, &ended, &output, &skips)?;
     let now = Row {
         loads: ended.console.status(LOAD).map(|status| status == 0),
         boot: ended.boot,
         took,
         ..row(kernel)
     };
-    if options.filter.is_some() {
+    if let Some(filter) = &options.filter {
         return Ok(Row {
             verdict,
             found: output.sum(),
-            of: options.chosen(),
+            of: options.chosen(filter),
             ..now
         });
     }
-    output.by_program.retain(|_, found| {
-        found.is_complete() && found.skipped.iter().all(|line| skips.allows(line))
-    });
     for found in output.by_program.values_mut() {
-        found.passed_alone = passed_alone;
+        found.passed_alone = matches!(verdict, Verdict::PassedAlone(_));
     }
-    let known = Results::update(kernel, programs, output.by_program)?;
+    let known = Results::update(kernel, programs, output.by_program, &skips)?;
     Ok(Row {
         // What is wrong now comes first.
         verdict: if verdict.is_good() {
@@ -181,7 +172,7 @@ fn one(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Row> {
     })
 }
 
-/// What these test programs make of the kernel, and whether those that failed passed alone.
+/// What these test programs make of the kernel.
 fn judge(
     options: &Options,
     kernel: &Kernel,
@@ -190,12 +181,12 @@ fn judge(
     ended: &Ended,
     output: &Output,
     skips: &Skips,
-) -> Result<(Verdict, bool)> {
+) -> Result<Verdict> {
     let verdict = Verdict::of(ended);
     if verdict != Verdict::Passed {
-        return Ok((verdict, false));
+        return Ok(verdict);
     }
-    let failed = |what: String| Ok((Verdict::Failed(what), false));
+    let failed = |what: String| Ok(Verdict::Failed(what));
     let is_bad = |name: &&String| ended.console.status(name) != Some(0);
     let bad: Vec<String> = names.iter().filter(is_bad).cloned().collect();
     let found = output.sum();
@@ -209,11 +200,11 @@ fn judge(
     } else if !found.tally.is_complete() {
         failed(bad.join(", "))
     } else if failures.is_empty() {
-        Ok((verdict, false))
+        Ok(verdict)
     } else if failures.len() <= AGAIN_AT_MOST
         && pass_alone(options, kernel, programs, &bad, failures)?
     {
-        Ok((Verdict::PassedAlone(failures.to_vec()), true))
+        Ok(Verdict::PassedAlone(failures.to_vec()))
     } else {
         failed(failures.join(", "))
     }
