@@ -13,12 +13,14 @@ use crate::{
     actor::executable,
     namespace::{Namespace, errors, succeed},
     options::Options,
-    patience::patience,
+    patience::{amount, patience},
     pod::Pod,
 };
 
-/// No call of the program takes longer.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// No call of the program takes longer, in seconds.
+const PATIENCE: u32 = 30;
+/// Several verifiers share what an emulator leaves of a processor.
+const PATIENCE_WHEN_SLOW: u32 = 120;
 
 /// A call of `redirect` in the making.
 pub fn redirect() -> Command {
@@ -144,7 +146,8 @@ pub fn finish(command: &mut Command) -> Output {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    let deadline = Instant::now() + patience(PATIENCE);
+    let limit = amount(PATIENCE, PATIENCE_WHEN_SLOW);
+    let deadline = Instant::now() + patience(Duration::from_secs(limit.into()));
     // What the program writes fits a pipe's buffer, so waiting before reading cannot block it.
     while child.try_wait().unwrap().is_none() {
         if Instant::now() > deadline {
