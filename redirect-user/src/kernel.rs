@@ -146,14 +146,36 @@ pub fn require(task: Task) -> Result<()> {
     require_rights(task)
 }
 
-/// Refuses a kernel that is too old.
+/// What no pod can be captured without, and the first Linux that has it.
+const NEEDED: [((u32, u32), &str); 3] = [
+    (
+        (5, 12),
+        "memory as an argument of global functions in BPF programs",
+    ),
+    (
+        (5, 14),
+        "network namespace cookies of sockets (SO_NETNS_COOKIE)",
+    ),
+    (
+        (5, 15),
+        "network namespace cookies in sockops and sockopt programs",
+    ),
+];
+
+/// Refuses a kernel that is too old, naming what it lacks.
 pub fn require_version() -> Result<()> {
-    let (major, minor) = version()?;
-    if (major, minor) < (5, 15) {
-        bail!(
-            "Linux {major}.{minor} is too old: redirect needs 5.15 or later (network namespace cookies in sockops and sockopt programs)"
-        );
-    }
+    let version = version()?;
+    let lacks: Vec<String> = NEEDED
+        .iter()
+        .filter(|(since, _)| version < *since)
+        .map(|((major, minor), what)| format!("{what} (Linux {major}.{minor})"))
+        .collect();
+    let (major, minor) = version;
+    ensure!(
+        lacks.is_empty(),
+        "Linux {major}.{minor} is too old, redirect needs 5.15 or later: it lacks {}",
+        lacks.join(", ")
+    );
     Ok(())
 }
 

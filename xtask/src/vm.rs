@@ -49,6 +49,8 @@ pub enum Task {
 pub struct Run {
     #[command(flatten)]
     machine: Machine,
+    #[command(flatten)]
+    limit: Limit,
     /// The kernel: a version that Debian packages, such as 6.12, or the path of an image
     #[arg(long, value_name = "KERNEL", default_value = DEFAULT_KERNEL)]
     kernel: Wanted,
@@ -81,6 +83,11 @@ pub struct Machine {
     /// CPUs and memory in MiB
     #[arg(long, value_name = "CPUS,MIB", default_value = "2,3072")]
     size: Size,
+}
+
+/// How long its job may take.
+#[derive(Args)]
+pub struct Limit {
     /// Seconds of wall-clock time that a guest's job may take
     #[arg(long, value_name = "SECONDS", default_value_t = 1800)]
     limit: u64,
@@ -104,11 +111,14 @@ impl Run {
         };
         let programs = Programs::build(self.tests)?;
         let kernel = self.kernel.get()?;
-        let ended = self
-            .machine
-            .boot(&kernel, Image::new()?, &job, &programs, |line| {
-                println!("{line}")
-            })?;
+        let ended = self.machine.boot(
+            &self.limit,
+            &kernel,
+            Image::new()?,
+            &job,
+            &programs,
+            |line| println!("{line}"),
+        )?;
         match ended.console.status("command") {
             Some(status) => Ok(ExitCode::from(u8::try_from(status).unwrap_or(1))),
             None => bail!("{}: {}", kernel.name, report::Verdict::of(&ended)),
@@ -137,6 +147,7 @@ impl Machine {
     /// Builds the image, boots, and waits for the end; each line of the job's output goes to `output`.
     fn boot(
         &self,
+        limit: &Limit,
         kernel: &Kernel,
         image: Image,
         job: &Job,
@@ -144,7 +155,10 @@ impl Machine {
         output: impl FnMut(&str),
     ) -> Result<Ended> {
         let mut output = output;
-        self.with_guest(kernel, image, job, programs, |guest| guest.run(&mut output))
+        let limit = Duration::from_secs(limit.limit);
+        self.with_guest(kernel, image, job, programs, |guest| {
+            guest.run(limit, &mut output)
+        })
     }
 
     fn with_guest<T>(
@@ -180,7 +194,6 @@ impl Machine {
             initramfs: Path::new(&by_descriptor),
             accelerator,
             size: self.size,
-            limit: Duration::from_secs(self.limit),
         };
         work(&guest)
     }

@@ -2,7 +2,7 @@
 
 use super::job::Mark;
 
-/// Lines after which nothing that the guest does counts.
+/// Lines that tell of one.
 const DISASTERS: &[(&str, Disaster)] = &[
     ("Kernel panic - not syncing", Disaster::Panic),
     ("watchdog: BUG: soft lockup", Disaster::Lockup),
@@ -29,12 +29,19 @@ pub enum Disaster {
     Warning,
 }
 
+impl Disaster {
+    /// Whether nothing that the guest does counts any more.
+    pub fn is_fatal(self) -> bool {
+        !matches!(self, Self::Stall | Self::Warning)
+    }
+}
+
 /// What the console has told so far.
 #[derive(Debug, Default)]
 pub struct Console {
     /// Marks in the order they came.
     pub marks: Vec<Mark>,
-    /// The first disaster and its line. A panic that follows an oops is the same event.
+    /// The first fatal disaster and its line, or else the first of all. A panic that follows an oops is the same event.
     pub disaster: Option<(Disaster, String)>,
     /// The last lines, for when a guest ends without a word.
     pub tail: Vec<String>,
@@ -54,13 +61,19 @@ impl Console {
             self.tail.remove(0);
         }
         self.tail.push(line.to_owned());
-        if self.disaster.is_none() {
-            self.disaster = DISASTERS
-                .iter()
-                .find(|(text, _)| line.contains(text))
-                .map(|(_, disaster)| (*disaster, line.to_owned()));
+        let told = DISASTERS.iter().find(|(text, _)| line.contains(text));
+        if let Some((_, told)) = told
+            && (self.disaster.is_none() || told.is_fatal() && self.fatal().is_none())
+        {
+            self.disaster = Some((*told, line.to_owned()));
         }
         false
+    }
+
+    /// What ended the kernel, and its line.
+    pub fn fatal(&self) -> Option<&(Disaster, String)> {
+        let disaster = self.disaster.as_ref();
+        disaster.filter(|(disaster, _)| disaster.is_fatal())
     }
 
     /// Whether the job came to its end.
@@ -110,6 +123,15 @@ mod tests {
         assert_eq!(disaster, Disaster::Oops);
         assert!(line.contains("NULL pointer"), "{line}");
         assert_eq!(told.running(), Some("load"));
+    }
+
+    #[test]
+    fn warning_does_not_hide_the_panic_after_it() {
+        let warning = "[    4.000] WARNING: CPU: 0 PID: 1 at kernel/bpf/core.c:1";
+        let told = console(&[warning]);
+        assert!(told.fatal().is_none() && told.disaster.is_some());
+        let told = console(&[warning, "[    5.0] Kernel panic - not syncing: oops"]);
+        assert_eq!(told.fatal().unwrap().0, Disaster::Panic);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The kernels that are booted: Debian's packages, kept under the target directory, or any image.
 
+use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -71,12 +72,21 @@ impl Kernel {
     }
 }
 
+impl fmt::Display for Wanted {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Version(major, minor) => write!(formatter, "{major}.{minor}"),
+            Self::Image(path) => write!(formatter, "{}", path.display()),
+        }
+    }
+}
+
 impl Wanted {
     /// Finds it, or fetches it.
     pub fn get(&self) -> Result<Kernel> {
         match self {
             Self::Image(image) => Ok(Kernel {
-                name: image.display().to_string(),
+                name: self.to_string(),
                 image: image.clone(),
                 modules: beside(image),
             }),

@@ -9,15 +9,18 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use indicatif::ProgressBar;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use super::console::Console;
-use super::job::Mark;
+use super::job;
 use super::kernel::Kernel;
 use crate::cargo;
 use crate::preflight::find_program;
-use crate::{setup, ui};
+use crate::setup;
+use crate::ui::{self, Mark};
 
 /// What runs the guest's instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -162,8 +165,6 @@ pub struct Guest<'a> {
     pub size: Size,
     /// Where the console's lines are kept.
     pub log: &'a Path,
-    /// From the job's beginning to its end.
-    pub limit: Duration,
 }
 
 impl Guest<'_> {
@@ -180,15 +181,15 @@ impl Guest<'_> {
         ]);
         command.args([
             "-chardev",
-            "stdio,id=terminal,signal=off",
+            "stdio,id=terminal,signal=off,mux=on",
             "-serial",
             "chardev:terminal",
         ]);
         Ok(command)
     }
 
-    /// Runs it to its end, or to its limit; each line of the job's output goes to `output`.
-    pub fn run(&self, mut output: impl FnMut(&str)) -> Result<Ended> {
+    /// Runs it to its end; the job may take as long as `limit`, and each line of its output goes to `output`.
+    pub fn run(&self, limit: Duration, mut output: impl FnMut(&str)) -> Result<Ended> {
         let mut child = self
             .command()?
             .stdin(Stdio::null())
@@ -199,7 +200,7 @@ impl Guest<'_> {
         let (events, received) = channel();
         follow(child.stderr.take(), events.clone(), Event::Console, true);
         follow(child.stdout.take(), events, Event::Output, false);
-        let ended = self.watch(&received, &mut output);
+        let ended = self.watch(&received, limit, &mut output);
         child.kill().ok();
         child.wait()?;
         // What was on its way when the guest ended.
@@ -211,7 +212,12 @@ impl Guest<'_> {
         ended
     }
 
-    fn watch(&self, received: &Receiver<Event>, output: &mut impl FnMut(&str)) -> Result<Ended> {
+    fn watch(
+        &self,
+        received: &Receiver<Event>,
+        limit: Duration,
+        output: &mut impl FnMut(&str),
+    ) -> Result<Ended> {
         let spinner = ProgressBar::new_spinner().with_message(format!(
             "booting {} ({:?})",
             self.kernel.name, self.accelerator
@@ -235,13 +241,13 @@ impl Guest<'_> {
                         continue;
                     }
                     match console.marks.last() {
-                        Some(Mark::Started) => {
+                        Some(job::Mark::Started) => {
                             spinner.finish_and_clear();
                             boot = Some(started.elapsed());
-                            deadline = Instant::now() + self.limit;
+                            deadline = Instant::now() + limit;
                         }
-                        Some(Mark::Done) => deadline = Instant::now() + POWER_OFF_LIMIT,
-                        Some(Mark::Trouble(text)) => ui::warn(text),
+                        Some(job::Mark::Done) => deadline = Instant::now() + POWER_OFF_LIMIT,
+                        Some(job::Mark::Trouble(text)) => ui::warn(text),
                         _ => {}
                     }
                 }
@@ -257,8 +263,13 @@ impl Guest<'_> {
         Ok(Ended { end, console, boot })
     }
 
-    /// Gives the guest's terminal to this one, until it ends.
+    /// Gives the guest's terminal to this one, until it ends. An error if that was not of its own accord.
     pub fn interact(&self) -> Result<()> {
+        ui::step(
+            Mark::Ok,
+            "shell",
+            "`exit` ends it; Ctrl-a x ends the guest whatever state it is in",
+        );
         let mut child: Child = self
             .command()?
             .stderr(Stdio::piped())
@@ -267,17 +278,30 @@ impl Guest<'_> {
         let (events, received) = channel();
         follow(child.stderr.take(), events, Event::Console, true);
         let mut console = Console::default();
-        while let Ok(Event::Console(line)) = received.recv() {
-            console.read(&line);
-            if let Some((_, line)) = &console.disaster {
-                // The terminal is raw now.
-                eprint!("{line}\r\n");
-                break;
+        let boot = Instant::now() + BOOT_LIMIT;
+        let trouble = loop {
+            let event = if console.marks.is_empty() {
+                received.recv_timeout(boot.saturating_duration_since(Instant::now()))
+            } else {
+                received.recv().map_err(RecvTimeoutError::from)
+            };
+            match event {
+                Ok(Event::Console(line)) => console.read(&line),
+                Err(RecvTimeoutError::Timeout) => break Some("it did not boot".to_owned()),
+                Ok(_) | Err(RecvTimeoutError::Disconnected) => break None,
+            };
+            if let Some((_, line)) = console.fatal() {
+                break Some(line.clone());
             }
-        }
-        child.kill().ok();
+        };
+        // qemu has to set the terminal back.
+        let pid = Pid::from_raw(child.id().cast_signed());
+        kill(pid, Signal::SIGTERM).ok();
         child.wait()?;
-        Ok(())
+        match trouble {
+            Some(what) => bail!("{}: {what}", self.kernel.name),
+            None => Ok(()),
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use comfy_table::Table;
 
-use super::console::Disaster;
+use super::kernel::Kernel;
 use super::qemu::{End, Ended};
 use super::results::Found;
 use crate::cargo;
@@ -28,6 +28,8 @@ pub enum Verdict {
     Kernel(String),
     /// It did not end in time.
     TimedOut(String),
+    /// There is no such kernel to boot.
+    NotThere(String),
 }
 
 impl Verdict {
@@ -38,11 +40,8 @@ impl Verdict {
             .running()
             .map(|name| format!(" in {name}"))
             .unwrap_or_default();
-        let fatal = |disaster: &Disaster| !matches!(disaster, Disaster::Stall | Disaster::Warning);
-        match (&ended.console.disaster, &ended.end) {
-            (Some((disaster, line)), _) if fatal(disaster) => {
-                Self::Kernel(format!("{disaster:?}{running}: {line}"))
-            }
+        match (ended.console.fatal(), &ended.end) {
+            (Some((disaster, line)), _) => Self::Kernel(format!("{disaster:?}{running}: {line}")),
             (_, End::BootLimit) => Self::TimedOut(format!(
                 "did not boot: {}",
                 ended
@@ -77,6 +76,7 @@ impl fmt::Display for Verdict {
             Self::Failed(what) => write!(formatter, "failed: {what}"),
             Self::Kernel(what) => write!(formatter, "kernel: {what}"),
             Self::TimedOut(what) => write!(formatter, "timed out: {what}"),
+            Self::NotThere(why) => write!(formatter, "not booted: {why}"),
         }
     }
 }
@@ -107,6 +107,28 @@ const HEADER: [&str; 6] = [
 ];
 
 impl Row {
+    /// Of a kernel that no more is known of.
+    pub fn new(kernel: String, verdict: Verdict) -> Self {
+        Self {
+            kernel,
+            release: String::new(),
+            loads: None,
+            found: Found::default(),
+            of: String::new(),
+            verdict,
+            boot: None,
+            took: Duration::ZERO,
+        }
+    }
+
+    /// Of a kernel that is here.
+    pub fn of(kernel: &Kernel, verdict: Verdict) -> Self {
+        Self {
+            release: kernel.release().unwrap_or_default(),
+            ..Self::new(kernel.name.clone(), verdict)
+        }
+    }
+
     fn cells(&self) -> [String; 6] {
         let loads = match self.loads {
             Some(true) => "yes",
@@ -149,11 +171,14 @@ const DOCUMENT: &str = "docs/kernel-support.md";
 const BEGIN: &str = "<!-- written by `cargo xtask vm test --table` -->\n";
 const END: &str = "<!-- end -->\n";
 
-/// Replaces these kernels' lines of the table in the documentation.
+/// Replaces these kernels' lines of the table in the documentation; what was known of one that was not booted stays.
 pub fn write_document(rows: &[Row]) -> Result<()> {
     let path = cargo::workspace()?.root.join(DOCUMENT);
     let text = fs::read_to_string(&path).with_context(|| format!("cannot read {DOCUMENT}"))?;
-    let lines = rows.iter().map(|row| line(&row.cells())).collect();
+    let booted = rows
+        .iter()
+        .filter(|row| !matches!(row.verdict, Verdict::NotThere(_)));
+    let lines = booted.map(|row| line(&row.cells())).collect();
     let text = replace(&text, lines)
         .with_context(|| format!("{DOCUMENT} has no place for the table: {BEGIN}{END}"))?;
     fs::write(&path, text).with_context(|| format!("cannot write {DOCUMENT}"))

@@ -26,8 +26,8 @@ pub struct Found {
 }
 
 impl Found {
-    /// Whether all that began has ended.
-    fn is_complete(&self) -> bool {
+    /// Whether something began, and all that began has ended.
+    pub fn is_complete(&self) -> bool {
         !self.tally.found_nothing() && self.tally.is_complete()
     }
 

@@ -7,13 +7,14 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use clap::Args;
 
+use super::console::Console;
 use super::image::Image;
 use super::job::{GuestCommand, Job, TERMINAL};
 use super::kernel::{Kernel, Wanted};
 use super::programs::{Programs, TESTS};
 use super::report::{self, Row, Verdict};
 use super::results::{Found, Results};
-use super::{Machine, qemu::Ended};
+use super::{Limit, Machine, qemu::Ended};
 use crate::test::{SKIP_LOG, Skips};
 use crate::{cargo, ui};
 
@@ -31,6 +32,8 @@ const SLOWNESS: &str = "REDIRECT_SLOWNESS";
 pub struct Options {
     #[command(flatten)]
     machine: Machine,
+    #[command(flatten)]
+    limit: Limit,
     /// A kernel, once for each: a version that Debian packages, or the path of an image
     #[arg(long = "kernel", value_name = "KERNEL", default_values = ["5.10", "6.1", "6.12", "6.18", "7.2"])]
     kernels: Vec<Wanted>,
@@ -88,18 +91,37 @@ impl Output {
     fn sum(&self) -> Found {
         self.by_program.values().sum()
     }
+
+    /// The test programs that some tests failed of.
+    fn with_failures(&self) -> Vec<String> {
+        let programs = self.by_program.iter();
+        let failed = programs.filter(|(_, found)| !found.tally.failures().is_empty());
+        failed.map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Those of these test programs that did not come to their end, or ended with a status that their tests do not explain.
+    fn unexplained(&self, names: &[String], console: &Console) -> Vec<String> {
+        let is_explained = |name: &&String| {
+            let found = self.by_program.get(*name);
+            let passed = console.status(name) == Some(0);
+            found.is_some_and(|found| {
+                found.is_complete() && passed == found.tally.failures().is_empty()
+            })
+        };
+        let names = names.iter();
+        names.filter(|name| !is_explained(name)).cloned().collect()
+    }
 }
 
 pub fn run(options: &Options) -> Result<ExitCode> {
     let programs = Programs::build_with_tests(&options.tests)?;
     let mut rows = Vec::new();
     for wanted in &options.kernels {
-        let kernel = wanted.get()?;
-        ui::heading(&format!("Linux {}", kernel.name));
-        let row = if is_too_old(wanted) {
-            refusal(options, &kernel, &programs)?
-        } else {
-            one(options, &kernel, &programs)?
+        ui::heading(&format!("Linux {wanted}"));
+        let row = match wanted.get() {
+            Ok(kernel) if is_too_old(wanted) => refusal(options, &kernel, &programs)?,
+            Ok(kernel) => one(options, &kernel, &programs)?,
+            Err(why) => Row::new(wanted.to_string(), Verdict::NotThere(format!("{why:#}"))),
         };
         anstream::println!("{}: {}", row.kernel, row.verdict);
         rows.push(row);
@@ -128,11 +150,10 @@ fn one(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Row> {
     let names: Vec<String> = programs.tests.iter().filter(is_wanted).cloned().collect();
     if names.is_empty() {
         return Ok(Row {
-            verdict: known.verdict(),
             loads: Some(true),
             found: known.sum(),
             of: known.of(&programs.all_tests),
-            ..row(kernel)
+            ..Row::of(kernel, known.verdict())
         });
     }
     let mut arguments = vec![format!("--test-threads={}", options.threads)];
@@ -141,34 +162,33 @@ fn one(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Row> {
     let (ended, mut output, took) = boot(options, kernel, programs, job)?;
     let skips = Skips::new(&cargo::workspace()?.root)?;
     let verdict = judge(options, kernel, programs, &names, &ended, &output, &skips)?;
-    let now = Row {
+    let now = |verdict| Row {
         loads: ended.console.status(LOAD).map(|status| status == 0),
         boot: ended.boot,
         took,
-        ..row(kernel)
+        ..Row::of(kernel, verdict)
     };
     if let Some(filter) = &options.filter {
         return Ok(Row {
-            verdict,
             found: output.sum(),
             of: options.chosen(filter),
-            ..now
+            ..now(verdict)
         });
     }
     for found in output.by_program.values_mut() {
         found.passed_alone = matches!(verdict, Verdict::PassedAlone(_));
     }
     let known = Results::update(kernel, programs, output.by_program, &skips)?;
+    // What is wrong now comes first.
+    let verdict = if verdict.is_good() {
+        known.verdict()
+    } else {
+        verdict
+    };
     Ok(Row {
-        // What is wrong now comes first.
-        verdict: if verdict.is_good() {
-            known.verdict()
-        } else {
-            verdict
-        },
         found: known.sum(),
         of: known.of(&programs.all_tests),
-        ..now
+        ..now(verdict)
     })
 }
 
@@ -187,8 +207,7 @@ fn judge(
         return Ok(verdict);
     }
     let failed = |what: String| Ok(Verdict::Failed(what));
-    let is_bad = |name: &&String| ended.console.status(name) != Some(0);
-    let bad: Vec<String> = names.iter().filter(is_bad).cloned().collect();
+    let unexplained = output.unexplained(names, &ended.console);
     let found = output.sum();
     let failures = found.tally.failures();
     let skipped = found.skipped.iter().map(String::as_str);
@@ -197,12 +216,14 @@ fn judge(
         failed("the programs do not load".to_owned())
     } else if !forbidden.is_empty() {
         failed(forbidden.join(", "))
-    } else if !found.tally.is_complete() {
-        failed(bad.join(", "))
+    } else if !unexplained.is_empty() {
+        failed(format!("did not end well: {}", unexplained.join(", ")))
+    } else if found.tally.passed() == 0 && failures.is_empty() {
+        failed("no test was chosen".to_owned())
     } else if failures.is_empty() {
         Ok(verdict)
     } else if failures.len() <= AGAIN_AT_MOST
-        && pass_alone(options, kernel, programs, &bad, failures)?
+        && pass_alone(options, kernel, programs, &output.with_failures(), failures)?
     {
         Ok(Verdict::PassedAlone(failures.to_vec()))
     } else {
@@ -257,11 +278,18 @@ fn tests(options: &Options, names: &[String], arguments: &[String]) -> Job {
     Job { commands }
 }
 
-/// A kernel that is too old is refused, by one line, and has nothing attached or pinned afterwards.
+/// A kernel that is too old is refused by every command that would change something, in one line that names what it lacks, and
+/// nothing is attached, pinned or made afterwards.
 fn refusal(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Row> {
-    const SCRIPT: &str = "message=$(redirect run -- true 2>&1); status=$?; echo \"$message\"; \
-                          [ $status = 1 ] && [ $(echo \"$message\" | grep -c '') = 1 ] && \
-                          echo \"$message\" | grep -q 'too old' && [ -z \"$(ls -A /sys/fs/bpf)\" ]";
+    const SCRIPT: &str = "ip netns add pod && mkdir /sys/fs/cgroup/pod || exit 1; \
+        traces() { find /sys/fs/cgroup /sys/fs/bpf -type d; find /sys/fs/bpf; ls /run/netns /run/redirect; }; \
+        before=$(traces 2>&1); \
+        for command in 'run -- true' 'attach --cgroup /sys/fs/cgroup/pod --netns /run/netns/pod' istio-iptables daemon; do \
+            message=$(redirect $command 2>&1); status=$?; echo \"redirect $command: $status: $message\"; \
+            [ $status = 1 ] && [ $(echo \"$message\" | grep -c '') = 1 ] && \
+            echo \"$message\" | grep 'too old' | grep SO_NETNS_COOKIE | grep -q 'sockops and sockopt' || exit 1; \
+        done; \
+        redirect check; [ $? = 1 ] && [ \"$before\" = \"$(traces 2>&1)\" ]";
     let job = Job {
         commands: vec![shell(LOAD, SCRIPT)],
     };
@@ -273,10 +301,9 @@ fn refusal(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Ro
     };
     Ok(Row {
         loads: Some(false),
-        verdict,
         boot: ended.boot,
         took,
-        ..row(kernel)
+        ..Row::of(kernel, verdict)
     })
 }
 
@@ -288,32 +315,63 @@ fn boot(
 ) -> Result<(Ended, Output, Duration)> {
     let started = Instant::now();
     let mut output = Output::default();
-    let ended = options
-        .machine
-        .boot(kernel, Image::new()?, &job, programs, |line| {
+    let ended = options.machine.boot(
+        &options.limit,
+        kernel,
+        Image::new()?,
+        &job,
+        programs,
+        |line| {
             println!("{line}");
             output.read(line);
-        })?;
+        },
+    )?;
     if let Some((_, line)) = &ended.console.disaster {
         ui::warn(line);
     }
     Ok((ended, output, started.elapsed()))
 }
 
-/// Of a kernel that nothing is known of yet.
-fn row(kernel: &Kernel) -> Row {
-    Row {
-        kernel: kernel.name.clone(),
-        release: kernel.release().unwrap_or_default(),
-        loads: None,
-        found: Found::default(),
-        of: String::new(),
-        verdict: Verdict::Passed,
-        boot: None,
-        took: Duration::ZERO,
-    }
-}
-
 fn shell(name: &str, script: &str) -> GuestCommand {
     GuestCommand::new(name, &["sh", "-c", script].map(str::to_owned))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn unexplained(lines: &[&str], status: i32) -> Vec<String> {
+        let mut output = Output::default();
+        let begin = format!("{RUNNING}/vm/deps/dns");
+        for line in [&[begin.as_str()], lines].concat() {
+            output.read(line);
+        }
+        let mut console = Console::default();
+        console.read(&format!("redirect-vm: end dns {status}"));
+        output.unexplained(&["dns".to_owned()], &console)
+    }
+
+    #[test]
+    fn status_has_to_be_that_of_the_tests() {
+        let passed = ["running 1 test", "test result: ok. 1 passed; 0 failed"];
+        assert!(unexplained(&passed, 0).is_empty());
+        assert_eq!(unexplained(&passed, 139), ["dns"]);
+        let failed = [
+            "running 1 test",
+            "test a ... FAILED",
+            "test result: FAILED. 0 passed; 1 failed",
+        ];
+        assert!(unexplained(&failed, 101).is_empty());
+        assert_eq!(unexplained(&failed, 0), ["dns"]);
+    }
+
+    #[test]
+    fn program_that_did_not_start_or_end_is_told() {
+        assert_eq!(unexplained(&[], 127), ["dns"]);
+        assert_eq!(unexplained(&[], 0), ["dns"]);
+        assert_eq!(unexplained(&["running 2 tests"], 0), ["dns"]);
+        let nothing = Output::default();
+        let names = ["dns".to_owned()];
+        assert_eq!(nothing.unexplained(&names, &Console::default()), names);
+    }
 }
