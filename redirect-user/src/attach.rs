@@ -35,7 +35,7 @@ use crate::programs::{self, Entered, HOOKS, Hook, Need, Programs, SK_LOOKUP, Sid
 use crate::proxy::ProxyIdentity;
 use crate::record::{KubernetesPod, Notes};
 use crate::settings;
-use crate::sys::bpf;
+use crate::sys::bpf::{self, Kind};
 use crate::tables::{RoutePrefix, Tables};
 use crate::tproxy::{self, Change};
 
@@ -445,19 +445,18 @@ fn link(
         let mut changed = false;
         for hook in HOOKS {
             let path = directory.join(hook.name);
-            if !path.exists() {
-                let Some(cgroup) = cgroup_of(hook, request) else {
-                    continue;
-                };
+            if let Some(link) = pins::open(&path, Kind::Link)? {
+                if !same_build {
+                    programs.update(hook, &link)?;
+                }
+            } else if let Some(cgroup) = cgroup_of(hook, request) {
                 bpf::pin(programs.attach(hook, cgroup)?.as_fd(), &path)
                     .with_context(|| format!("pinning link {}", hook.name))?;
                 changed = true;
-            } else if !same_build {
-                programs.update(hook, &pins::open_existing(&path)?)?;
             }
         }
         if !same_build {
-            let lookup = pins::open_existing(&directory.join(SK_LOOKUP))?;
+            let lookup = pins::open_existing(&directory.join(SK_LOOKUP), Kind::Link)?;
             let program = programs.load_entry(notes.netns_cookie, Entered::SkLookup)?;
             bpf::link_update(lookup.as_fd(), program.as_fd()).context("updating link sk_lookup")?;
             changed = true;

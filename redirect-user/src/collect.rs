@@ -29,7 +29,12 @@ pub(crate) fn gone(pins: &Pins, tables: &Tables) -> Result<Vec<(u64, Notes)>> {
     let keys = tables.records.keys().context("reading RECORDS")?;
     let mut gone: Vec<u64> = keys.into_iter().filter(|id| !linked.contains(id)).collect();
     for cgroup_id in linked {
-        if left_over.contains(&cgroup_id) || is_gone(pins, cgroup_id)? {
+        // One pod whose pins cannot be read is no reason to leave the others alone.
+        let is_gone = is_gone(pins, cgroup_id).unwrap_or_else(|error| {
+            tracing::warn!("{error:#}");
+            false
+        });
+        if left_over.contains(&cgroup_id) || is_gone {
             gone.push(cgroup_id);
         }
     }
@@ -58,6 +63,17 @@ fn is_left_over(notes: &Notes) -> bool {
     };
     // Only an empty cgroup can be removed.
     !Path::new("/proc").join(pid.to_string()).exists() && fs::remove_dir(&notes.cgroup).is_ok()
+}
+
+/// Removes what the maps hold of network namespaces that no notes tell of: those on them could not be read.
+pub(crate) fn unnoted_namespaces(tables: &Tables, noted: &[(u64, Notes)]) -> Result<()> {
+    let mut unnoted = tables.pods.keys().context("reading PODS")?;
+    unnoted.retain(|cookie| !noted.iter().any(|(_, notes)| notes.netns_cookie == *cookie));
+    for cookie in unnoted {
+        tables.pods.remove(&cookie).context("writing PODS")?;
+        detach::forget_namespace(tables, cookie)?;
+    }
+    Ok(())
 }
 
 /// Removes lists of policies that no pod has, once no program reads them any more.

@@ -1,7 +1,5 @@
 //! Detaching: new connections are let alone first, then everything of the pod is removed.
 
-use std::fs;
-use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -86,8 +84,11 @@ pub(crate) fn one(
         others.any(|(_, other)| other.netns_cookie == notes.netns_cookie)
     });
     let directory = pins.pod(cgroup_id);
-    // Or the link was detached by a call that was killed.
-    let may_be_gone = pins::is_cut_off(&directory.join(SK_LOOKUP), bpf::netns_link)? == Some(true);
+    // Or the link was detached by a call that was killed, or is none.
+    let may_be_gone = !matches!(
+        pins::is_cut_off(&directory.join(SK_LOOKUP), bpf::netns_link),
+        Ok(Some(false))
+    );
     if let Some(notes) = notes.as_ref().filter(|_| !shared) {
         layouts::let_alone(pins, tables, notes)?;
         bpf::wait_for_running_programs().context("membarrier")?;
@@ -97,12 +98,7 @@ pub(crate) fn one(
     // An unpinned link stays attached for a while: attached again meanwhile, a connection would meet
     // both programs.
     for name in HOOKS.iter().rev().map(|hook| hook.name).chain([SK_LOOKUP]) {
-        let path = directory.join(name);
-        if let Some(link) = pins::open(&path)? {
-            // Fails if its cgroup or namespace has gone, and with it the attachment.
-            let _ = bpf::link_detach(link.as_fd());
-            let _ = fs::remove_file(&path);
-        }
+        pins::detach_link(&directory.join(name))?;
     }
     if let Some(notes) = notes.as_ref().filter(|_| !shared) {
         tproxy::take_back_noted(notes, may_be_gone)?;
@@ -117,7 +113,7 @@ pub(crate) fn one(
     pins::remove(&directory)?;
     if let Some(notes) = notes.as_ref().filter(|_| !shared) {
         machines::forget(pins, tables, notes)?;
-        forget_namespace(tables, notes)?;
+        forget_namespace(tables, notes.netns_cookie)?;
     }
     tables.records.remove(&cgroup_id).context("writing RECORDS")
 }
@@ -128,11 +124,15 @@ fn finish(pins: &Pins, tables: &Tables) -> Result<()> {
     if linked.is_empty() {
         return pins.remove_all();
     }
-    collect::unused_lists(tables)?;
     let noted = record::all(tables)?;
     // A pod whose notes cannot be read may be this build's.
     let is_noted = |id: &u64| noted.iter().any(|(noted, _)| noted == id);
-    collect::unused_builds(pins, &noted, !linked.iter().all(is_noted))
+    let all_noted = linked.iter().all(is_noted);
+    if all_noted {
+        collect::unnoted_namespaces(tables, &noted)?;
+    }
+    collect::unused_lists(tables)?;
+    collect::unused_builds(pins, &noted, !all_noted)
 }
 
 fn wait_for_handshakes(tables: &Tables, netns_cookie: u64) -> Result<()> {
@@ -147,36 +147,37 @@ fn wait_for_handshakes(tables: &Tables, netns_cookie: u64) -> Result<()> {
     Ok(())
 }
 
-fn forget_namespace(tables: &Tables, notes: &Notes) -> Result<()> {
-    for key in routes_of(tables, notes.netns_cookie)? {
+/// Removes what the maps hold of a namespace beside its settings.
+pub(crate) fn forget_namespace(tables: &Tables, netns_cookie: u64) -> Result<()> {
+    for key in routes_of(tables, netns_cookie)? {
         tables.routes.remove(&key).context("writing ROUTES")?;
     }
     // By what is there: the ports may have been others before.
     for key in tables.listeners.keys().context("reading LISTENERS")? {
-        if key.netns_cookie == notes.netns_cookie {
+        if key.netns_cookie == netns_cookie {
             tables.listeners.remove(&key).context("writing LISTENERS")?;
         }
     }
     let destinations = tables.destinations.keys();
     for key in destinations.context("reading DESTINATIONS")? {
-        if key.netns_cookie == notes.netns_cookie {
+        if key.netns_cookie == netns_cookie {
             let removed = tables.destinations.remove(&key);
             removed.context("writing DESTINATIONS")?;
         }
     }
     for key in tables.dns_slots.keys().context("reading DNS_SLOTS")? {
-        if key.netns_cookie == notes.netns_cookie {
+        if key.netns_cookie == netns_cookie {
             tables.dns_slots.remove(&key).context("writing DNS_SLOTS")?;
         }
     }
     for flow in tables.flows.keys().context("reading FLOWS")? {
-        if flow.netns_cookie == notes.netns_cookie {
+        if flow.netns_cookie == netns_cookie {
             tables.flows.remove(&flow).context("writing FLOWS")?;
         }
     }
     tables
         .counts
-        .remove(&notes.netns_cookie)
+        .remove(&netns_cookie)
         .context("writing COUNTS")
 }
 

@@ -24,7 +24,7 @@ use crate::options::InterfacePattern;
 use crate::pins::{self, Pins};
 use crate::programs::{self, Entered, Need, Programs};
 use crate::record::Notes;
-use crate::sys::bpf;
+use crate::sys::bpf::{self, Kind};
 use crate::tables::Tables;
 
 /// Where our filters are among those of an interface. Nobody else is likely to use it; ours come
@@ -159,7 +159,7 @@ pub fn inspect(
             .unwrap_or_default()
             .iter()
             .filter(|path| path.ends_with(pin_name(program, netns_cookie)))
-            .filter_map(|path| bpf::open_pinned(path).ok())
+            .filter_map(|path| bpf::open_pinned(path, Kind::Program).ok())
             .filter_map(|program| bpf::program_id(program.as_fd()).ok())
             .collect::<Vec<_>>()
     });
@@ -256,7 +256,7 @@ fn add_one(
 }
 
 fn put_filter(found: &interfaces::Interface, direction: Direction, pinned: &Path) -> Result<bool> {
-    let wanted = bpf::program_id(pins::open_existing(pinned)?.as_fd())?;
+    let wanted = bpf::program_id(pins::open_existing(pinned, Kind::Program)?.as_fd())?;
     let there = filters::filters(found.index, direction).context("listing filters")?;
     let there = there.into_iter().find(is_ours);
     if there.is_some_and(|filter| filter.program_id == Some(wanted)) {

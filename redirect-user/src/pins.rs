@@ -22,7 +22,7 @@ use nix::sys::statfs::{FsType, statfs};
 use redirect_common::{LAYOUT_VERSION, POLICY_LAYOUT_VERSION};
 
 use crate::programs::Need;
-use crate::sys::bpf::{self, LinkTarget};
+use crate::sys::bpf::{self, Kind, LinkTarget};
 use crate::tables;
 
 const BPFFS: &str = "/sys/fs/bpf";
@@ -193,21 +193,38 @@ pub fn open_maps_directory() -> Result<Option<File>> {
     }
 }
 
-/// Opens a pinned object; None if there is no such pin.
-pub fn open(path: &Path) -> Result<Option<OwnedFd>> {
-    match bpf::open_pinned(path) {
+/// Opens a pinned object of that kind; None if there is no such pin.
+pub fn open(path: &Path, kind: Kind) -> Result<Option<OwnedFd>> {
+    match bpf::open_pinned(path, kind) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         opened => in_words(opened, path).map(Some),
     }
 }
 
-/// Opens a pinned object that ought to be there.
-pub fn open_existing(path: &Path) -> Result<OwnedFd> {
-    in_words(bpf::open_pinned(path), path)
+/// Opens a pinned object of that kind that ought to be there.
+pub fn open_existing(path: &Path, kind: Kind) -> Result<OwnedFd> {
+    in_words(bpf::open_pinned(path, kind), path)
 }
 
 fn in_words(opened: io::Result<OwnedFd>, path: &Path) -> Result<OwnedFd> {
     opened.with_context(|| format!("opening {}", path.display()))
+}
+
+/// Ends what is attached by a pinned link, and removes its pin, which may be absent. What is pinned there instead of a link
+/// goes too.
+pub fn detach_link(path: &Path) -> Result<()> {
+    match bpf::open_pinned(path, Kind::Link) {
+        // Fails if its cgroup or namespace has gone, and with it the attachment.
+        Ok(link) => drop(bpf::link_detach(link.as_fd())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+            tracing::warn!("removing {}: {error}", path.display());
+        }
+        Err(error) => return in_words(Err(error), path).map(drop),
+    }
+    // If it stays it goes with the directory, or that tells why not.
+    drop(fs::remove_file(path));
+    Ok(())
 }
 
 /// Whether the kernel has cut a pinned link off, as what it hung on has gone; None if there is no such pin.
@@ -215,7 +232,7 @@ pub fn is_cut_off(
     path: &Path,
     target: fn(BorrowedFd<'_>) -> io::Result<LinkTarget>,
 ) -> Result<Option<bool>> {
-    let Some(link) = open(path)? else {
+    let Some(link) = open(path, Kind::Link)? else {
         return Ok(None);
     };
     let link = target(link.as_fd()).with_context(|| format!("reading {}", path.display()))?;

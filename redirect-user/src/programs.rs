@@ -3,6 +3,7 @@
 mod entry;
 mod group;
 mod hooks;
+mod pinned_maps;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -13,7 +14,7 @@ use aya_obj::generated::bpf_attach_type;
 use self::group::Group;
 pub use self::hooks::{HOOKS, Hook, Side};
 use crate::pins::{self, Pins};
-use crate::sys::bpf;
+use crate::sys::bpf::{self, Kind};
 
 /// Which pods need a program. Those of one need are loaded together, when the first pod has it: the verifier takes
 /// as long for those of DNS as for all others.
@@ -143,7 +144,7 @@ impl<'a> Programs<'a> {
 
     /// Loads a pod's entry to a shared program.
     pub fn load_entry(&self, netns_cookie: u64, entered: Entered) -> Result<OwnedFd> {
-        let netns = pins::open_existing(&self.pins.map("NETNS"))?;
+        let netns = pins::open_existing(&self.pins.map("NETNS"), Kind::Map)?;
         let jump = self.group(Need::Always)?.pinned(&entered.jump())?;
         let entry = entry::instructions(netns.as_fd(), netns_cookie, jump, entered.pass());
         entered

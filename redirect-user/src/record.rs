@@ -81,7 +81,11 @@ impl Notes {
             return Ok(None);
         };
         let notes = Self::decode(&record)
-            .with_context(|| format!("record of cgroup {cgroup_id} is corrupt"));
+            .with_context(|| {
+                format!(
+                    "the notes on cgroup {cgroup_id} in RECORDS are corrupt: what detaching would undo in its network namespace is known again once the pod is attached again"
+                )
+            });
         Ok(notes.inspect_err(|error| tracing::warn!("{error:#}")).ok())
     }
 

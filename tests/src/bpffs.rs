@@ -40,7 +40,7 @@ use crate::{map_ids::map_ids, patience::patience};
 /// Where the loader expects it.
 const MOUNT_POINT: &str = "/sys/fs/bpf";
 /// The loader's own directory.
-const ROOT: &str = "/sys/fs/bpf/redirect/v2";
+pub const ROOT: &str = "/sys/fs/bpf/redirect/v2";
 /// The kernel frees what is no longer referred to after a grace period.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -396,12 +396,21 @@ fn is_map(pin: &Path) -> bool {
 }
 
 fn open(name: &str, kind: impl FnOnce(MapData) -> Map) -> Option<Map> {
+    map(name).map(kind)
+}
+
+/// The data plane's map of that name; None if it is not there.
+pub fn map(name: &str) -> Option<MapData> {
+    let path = map_pin(name);
+    path.exists().then(|| MapData::from_pin(path).unwrap())
+}
+
+/// Where that map is pinned.
+pub fn map_pin(name: &str) -> PathBuf {
     let own = format!("maps-{POLICY_LAYOUT_VERSION}");
-    ["maps", &own]
-        .map(|directory| Path::new(ROOT).join(directory).join(name))
-        .into_iter()
-        .find(|path| path.exists())
-        .map(|path| kind(MapData::from_pin(path).unwrap()))
+    let [kept, renewed] =
+        ["maps", &own].map(|directory| Path::new(ROOT).join(directory).join(name));
+    if kept.exists() { kept } else { renewed }
 }
 
 fn keys<K: Pod>(keys: impl Iterator<Item = Result<K, MapError>>) -> impl Iterator<Item = K> {

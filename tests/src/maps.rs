@@ -1,21 +1,17 @@
 //! The data plane's maps, as far as tests look into them.
 
-use std::path::Path;
-
 use aya::maps::{HashMap, Map, MapData};
 use redirect_common::connection::{
     DestinationKey, FlowKey, Original, STEERED_PORT_FIRST, STEERED_PORTS,
 };
 
-use crate::{pod::Pod, sockopt::netns_cookie};
-
-const MAPS: &str = "/sys/fs/bpf/redirect/v2/maps";
+use crate::{bpffs, pod::Pod, sockopt::netns_cookie};
 
 type Destinations =
     HashMap<MapData, [u8; size_of::<DestinationKey>()], [u8; size_of::<Original>()]>;
 
 fn destinations() -> Destinations {
-    let map = MapData::from_pin(Path::new(MAPS).join("DESTINATIONS")).unwrap();
+    let map = bpffs::map("DESTINATIONS").unwrap();
     Map::HashMap(map).try_into().unwrap()
 }
 
@@ -31,7 +27,7 @@ pub fn destinations_of(pod: &Pod) -> usize {
 /// How many connections of the pod are on their way.
 pub fn flows_of(pod: &Pod) -> usize {
     let cookie = pod.netns.enter(netns_cookie);
-    let map = MapData::from_pin(Path::new(MAPS).join("FLOWS")).unwrap();
+    let map = bpffs::map("FLOWS").unwrap();
     let flows: HashMap<_, [u8; size_of::<FlowKey>()], [u8; size_of::<Original>()]> =
         Map::LruHashMap(map).try_into().unwrap();
     let is_pods = |key: &FlowKey| key.netns_cookie == cookie;

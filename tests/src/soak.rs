@@ -388,6 +388,9 @@ const fn name(kind: Kind) -> &'static str {
         Kind::Attach {
             killed_us: Some(_), ..
         } => "attach killed",
+        Kind::Attach {
+            other_build: true, ..
+        } => "upgrade",
         Kind::Attach { .. } => "attach",
         Kind::Detach { killed_us: Some(_) } => "detach killed",
         Kind::Detach { killed_us: None } => "detach",

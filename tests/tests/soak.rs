@@ -8,17 +8,20 @@
     reason = "a test panics where it fails, also in its helpers"
 )]
 
-use std::{ops::ControlFlow, time::Duration};
+use std::{
+    net::{Ipv4Addr, TcpStream},
+    ops::ControlFlow,
+    time::Duration,
+};
 
-use aya::maps::MapData;
 use redirect_tests::{
     actor::Actor,
-    loader,
+    bpffs, loader,
     options::Options,
     patience::{amount, patience},
     protocol::{Dial, Family, Identity},
     scene::To,
-    soak::{Plan, cast::Cast, report::Report, run},
+    soak::{Plan, cast::Cast, policy::APP_PORTS, report::Report, run},
 };
 use rstest::rstest;
 
@@ -57,12 +60,20 @@ fn all_connections_end_where_they_should_while_everything_changes() {
     }
     assert!(report.asked > amount(1_000, 200).into(), "{report}");
     assert!(report.counted > amount(4, 2).into(), "{report}");
+    // Nobody listens there, and nothing captures it.
+    assert!(report.outcomes.contains_key("ECONNREFUSED"), "{report}");
+    assert!(report.exact_outbound >= amount(1, 0).into(), "{report}");
+    assert!(report.storages > 0, "{report}");
     let events: u64 = report.events.values().sum();
     assert!(events > amount(10, 5).into(), "{report}");
+    for kind in ["attach", "upgrade", "detach", "proxy restarted"] {
+        let happened = report.events.get(kind).copied();
+        assert!(happened >= Some(amount(1, 0).into()), "{kind}: {report}");
+    }
 }
 
-/// A pod that nothing should happen to, until that is noticed, and for a few rounds at most.
-fn noticed(what: &str, distortion: fn(Options) -> Options, meddle: fn(&mut Cast)) -> Report {
+/// A pod that nothing should happen to, until something is noticed, and for a few rounds at most.
+fn noticed(distortion: fn(Options) -> Options, meddle: fn(&mut Cast)) -> Report {
     let plan = Plan {
         held: 100,
         pods: 1,
@@ -73,7 +84,7 @@ fn noticed(what: &str, distortion: fn(Options) -> Options, meddle: fn(&mut Cast)
         ..Plan::new(SEED, patience(Duration::from_secs(30)))
     };
     run(&plan, &mut |report| {
-        if !is_noticed(report, what) && report.rounds < 5 {
+        if report.is_clean() && report.rounds < 5 {
             ControlFlow::Continue(())
         } else {
             ControlFlow::Break(())
@@ -108,12 +119,14 @@ fn is_noticed(report: &Report, what: &str) -> bool {
 )]
 #[case::not_counted(|options| options, stranger, "counts")]
 #[case::leak(|options| options, leak, "not freed by the kernel")]
+#[case::pin(|options| options, pin, "and now Counts")]
+#[case::storage(|options| options, hold, "sockets with a storage")]
 fn what_should_not_be_is_noticed(
     #[case] distortion: fn(Options) -> Options,
     #[case] meddle: fn(&mut Cast),
     #[case] what: &str,
 ) {
-    let report = noticed(what, distortion, meddle);
+    let report = noticed(distortion, meddle);
     assert!(is_noticed(&report, what), "{report}");
     // The way to have it again is part of what is shown.
     assert!(
@@ -132,5 +145,19 @@ fn stranger(cast: &mut Cast) {
 
 /// Holds a map until this process ends.
 fn leak(_: &mut Cast) {
-    std::mem::forget(MapData::from_pin("/sys/fs/bpf/redirect/v2/maps-1/PODS"));
+    std::mem::forget(bpffs::map("PODS"));
+}
+
+/// Pins something of its own where the loader has its pins.
+fn pin(_: &mut Cast) {
+    let map = bpffs::map("PODS").unwrap();
+    // Once is enough, and then it is there.
+    drop(map.pin(bpffs::map_pin("PODS").with_file_name("STRANGE")));
+}
+
+/// Holds a connection of the application until this process ends.
+fn hold(cast: &mut Cast) {
+    let to = (Ipv4Addr::LOCALHOST, APP_PORTS[0]);
+    let connect = || TcpStream::connect(to).unwrap();
+    std::mem::forget(cast.pod.netns.enter(connect));
 }

@@ -22,7 +22,7 @@ use super::{Wanted, busy};
 use crate::pins::{self, Pins};
 use crate::programs::{self, HOOKS, Need};
 use crate::record;
-use crate::sys::bpf;
+use crate::sys::bpf::{self, Kind};
 use crate::tables::Tables;
 
 /// How long programs go on telling after the reader was heard of last.
@@ -273,7 +273,7 @@ fn messages(pins: &Pins, tables: &Tables) -> Result<Option<Messages>> {
             continue;
         }
         for hook in HOOKS.iter().filter(|hook| hook.need == Need::Always) {
-            let program = pins::open_existing(&directory.join(hook.program()))?;
+            let program = pins::open_existing(&directory.join(hook.program()), Kind::Program)?;
             match Messages::of_program(bpf::program_id(program.as_fd())?) {
                 Ok(messages) => return Ok(Some(messages)),
                 // Not every program has something to tell.

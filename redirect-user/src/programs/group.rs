@@ -8,10 +8,10 @@ use anyhow::{Context, Result, bail};
 use aya::programs::{Program, ProgramError};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 
-use super::{Entered, HOOKS, Hook, Need, build_id};
+use super::{Entered, HOOKS, Hook, Need, build_id, pinned_maps};
 use crate::kernel::{self, Offsets};
 use crate::pins::{self, Pins};
-use crate::sys::bpf;
+use crate::sys::bpf::{self, Kind};
 use crate::tables;
 
 /// The object that the build script made.
@@ -48,9 +48,19 @@ impl Group {
     }
 
     fn open(directory: &Path, need: Need) -> Result<Self> {
-        let names = programs(need).chain(entered(need).iter().map(|entered| entered.jump()));
-        let open = |name: String| Ok((name.clone(), pins::open_existing(&directory.join(name))?));
-        names.map(open).collect::<Result<_>>().map(Self)
+        let programs = programs(need).map(|name| (name, Kind::Program));
+        let jumps = entered(need)
+            .iter()
+            .map(|entered| (entered.jump(), Kind::Map));
+        let open = |(name, kind): (String, Kind)| {
+            let fd = pins::open_existing(&directory.join(&name), kind)?;
+            Ok((name, fd))
+        };
+        programs
+            .chain(jumps)
+            .map(open)
+            .collect::<Result<_>>()
+            .map(Self)
     }
 
     /// What is pinned by that name.
@@ -76,6 +86,7 @@ fn entered(need: Need) -> &'static [Entered] {
 }
 
 fn load_object(pins: &Pins) -> Result<Ebpf> {
+    pinned_maps::compare(OBJECT, pins)?;
     let offsets = Offsets::of_running_kernel()?;
     let port_range_packed = u32::from(offsets.port_range_packed);
     let ancestors_are_ids = u32::from(offsets.ancestors_are_ids);

@@ -6,6 +6,7 @@
 #![expect(unsafe_code, reason = "bpf(2) takes a union of pointers and numbers")]
 
 use std::ffi::{CStr, CString};
+use std::fs;
 use std::io;
 use std::marker::PhantomData;
 use std::mem::{size_of, zeroed};
@@ -60,13 +61,68 @@ fn c_path(path: &Path) -> io::Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)
 }
 
-/// Opens a pinned object.
-pub fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
-    let path = c_path(path)?;
+/// What can be pinned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A map.
+    Map,
+    /// A program.
+    Program,
+    /// A link.
+    Link,
+}
+
+impl Kind {
+    const ALL: [Self; 3] = [Self::Map, Self::Program, Self::Link];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Map => "map",
+            Self::Program => "program",
+            Self::Link => "link",
+        }
+    }
+
+    /// The kernel tells it by the descriptor's name only.
+    fn of(object: BorrowedFd<'_>) -> io::Result<Self> {
+        let name = fs::read_link(format!("/proc/thread-self/fd/{}", object.as_raw_fd()))?;
+        let name = name.to_string_lossy().into_owned();
+        let mut kinds = Self::ALL.into_iter();
+        kinds
+            .find(|kind| name.contains(kind.word()))
+            .ok_or_else(|| io::Error::other(format!("{name} is no BPF object")))
+    }
+
+    const fn word(self) -> &'static str {
+        match self {
+            Self::Map => "bpf-map",
+            Self::Program => "bpf-prog",
+            // An underscore in some kernels.
+            Self::Link => "link",
+        }
+    }
+}
+
+/// Opens a pinned object. An `InvalidData` error if it is of another kind.
+pub fn open_pinned(path: &Path, kind: Kind) -> io::Result<OwnedFd> {
+    let c_path = c_path(path)?;
     let mut attr = empty();
-    attr.__bindgen_anon_4.pathname = path.as_ptr() as u64;
-    // SAFETY: `path` lives through the call.
-    unsafe { bpf_fd(bpf_cmd::BPF_OBJ_GET, &mut attr) }
+    attr.__bindgen_anon_4.pathname = c_path.as_ptr() as u64;
+    // SAFETY: `c_path` lives through the call.
+    let fd = unsafe { bpf_fd(bpf_cmd::BPF_OBJ_GET, &mut attr) }?;
+    let is = Kind::of(fd.as_fd())?;
+    if is == kind {
+        Ok(fd)
+    } else {
+        Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!(
+                "it is a {}, and has to be a {}: somebody else has pinned it",
+                is.name(),
+                kind.name()
+            ),
+        ))
+    }
 }
 
 /// Pins an object; fails if something is there.
@@ -323,11 +379,10 @@ pub struct Table<K, V> {
 }
 
 impl<K: Pod, V: Pod> Table<K, V> {
-    /// Opens a pinned map. An `InvalidData` error if its keys or values are of another size.
+    /// Opens a pinned map. An `InvalidData` error if it is none, or if its keys or values are of another size.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let fd = open_pinned(path)?;
-        // SAFETY: if it is no map the kernel fills less of the structure or fails; the sizes are
-        // compared below.
+        let fd = open_pinned(path, Kind::Map)?;
+        // SAFETY: `bpf_map_info` belongs to maps.
         let info: bpf_map_info = unsafe { info(fd.as_fd()) }?;
         if info.key_size as usize != size_of::<K>() || info.value_size as usize != size_of::<V>() {
             return Err(io::Error::new(
@@ -450,7 +505,7 @@ impl OtherTable {
     /// Opens a pinned map; None if there is none. `cpus` is the number of possible CPUs. An `InvalidData` error if its
     /// keys are of another size.
     pub fn open(path: &Path, cpus: usize) -> io::Result<Option<Self>> {
-        let Some(fd) = some_or_absent(open_pinned(path))? else {
+        let Some(fd) = some_or_absent(open_pinned(path, Kind::Map))? else {
             return Ok(None);
         };
         // SAFETY: as in `Table::open`.

@@ -149,19 +149,28 @@ impl Round {
 }
 
 fn round(size: Size) -> impl Strategy<Value = Round> {
-    let calls = Caller::ALL.map(move |caller| {
-        (shorts(caller), talks(caller, size)).prop_map(move |(shorts, talks)| Calls {
-            caller,
-            shorts,
-            talks,
-        })
+    // Some rounds without resets: their counters can be exact.
+    let manners = prop_oneof![
+        1 => Just(vec![Then::Close, Then::HalfClose]),
+        2 => Just(vec![Then::Close, Then::HalfClose, Then::Reset, Then::Abandon]),
+    ];
+    let calls = manners.prop_flat_map(move |manners| {
+        let of = |caller| {
+            (shorts(caller, manners.clone()), talks(caller, size)).prop_map(
+                move |(shorts, talks)| Calls {
+                    caller,
+                    shorts,
+                    talks,
+                },
+            )
+        };
+        vec(Vec::from(Caller::ALL.map(of)), size.pods)
     });
-    let calls = Vec::from(calls);
     (
         vec(beginning(), size.pods),
         // Every third round or so is left alone after that.
         prop_oneof![1 => Just(Vec::new()), 2 => vec(event(size), 1..6)],
-        vec(calls, size.pods),
+        calls,
         vec(any::<Index>(), size.renewed),
         vec(held(), 60),
     )
@@ -219,13 +228,8 @@ fn event(size: Size) -> impl Strategy<Value = Event> {
     (0..size.round_ms, 0..size.pods, kind).prop_map(|(at_ms, pod, kind)| Event { at_ms, pod, kind })
 }
 
-fn shorts(caller: Caller) -> impl Strategy<Value = Vec<Drawn>> {
-    // Some rounds without resets: the counters have to be exact then.
-    let manners = prop_oneof![
-        1 => Just(vec![Then::Close, Then::HalfClose]),
-        2 => Just(vec![Then::Close, Then::HalfClose, Then::Reset, Then::Abandon]),
-    ];
-    manners.prop_flat_map(move |manners| vec(drawn(caller, select(manners)), 64))
+fn shorts(caller: Caller, manners: Vec<Then>) -> impl Strategy<Value = Vec<Drawn>> {
+    vec(drawn(caller, select(manners)), 64)
 }
 
 fn talks(caller: Caller, size: Size) -> impl Strategy<Value = Vec<Drawn>> {

@@ -4,7 +4,6 @@ use std::{
     collections::BTreeMap,
     fs,
     os::fd::OwnedFd,
-    path::Path,
     thread,
     time::{Duration, Instant},
 };
@@ -20,7 +19,6 @@ use crate::{
     patience::patience,
 };
 
-const SOCKETS: &str = "/sys/fs/bpf/redirect/v1/maps/SOCKETS";
 /// Sockets close after their last packet, processes end after their kill.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -98,20 +96,12 @@ pub fn settle(mut wrong: impl FnMut() -> Vec<String>) -> Vec<String> {
     }
 }
 
-/// How many sockets of a process have something stored by the data plane. None while it has no maps.
-pub fn storages(actor: &Actor) -> Option<usize> {
-    if !Path::new(SOCKETS).exists() {
-        return None;
-    }
-    let map = Map::SkStorage(MapData::from_pin(SOCKETS).unwrap());
+/// How many sockets of a process have something stored by the data plane, which has to be attached to some pod.
+pub fn storages(actor: &Actor) -> usize {
+    let map = Map::SkStorage(bpffs::map("SOCKETS").unwrap());
     let map: SkStorage<MapData, [u8; size_of::<SocketState>()]> = map.try_into().unwrap();
-    let has_one = |socket: &OwnedFd| map.get(socket, 0).is_ok();
-    Some(
-        sockets(actor)
-            .iter()
-            .filter(|socket| has_one(socket))
-            .count(),
-    )
+    let sockets = sockets(actor).into_iter();
+    sockets.filter(|socket| map.get(socket, 0).is_ok()).count()
 }
 
 /// Copies of the descriptors of a process that are sockets.

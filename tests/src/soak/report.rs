@@ -38,6 +38,8 @@ pub struct Report {
     pub counted: u64,
     /// How often they had to be exact.
     pub exact: u64,
+    /// How often those had to be that no inbound connection is counted by.
+    pub exact_outbound: u64,
     /// Kernel objects when all pods are attached.
     pub objects: Option<Counts>,
     /// Sockets with a storage at the end, when only listeners were left.
@@ -100,8 +102,8 @@ impl Display for Report {
         writeln!(f, "events         {}", list(&self.events))?;
         writeln!(
             f,
-            "counters       compared {} times, exact {}",
-            self.counted, self.exact
+            "counters       compared {} times; exact outbound {}, both ways {}",
+            self.counted, self.exact_outbound, self.exact
         )?;
         if let Some(objects) = &self.objects {
             writeln!(

@@ -131,7 +131,8 @@ impl Soak<'_> {
             *now = now.saturating_sub(*before);
         }
         self.report.counted += 1;
-        self.report.exact += u64::from(tally.unsure(life) == 0);
+        self.report.exact += u64::from(tally.is_exact(life));
+        self.report.exact_outbound += u64::from(tally.is_exact_outbound(life));
         for what in tally.differences(life, &since) {
             self.report.wrong(index, &what);
         }
@@ -155,14 +156,14 @@ impl Soak<'_> {
         self.rest();
         for (index, cast) in self.casts.iter().enumerate() {
             for (name, actor) in cast.inside() {
-                let stored = storages(actor).unwrap_or_default();
+                let stored = storages(actor);
                 if stored > 0 {
                     let what = format!("{name} has {stored} sockets with a storage");
                     self.report.wrong(index, &what);
                 }
             }
             let proxies = cast.proxies.iter().map(|generation| &generation.actor);
-            self.report.storages += proxies.filter_map(storages).sum::<usize>();
+            self.report.storages += proxies.map(storages).sum::<usize>();
         }
         for event in self.everywhere(Kind::Detach { killed_us: None }) {
             self.happen(event);

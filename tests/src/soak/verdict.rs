@@ -56,6 +56,10 @@ struct Bounds {
     most: BTreeMap<&'static str, u64>,
 }
 
+fn is_inbound(label: &str) -> bool {
+    label.starts_with("inbound-")
+}
+
 impl Tally {
     /// Where the counters of that attachment, less what they were, say something else.
     pub fn differences(&self, life: u32, counted: &BTreeMap<String, u64>) -> Vec<String> {
@@ -70,7 +74,7 @@ impl Tally {
                 let least = get(&bounds.least, label);
                 let more = match label {
                     NO_LISTENER => self.broken,
-                    _ if label.starts_with("inbound-") => self.strays + self.earlier,
+                    _ if is_inbound(label) => self.strays + self.earlier,
                     _ => 0,
                 };
                 let most = get(&bounds.most, label) + more;
@@ -88,13 +92,22 @@ impl Tally {
         }
     }
 
-    /// How many connections may or may not have been counted.
-    pub fn unsure(&self, life: u32) -> u64 {
-        let sum = |of: &BTreeMap<&'static str, u64>| of.values().sum::<u64>();
-        let bounds = self.lives.get(&life);
-        bounds.map_or(0, |bounds| sum(&bounds.most) - sum(&bounds.least))
-            + self.strays
-            + self.earlier
+    /// Whether that attachment's counters can say one thing only.
+    pub fn is_exact(&self, life: u32) -> bool {
+        self.is_exact_of(life, |_| true) && self.strays + self.earlier + self.broken == 0
+    }
+
+    /// The same of those counters that nothing is counted by which comes late.
+    pub fn is_exact_outbound(&self, life: u32) -> bool {
+        self.is_exact_of(life, |label| !is_inbound(label)) && self.broken == 0
+    }
+
+    fn is_exact_of(&self, life: u32, counts: fn(&str) -> bool) -> bool {
+        let Some(bounds) = self.lives.get(&life) else {
+            return false;
+        };
+        let mut labels = bounds.most.iter().filter(|(label, _)| counts(label));
+        labels.all(|(label, most)| bounds.least.get(label) == Some(most))
     }
 
     /// So many connections have been closed all at once: the last segment of each may come after it has gone.

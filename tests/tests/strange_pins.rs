@@ -1,0 +1,211 @@
+//! What is found where the loader has its pins is not what it has put there: another object, or notes that nobody can read.
+#![allow(
+    missing_docs,
+    reason = "a test binary has no readers of its documentation"
+)]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test panics where it fails, also in its helpers"
+)]
+
+use std::{
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+use aya::maps::{HashMap, Map, MapData};
+use redirect_common::record::{RECORD_BYTES, Record};
+use redirect_tests::{
+    backend::Backend::Redirect,
+    bpffs::{self, ROOT},
+    daemon::{inward, out},
+    loader::{self, attach_command, finish, status_mentions},
+    namespace::errors,
+    options::Options,
+    scene::Scene,
+    traces::Traces,
+};
+use rstest::rstest;
+
+/// Attaching is refused in one line that says all of this.
+fn refused(scene: &Scene, says: &[&str]) {
+    let output = finish(attach_command(&scene.pod).args(Options::ISTIO.arguments()));
+    let said = errors(&output);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    let refusals: Vec<_> = said
+        .lines()
+        .filter(|line| line.starts_with("redirect: "))
+        .collect();
+    assert_eq!(refusals.len(), 1, "{said}");
+    for word in says {
+        assert!(refusals[0].contains(word), "{word}: {said}");
+    }
+}
+
+fn is_captured(scene: &mut Scene) -> bool {
+    let met = (out(scene, 80), inward(scene, 8080));
+    match (met.0.as_str(), met.1.as_str()) {
+        ("15001", "15006") => true,
+        ("service", "app") => false,
+        _ => panic!("half captured: {met:?}"),
+    }
+}
+
+/// Puts one pin in the place of another.
+fn replace(place: &PathBuf, by: PathBuf) {
+    fs::remove_file(place).unwrap();
+    fs::hard_link(by, place).unwrap();
+}
+
+/// The only directory of programs, and a program in it.
+fn program(name: &str) -> PathBuf {
+    let mut entries = fs::read_dir(ROOT)
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    let programs = entries.find(|path| path.to_string_lossy().contains("/programs-"));
+    programs.unwrap().join(name)
+}
+
+fn cgroup_id(scene: &Scene) -> u64 {
+    fs::metadata(scene.pod.cgroup.path()).unwrap().ino()
+}
+
+fn link(scene: &Scene, name: &str) -> PathBuf {
+    Path::new(ROOT).join(format!("pods/{:016x}/{name}", cgroup_id(scene)))
+}
+
+#[rstest]
+#[case::of_another_type("DESTINATIONS", "FLOWS", "LruHash")]
+#[case::with_other_keys("DESTINATIONS", "PODS", "keys of 8")]
+fn map_of_somebody_else_is_refused_before_anything_changes(
+    #[case] name: &str,
+    #[case] theirs: &str,
+    #[case] says: &str,
+) {
+    bpffs::private(|| {
+        let (mut scene, mut first) = (Scene::new(), Scene::new());
+        // Where else to get maps like ours from?
+        first.attach(Redirect, &Options::ISTIO);
+        let elsewhere = Path::new("/sys/fs/bpf/elsewhere");
+        fs::hard_link(bpffs::map_pin(theirs), elsewhere).unwrap();
+        first.detach();
+        let place = Path::new(ROOT).join("maps").join(name);
+        fs::create_dir_all(place.parent().unwrap()).unwrap();
+        fs::hard_link(elsewhere, &place).unwrap();
+        refused(&scene, &[place.to_str().unwrap(), says, "has to be"]);
+        assert!(!is_captured(&mut scene));
+        // The control: it was that pin.
+        fs::remove_file(place).unwrap();
+        scene.attach(Redirect, &Options::ISTIO);
+        assert!(is_captured(&mut scene));
+        fs::remove_file(elsewhere).unwrap();
+    });
+}
+
+/// Something else is pinned there while a pod is attached: that one goes on, another one is refused, and once it is removed
+/// all is well.
+#[rstest]
+#[case::program_for_a_map(|| bpffs::map_pin("PODS"), || program("redirect_connect4"), "it is a program, and has to be a map")]
+#[case::map_for_a_program(|| program("redirect_connect4"), || bpffs::map_pin("PODS"), "it is a map, and has to be a program")]
+#[case::program_for_a_jump(|| program("redirect_sk_lookup_jump"), || program("redirect_connect4"), "it is a program, and has to be a map")]
+fn object_of_another_kind_is_told(
+    #[case] place: fn() -> PathBuf,
+    #[case] other: fn() -> PathBuf,
+    #[case] says: &str,
+) {
+    bpffs::private(|| {
+        let (mut scene, mut bystander) = (Scene::new(), Scene::new());
+        bystander.attach(Redirect, &Options::ISTIO);
+        let place = place();
+        let saved = PathBuf::from("/sys/fs/bpf/saved");
+        fs::hard_link(&place, &saved).unwrap();
+        replace(&place, other());
+        refused(&scene, &[place.to_str().unwrap(), says]);
+        assert!(!is_captured(&mut scene));
+        assert!(is_captured(&mut bystander));
+        replace(&place, saved.clone());
+        fs::remove_file(saved).unwrap();
+        scene.attach(Redirect, &Options::ISTIO);
+        assert!(is_captured(&mut scene) && is_captured(&mut bystander));
+    });
+}
+
+#[rstest]
+#[case::connect("connect4")]
+#[case::sk_lookup("sk_lookup")]
+fn pod_whose_link_is_something_else_is_refused_and_can_be_detached(#[case] name: &str) {
+    bpffs::private(|| {
+        let (mut scene, mut bystander) = (Scene::new(), Scene::new());
+        bystander.attach(Redirect, &Options::ISTIO);
+        let alone = Traces::read([&scene, &bystander]);
+        scene.attach(Redirect, &Options::ISTIO);
+        assert!(is_captured(&mut scene));
+        replace(&link(&scene, name), bpffs::map_pin("PODS"));
+        if name == "connect4" {
+            refused(&scene, &["connect4: it is a map, and has to be a link"]);
+        }
+        // Another pod's trouble is none of this one's.
+        loader::attach(&bystander.pod, &Options::ISTIO);
+        assert!(is_captured(&mut bystander));
+        let detached = loader::detach(scene.pod.cgroup.path());
+        assert!(detached.status.success(), "{}", errors(&detached));
+        scene.adopt(&Options::ISTIO);
+        assert!(!is_captured(&mut scene) && is_captured(&mut bystander));
+        let differences = Traces::read([&scene, &bystander]).differences(&alone);
+        assert!(differences.is_empty(), "{differences:#?}");
+    });
+}
+
+/// Writes something else into the pod's notes.
+fn spoil(scene: &Scene, spoil: fn(&mut Record)) {
+    let map = Map::HashMap(bpffs::map("RECORDS").unwrap());
+    let mut map: HashMap<MapData, u64, [u8; size_of::<Record>()]> = map.try_into().unwrap();
+    let id = cgroup_id(scene);
+    let mut record: Record = bytemuck::pod_read_unaligned(&map.get(&id, 0).unwrap());
+    spoil(&mut record);
+    let bytes: [u8; size_of::<Record>()] = bytemuck::bytes_of(&record).try_into().unwrap();
+    map.insert(id, bytes, 0).unwrap();
+}
+
+/// Notes that cannot be read: capture goes on and is told, attaching writes them anew, and detaching leaves nothing.
+#[rstest]
+#[case::cut_off(|record: &mut Record| record.length /= 2)]
+#[case::too_long(|record: &mut Record| record.length = RECORD_BYTES as u32 + 1)]
+#[case::no_text(|record: &mut Record| record.json.fill(0xff))]
+#[case::empty(|record: &mut Record| record.length = 0)]
+fn notes_that_cannot_be_read_are_written_anew(
+    #[case] how: fn(&mut Record),
+    #[values(false, true)] detach_at_once: bool,
+) {
+    bpffs::private(|| {
+        let (mut scene, mut bystander) = (Scene::new(), Scene::new());
+        bystander.attach(Redirect, &Options::ISTIO);
+        let alone = Traces::read([&scene, &bystander]);
+        scene.attach(Redirect, &Options::ISTIO);
+        assert!(is_captured(&mut scene));
+        let both = Traces::read([&scene, &bystander]);
+        assert!(!both.differences(&alone).is_empty());
+        spoil(&scene, how);
+        assert!(
+            !both
+                .differences(&Traces::read([&scene, &bystander]))
+                .is_empty()
+        );
+        let told = finish(&mut loader::redirect().arg("status"));
+        assert!(errors(&told).contains("corrupt"), "{}", errors(&told));
+        assert!(is_captured(&mut scene) && is_captured(&mut bystander));
+        if !detach_at_once {
+            loader::attach(&scene.pod, &Options::ISTIO);
+            assert!(is_captured(&mut scene) && is_captured(&mut bystander));
+            let differences = Traces::read([&scene, &bystander]).differences(&both);
+            assert!(differences.is_empty(), "{differences:#?}");
+            assert!(status_mentions(&scene.pod));
+        }
+        let detached = loader::detach(scene.pod.cgroup.path());
+        assert!(detached.status.success(), "{}", errors(&detached));
+        assert!(!is_captured(&mut scene) && is_captured(&mut bystander));
+        let differences = Traces::read([&scene, &bystander]).differences(&alone);
+        assert!(differences.is_empty(), "{differences:#?}");
+    });
+}
