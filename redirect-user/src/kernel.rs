@@ -154,7 +154,7 @@ const NEEDED: [((u32, u32), &str); 3] = [
     ),
     (
         (5, 14),
-        "network namespace cookies of sockets (SO_NETNS_COOKIE)",
+        "SO_NETNS_COOKIE, the network namespace cookie of a socket",
     ),
     (
         (5, 15),
