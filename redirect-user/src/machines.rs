@@ -50,6 +50,16 @@ pub struct Found {
     pub filtered: bool,
 }
 
+/// Puts filters on the loopback interface of a namespace that is given up afterwards, to see whether the kernel takes them.
+pub fn rehearse(pins: &Pins, programs: &Programs<'_>, netns: &NetworkNamespace) -> Result<()> {
+    let pinned = entries(pins, programs, netns.cookie()?)?;
+    let found = interfaces::interfaces(netns)?;
+    let lo = found.iter().find(|found| found.name == "lo");
+    let lo = lo.context("a new network namespace has no lo")?;
+    netns.run_inside(|| put_filters(&pinned, lo, false))??;
+    Ok(())
+}
+
 /// Puts filters on the interfaces that match. True if anything changed.
 pub fn add(
     pins: &Pins,
@@ -244,10 +254,19 @@ fn add_one(
         written.context("writing INTERFACES")?;
         changed = true;
     }
+    changed |= put_filters(pinned, found, has_clsact)?;
+    Ok(changed)
+}
+
+fn put_filters(
+    pinned: &[PathBuf; 2],
+    found: &interfaces::Interface,
+    has_clsact: bool,
+) -> Result<bool> {
     if !has_clsact {
         qdisc_add_clsact(&found.name).context("adding a clsact qdisc")?;
-        changed = true;
     }
+    let mut changed = !has_clsact;
     for ((direction, _), path) in PROGRAMS.iter().zip(pinned) {
         changed |= put_filter(found, *direction, path)
             .with_context(|| format!("adding the {direction:?} filter"))?;
