@@ -4,8 +4,10 @@
 
 mod kernel;
 mod leftovers;
+mod lookups;
 mod neighbours;
 mod node;
+mod owners;
 mod rehearsal;
 
 use serde::Serialize;
@@ -72,6 +74,7 @@ pub fn check(subject: &Subject) -> Report {
     findings.extend(node::findings());
     findings.push(rehearsal::finding());
     findings.extend(neighbours::findings(subject.cgroup.as_ref()));
+    findings.extend(lookups::findings(subject.netns.as_ref()));
     findings.extend(leftovers::findings(subject.netns.as_ref()));
     Report {
         ready: findings.iter().all(|finding| finding.level < Level::Bad),

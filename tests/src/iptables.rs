@@ -86,6 +86,18 @@ pub fn apply(pod: &Pod, options: &Options, variant: Variant) {
 
 /// Empties the pod's tables.
 pub fn flush(pod: &Pod, variant: Variant) {
+    for ipv6 in [false, true] {
+        flush_family(pod, variant, ipv6);
+    }
+    for family in ["-4", "-6"] {
+        let _was_there_in_tproxy_mode = pod.netns.try_ip(&format!(
+            "{family} rule del fwmark {TPROXY_MARK} lookup {TPROXY_TABLE}"
+        ));
+    }
+}
+
+/// Empties the pod's tables of one family.
+pub fn flush_family(pod: &Pod, variant: Variant, ipv6: bool) {
     const EMPTY: &str = "\
 *raw
 :PREROUTING ACCEPT
@@ -105,14 +117,7 @@ COMMIT
 :POSTROUTING ACCEPT
 COMMIT
 ";
-    for ipv6 in [false, true] {
-        restore(pod, variant, ipv6, EMPTY);
-    }
-    for family in ["-4", "-6"] {
-        let _was_there_in_tproxy_mode = pod.netns.try_ip(&format!(
-            "{family} rule del fwmark {TPROXY_MARK} lookup {TPROXY_TABLE}"
-        ));
-    }
+    restore(pod, variant, ipv6, EMPTY);
 }
 
 fn restore(pod: &Pod, variant: Variant, ipv6: bool, text: &str) {

@@ -6,14 +6,15 @@
 
 use redirect_tests::{
     actor::Actor,
-    backend::Backend::Redirect,
-    foreign::LoadBalancer,
+    backend::Backend::{self, Iptables, Redirect},
+    foreign::{LoadBalancer, SocketChooser},
     loader::{self, finish, redirect},
     namespace::errors,
     options::Options,
     pod::{ELSEWHERE4, Pod, SERVICE4},
     protocol::{Dial, Family, Identity, Listen, canonical},
     scene::{Scene, To, wildcards},
+    server::{Server, bound},
 };
 use rstest::rstest;
 
@@ -74,6 +75,34 @@ fn load_balancer_that_runs_first_is_followed() {
     assert_eq!(dialed.outcome(), "15001");
     let backend = scene.address(V4, To::Elsewhere(80));
     assert_eq!(dialed.greeting.unwrap().original.address, Some(backend));
+}
+
+#[rstest]
+#[case::before_redirect(true, "foreign")]
+#[case::after_redirect(false, "15006")]
+fn first_choice_of_a_socket_stands(#[case] before: bool, #[case] who: &str) {
+    let mut scene = Scene::new();
+    let at = (scene.pod.ipv4, 7777).into();
+    let open = || bound(&Listen::new("foreign", at)).unwrap();
+    let socket = scene.pod.netns.enter(open);
+    let _server = Server::on(socket.try_clone().unwrap(), "foreign").unwrap();
+    let answers = |scene: &mut Scene, port: u16| {
+        let to = scene.address(V4, To::Own(port));
+        scene.outside.dial(&Dial::new(V4, to)).outcome().to_owned()
+    };
+    if !before {
+        scene.attach(Redirect, &Options::ISTIO);
+    }
+    let _chooser = SocketChooser::attach(&scene.pod.netns.path(), 8080, &socket);
+    if before {
+        assert_eq!(answers(&mut scene, 8080), "foreign");
+        scene.attach(Redirect, &Options::ISTIO);
+    }
+    assert_eq!(answers(&mut scene, 8080), who);
+    // What it does not choose for is redirect's.
+    assert_eq!(answers(&mut scene, 9090), "15006");
+    scene.detach();
+    assert_eq!(answers(&mut scene, 8080), "foreign");
 }
 
 #[rstest]

@@ -1,26 +1,17 @@
 //! Other programs on the hooks that redirect uses, from the root of the cgroups down to the pod's.
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use super::owners::Names;
 use super::{Finding, Level};
 use crate::observe::cgroup::Cgroup;
 use crate::observe::mounts;
-use crate::programs::HOOKS;
+use crate::programs::{HOOKS, Hook};
 use crate::sys::bpf::{self, Attached};
-
-/// How the names of well-known programs begin, and whose they are. Names have 15 letters.
-const OWNERS: &[(&str, &str)] = &[
-    ("cil_", "Cilium"),
-    ("calico_", "Calico"),
-    ("cali_", "Calico"),
-    ("sd_", "systemd"),
-];
-const OWN: &str = "redirect_";
 
 pub(super) fn findings(cgroup: Option<&Cgroup>) -> Vec<Finding> {
     const WHAT: &str = "other programs";
@@ -38,33 +29,29 @@ pub(super) fn findings(cgroup: Option<&Cgroup>) -> Vec<Finding> {
 }
 
 fn names() -> Vec<&'static str> {
-    HOOKS.iter().map(|hook| hook.name).collect()
+    points().map(|point| point.name).collect()
+}
+
+/// The hooks, but for those whose attach point has a later one: that one's name is the kernel's.
+fn points() -> impl Iterator<Item = &'static Hook> {
+    HOOKS.iter().enumerate().filter_map(|(at, hook)| {
+        let mut later = HOOKS[at + 1..].iter();
+        (!later.any(|later| later.attach_type == hook.attach_type)).then_some(hook)
+    })
 }
 
 fn look(cgroup: Option<&Cgroup>) -> Result<Vec<Finding>> {
     let root = mounts::mountpoint()?;
-    let programs: HashMap<u32, String> = aya::programs::loaded_programs()
-        .flatten()
-        .map(|program| {
-            let name = program.name_as_str().filter(|name| !name.is_empty());
-            let nameless = || format!("program {}", program.id());
-            (program.id(), name.map_or_else(nameless, str::to_owned))
-        })
-        .collect();
+    let programs = Names::read();
     let mut findings = Vec::new();
     for place in places(&root, cgroup.map(Cgroup::path)) {
         let directory = File::open(&place).with_context(|| place.display().to_string())?;
-        for hook in HOOKS {
-            let attached = bpf::attached(directory.as_fd(), hook.attach_type)
-                .with_context(|| format!("{} at {}", hook.name, place.display()))?;
-            let names: Vec<&str> = attached
-                .program_ids
-                .iter()
-                .filter_map(|id| programs.get(id).map(String::as_str))
-                .filter(|name| !name.starts_with(OWN))
-                .collect();
+        for point in points() {
+            let attached = bpf::attached(directory.as_fd(), point.attach_type)
+                .with_context(|| format!("{} at {}", point.name, place.display()))?;
+            let names = programs.others(&attached.program_ids);
             if !names.is_empty() {
-                let what = format!("{} at {}", hook.name, place.display());
+                let what = format!("{} at {}", point.name, place.display());
                 let pods_own = cgroup.is_some_and(|cgroup| cgroup.path() == place);
                 findings.push(judge(&what, &names, &attached, pods_own));
             }
@@ -87,9 +74,8 @@ fn places(root: &Path, cgroup: Option<&Path>) -> Vec<PathBuf> {
 }
 
 /// What it means for redirect, from how `kernel/bpf/cgroup.c` treats programs of several cgroups.
-fn judge(what: &str, names: &[&str], attached: &Attached, pods_own: bool) -> Finding {
-    let whose: Vec<String> = names.iter().map(|name| describe(name)).collect();
-    let whose = whose.join(", ");
+fn judge(what: &str, names: &[String], attached: &Attached, pods_own: bool) -> Finding {
+    let whose = names.join(", ");
     let (level, meaning) = if attached.is_exclusive() && !pods_own {
         (
             Level::Bad,
@@ -119,13 +105,6 @@ fn judge(what: &str, names: &[&str], attached: &Attached, pods_own: bool) -> Fin
     Finding::new(what, level, format!("{whose}: {meaning}"))
 }
 
-fn describe(name: &str) -> String {
-    OWNERS
-        .iter()
-        .find(|(start, _)| name.starts_with(start))
-        .map_or_else(|| name.to_owned(), |(_, owner)| format!("{name} ({owner})"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -146,7 +125,7 @@ mod tests {
                 program_ids: vec![1],
                 flags,
             };
-            judge("connect4", &["cil_sock4_conn"], &attached, pods_own).level
+            judge("connect4", &["mine".to_owned()], &attached, pods_own).level
         };
         assert_eq!(level(0, false), Level::Bad);
         assert_eq!(level(0, true), Level::Bad);
@@ -157,9 +136,16 @@ mod tests {
     }
 
     #[test]
-    fn well_known_programs_are_told_by_name() {
-        assert_eq!(describe("cil_sock4_conne"), "cil_sock4_conne (Cilium)");
-        assert_eq!(describe("calico_connect_"), "calico_connect_ (Calico)");
-        assert_eq!(describe("mine"), "mine");
+    fn attach_point_of_two_hooks_is_looked_at_once() {
+        let names = names();
+        for once in ["connect4", "connect6", "sendmsg4", "sendmsg6"] {
+            assert!(names.contains(&once), "{names:?}");
+        }
+        for (at, point) in points().enumerate() {
+            let mut others = points().skip(at + 1);
+            assert!(others.all(|other| other.attach_type != point.attach_type));
+        }
+        let looked_at = |hook: &Hook| points().any(|point| point.attach_type == hook.attach_type);
+        assert!(HOOKS.iter().all(looked_at));
     }
 }

@@ -1,5 +1,7 @@
 //! What the node's administrator sets up: cgroup2, the BPF file system, and this process' own rights.
 
+use nix::errno::Errno;
+
 use super::{Finding, Level};
 use crate::kernel::{self, Task};
 use crate::observe::mounts;
@@ -20,6 +22,8 @@ fn cgroup2() -> Finding {
 fn bpffs() -> Finding {
     let (level, detail) = match pins::require_bpffs() {
         Ok(()) => (Level::Ok, "mounted at /sys/fs/bpf".to_owned()),
+        // There is nothing to mount it on.
+        Err(error) if error.is::<Errno>() => (Level::Bad, format!("{error:#}")),
         Err(_) => (
             Level::Note,
             "not mounted at /sys/fs/bpf: the first attach will do that; an init container needs it before".to_owned(),

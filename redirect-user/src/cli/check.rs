@@ -19,7 +19,7 @@ pub(super) struct CheckArgs {
     /// A pod's cgroup, to look for other programs on the way to it
     #[arg(long, value_name = "DIR")]
     cgroup: Option<PathBuf>,
-    /// A pod's network namespace, to look for Istio's iptables rules in
+    /// A pod's network namespace, to look for Istio's iptables rules and other sk_lookup programs in
     #[arg(long, value_name = "PATH", conflicts_with = "pid")]
     netns: Option<PathBuf>,
     /// A process of the pod: its network namespace and, without --cgroup, its cgroup

@@ -225,12 +225,12 @@ pub fn link_create(
     unsafe { bpf_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr) }
 }
 
-/// Programs attached to one cgroup on one hook.
+/// Programs attached to one cgroup or network namespace on one hook.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attached {
     /// In the order in which they run.
     pub program_ids: Vec<u32>,
-    /// `BPF_F_ALLOW_…`.
+    /// `BPF_F_ALLOW_…` of a cgroup; 0 of a network namespace.
     pub flags: u32,
 }
 
@@ -251,13 +251,13 @@ impl Attached {
     }
 }
 
-/// What is attached to a cgroup itself, whoever did it and however.
-pub fn attached(cgroup: BorrowedFd<'_>, hook: bpf_attach_type) -> io::Result<Attached> {
-    /// The kernel's limit (`BPF_CGROUP_MAX_PROGS`).
+/// What is attached to a cgroup itself or to a network namespace, whoever did it and however.
+pub fn attached(target: BorrowedFd<'_>, hook: bpf_attach_type) -> io::Result<Attached> {
+    /// The kernel's limit of both (`BPF_CGROUP_MAX_PROGS`, `netns_bpf_max_progs()`).
     const MOST: usize = 64;
     let mut program_ids = vec![0_u32; MOST];
     let mut attr = empty();
-    attr.query.__bindgen_anon_1.target_fd = cgroup.as_raw_fd() as u32;
+    attr.query.__bindgen_anon_1.target_fd = target.as_raw_fd() as u32;
     attr.query.attach_type = hook as u32;
     attr.query.prog_ids = program_ids.as_mut_ptr() as u64;
     attr.query.__bindgen_anon_2.prog_cnt = MOST as u32;
