@@ -155,6 +155,15 @@ impl Actor {
         self.done(&Request::Assume(identity.clone()));
     }
 
+    /// Opens a pinned eBPF object; the name of the error if it may not.
+    pub fn open_pin(&mut self, path: &Path) -> Result<(), String> {
+        match self.request(&Request::OpenPin(path.to_owned())) {
+            Answer::Done => Ok(()),
+            Answer::Failed(error) => Err(error),
+            other => panic!("{:?}: {other:?}", self.identity),
+        }
+    }
+
     /// Connects a socket made by [`Self::create`], or kept after a connection. It is kept.
     pub fn connect(&mut self, name: &str, dial: &Dial) -> Dialed {
         let (name, dial) = (name.to_owned(), dial.clone());

@@ -72,6 +72,7 @@ pub mod namespace;
 pub mod options;
 pub mod parcel;
 pub mod patience;
+pub mod pin;
 pub mod play;
 pub mod pod;
 pub mod protocol;

@@ -462,6 +462,8 @@ pub enum Request {
     },
     /// Take another identity, for good.
     Assume(Identity),
+    /// Open a pinned eBPF object.
+    OpenPin(PathBuf),
     /// Dissolve a socket's connection: connect(2) to `AF_UNSPEC`.
     Disconnect {
         /// Name of the connection.

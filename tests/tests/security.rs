@@ -10,20 +10,24 @@
 )]
 
 use std::{
+    fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    path::Path,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
     process::Command,
 };
 
 use redirect_common::connection::Original;
 use redirect_tests::{
+    actor::{Actor, executable},
     backend::Backend,
+    bpffs,
     iptables::Variant,
     loader::{finish, redirect},
     namespace::errors,
     options::Options,
     pod::Pod,
-    protocol::{Dial, Family, Greeting, Identity, Listen},
+    protocol::{Dial, Family, Greeting, Identity, Listen, Start},
     scene::{APP as APP_NAME, Lands, PROXY_PORTS, SERVICE, Scene, To, inward, out, wildcards},
 };
 use rstest::rstest;
@@ -151,6 +155,72 @@ fn detach_from_inside_the_pod_does_nothing(#[case] words: &[&str]) {
     assert!(output.status.success(), "{}", errors(&output));
     assert_eq!(answers(&scene, &cgroup, &by_user("1000"), to), SERVICE);
     scene.detach();
+}
+
+/// Everything below a directory, and whether it is a directory itself.
+fn below(directory: &Path) -> Vec<(PathBuf, bool)> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        let is_directory = path.is_dir();
+        if is_directory {
+            found.append(&mut below(&path));
+        }
+        found.push((path, is_directory));
+    }
+    found
+}
+
+#[rstest]
+fn pins_are_for_the_superuser_only() {
+    bpffs::private(|| {
+        let scene = attached(Redirect, &Options::ISTIO);
+        let start = |identity| Actor::start(&scene.pod.netns.path(), None, identity);
+        let (mut root, mut user) = (start(Identity::ROOT), start(APP));
+        let words = ["--user", "--map-root-user", "--net"];
+        let mut command = Command::new("setpriv");
+        command.args(&by_user("1000")[1..]).arg("unshare");
+        let mut user_namespace = Actor::start_by(
+            command.args(words).arg(executable("actor")),
+            Start {
+                cgroup: None,
+                netns: "/proc/self/ns/net".into(),
+                net_admin: false,
+                identity: Identity::ROOT,
+            },
+        );
+        let top = Path::new("/sys/fs/bpf/redirect");
+        let mut found = below(top);
+        found.push((top.to_owned(), true));
+        let pins: Vec<&Path> = found
+            .iter()
+            .filter_map(|(path, is_directory)| (!is_directory).then_some(path.as_path()))
+            .collect();
+        for place in ["/PODS", "/pods/", "/programs-"] {
+            let is_there = |pin: &&&Path| pin.to_str().unwrap().contains(place);
+            assert!(pins.iter().find(is_there).is_some(), "{place}: {pins:?}");
+        }
+        for (path, is_directory) in &found {
+            let mode = fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+            let expected = if *is_directory { 0o700 } else { 0o600 };
+            assert_eq!(mode, expected, "{}: {mode:o}", path.display());
+        }
+        let refused = Err("EACCES".to_owned());
+        for pin in &pins {
+            assert_eq!(root.open_pin(pin), Ok(()), "{pin:?}");
+            assert_eq!(user.open_pin(pin), refused, "{pin:?}");
+            assert_eq!(user_namespace.open_pin(pin), refused, "{pin:?}");
+        }
+        // The control: it is the modes that keep them out.
+        for (path, is_directory) in &found {
+            let mode = if *is_directory { 0o755 } else { 0o666 };
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        }
+        for pin in &pins {
+            assert_eq!(user.open_pin(pin), Ok(()), "{pin:?}");
+            assert_eq!(user_namespace.open_pin(pin), Ok(()), "{pin:?}");
+        }
+    });
 }
 
 #[rstest]

@@ -35,7 +35,7 @@ use redirect_tests::{
     burst::{self, Reverser},
     by_hand, datagram,
     dial::{self, ask, connect, create, half_close, look},
-    parcel,
+    parcel, pin,
     play::Player,
     protocol::{Answer, Dial, Dialed, Family, Identity, Request, Start, Traffic, Transport},
     raw::disconnect,
@@ -155,6 +155,7 @@ impl Actor {
                 Ok(()) => Answer::Done,
                 Err(errno) => Answer::Failed(format!("{errno:?}")),
             },
+            Request::OpenPin(path) => done(pin::open(&path)),
             Request::Connect { name, dial } => {
                 Answer::Dialed(Box::new(connect(&self.sockets[&name], &dial)))
             }
