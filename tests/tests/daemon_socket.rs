@@ -8,7 +8,7 @@
     reason = "a test panics where it fails, also in its helpers"
 )]
 
-use std::{fs, os::unix::fs::PermissionsExt as _, thread, time::Duration};
+use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, thread, time::Duration};
 
 use redirect_tests::{
     actor::Actor,
@@ -17,6 +17,7 @@ use redirect_tests::{
     daemon::{Daemon, sandbox},
     kubernetes::object,
     loader,
+    mounts::{RUN, own_run_directory},
     pod::Pod,
     protocol::{Dial, Family, Identity, Listen},
     scene::{Scene, To},
@@ -24,6 +25,7 @@ use redirect_tests::{
 use rstest::rstest;
 use rustix::thread::{Uid, set_thread_res_uid};
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 use Family::V4;
 
@@ -296,6 +298,32 @@ fn what_cannot_be_attached_is_an_error_that_names_it() {
                 .unwrap()
                 >= 3.0
         );
+    });
+}
+
+#[rstest]
+fn its_own_directory_is_closed_and_another_is_left_alone() {
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+    bpffs::private(|| {
+        // Open to all, as a kubelet makes it.
+        own_run_directory();
+        let server = ApiServer::start();
+        let elsewhere = TempDir::new().unwrap();
+        let [made, there] = ["made", "there"].map(|name| elsewhere.path().join(name));
+        fs::create_dir(&there).unwrap();
+        fs::set_permissions(&there, fs::Permissions::from_mode(0o755)).unwrap();
+        for (directory, before, expected) in [
+            (Path::new(RUN), Some(0o755), 0o700),
+            (&made, None, 0o700),
+            (&there, Some(0o755), 0o755),
+        ] {
+            let found = directory.exists().then(|| mode(directory));
+            assert_eq!(found, before, "{}", directory.display());
+            let socket = directory.join("daemon.sock");
+            let daemon = Daemon::start_at(&socket, &server, &[]);
+            assert_eq!(mode(directory), expected, "{}", directory.display());
+            assert_eq!(mode(daemon.socket()), 0o600);
+        }
     });
 }
 

@@ -1,8 +1,8 @@
 //! The socket on which the CNI plugin asks; see [`api`](super::api).
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -17,7 +17,9 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::timeout;
 
-use super::api::{Answer, MAX_LINE, Operation, Outcome, PodName, Request, Sandbox, TIMEOUT};
+use super::api::{
+    Answer, DEFAULT_SOCKET, MAX_LINE, Operation, Outcome, PodName, Request, Sandbox, TIMEOUT,
+};
 use super::decision::{Rules, handed_over, skip_namespace};
 use super::keeper::{Pulse, Work};
 use super::metrics::{Metrics, Trouble};
@@ -63,6 +65,11 @@ impl Socket {
                 .mode(0o700)
                 .create(directory)
                 .with_context(|| format!("--socket: making {}", directory.display()))?;
+            // Nobody else's, and a kubelet that has made it for a volume opened it to all.
+            if Some(directory) == Path::new(DEFAULT_SOCKET).parent() {
+                fs::set_permissions(directory, Permissions::from_mode(0o700))
+                    .with_context(|| format!("--socket: closing {}", directory.display()))?;
+            }
         }
         match fs::symlink_metadata(path) {
             Ok(found) if !found.file_type().is_socket() => bail!(
