@@ -4,6 +4,8 @@
     reason = "a test binary has no readers of its documentation"
 )]
 
+use std::net::SocketAddr;
+
 use redirect_tests::{
     actor::Actor,
     backend::Backend::{self, Iptables, Redirect},
@@ -124,6 +126,35 @@ fn process_in_another_namespace_of_the_pods_cgroup_is_not_captured() {
     let mut stray = Actor::start(&other.pod.netns.path(), cgroup, Identity::APP);
     let to = scene.address(V4, To::Service(80));
     assert_eq!(stray.dial(&Dial::new(V4, to)).outcome(), "service");
+}
+
+#[rstest]
+fn process_in_another_pods_namespace_is_that_pods(#[values(Redirect, Iptables)] backend: Backend) {
+    let (mut scene, mut other) = (Scene::new(), Scene::new());
+    scene.attach(backend, &Options::ISTIO);
+    let exclude_outbound = "80";
+    other.attach(
+        backend,
+        &Options {
+            exclude_outbound,
+            ..Options::ISTIO
+        },
+    );
+    let cgroup = Some(scene.pod.cgroup.child("stray"));
+    let mut stray = Actor::start(&other.pod.netns.path(), cgroup, Identity::APP);
+    let answers = |actor: &mut Actor, port: u16| {
+        let to = SocketAddr::from((SERVICE4, port));
+        actor.dial(&Dial::new(V4, to)).outcome().to_owned()
+    };
+    // The control: in its own namespace both are captured.
+    assert_eq!(answers(&mut scene.app, 80), "15001");
+    assert_eq!(answers(&mut scene.app, 443), "15001");
+    assert_eq!(answers(&mut stray, 80), "service");
+    assert_eq!(answers(&mut stray, 443), "15001");
+    // It is the other pod's proxy that answers.
+    other.proxy.unlisten("15001");
+    assert_eq!(answers(&mut stray, 443), "ECONNREFUSED");
+    assert_eq!(answers(&mut scene.app, 443), "15001");
 }
 
 #[rstest]

@@ -267,6 +267,24 @@ fn network_namespace_made_inside_of_the_pod_leads_nowhere(
 }
 
 #[rstest]
+#[case::application(&["setpriv", "--reuid", "1000", "--regid", "1000", "--clear-groups"])]
+#[case::superuser_of_a_user_namespace(&["setpriv", "--reuid", "1000", "--regid", "1000", "--clear-groups", "unshare", "--user", "--map-root-user"])]
+#[case::administrator(&ADMINISTRATOR)]
+fn namespace_of_another_pod_is_closed_without_rights_over_it(#[case] words: &[&str]) {
+    let (scene, other) = (attached(Redirect, &Options::ISTIO), Pod::new());
+    let net = format!("--net={}", other.netns.path().display());
+    let enter = |words: &[&str]| {
+        let words = [words, &["nsenter", &net, "true"]].concat();
+        finish(&mut inside(&scene, scene.pod.cgroup.path(), &words))
+    };
+    let refused = errors(&enter(words));
+    assert!(refused.contains("Operation not permitted"), "{refused}");
+    // The control: the host's superuser.
+    let entered = enter(&[]);
+    assert!(entered.status.success(), "{}", errors(&entered));
+}
+
+#[rstest]
 fn marks_of_redirect_mode_mean_nothing(
     #[values(Redirect, Iptables)] backend: Backend,
     #[values(V4, V6, Mapped)] family: Family,
