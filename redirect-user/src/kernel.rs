@@ -191,11 +191,7 @@ pub fn require_rights(task: Task) -> Result<()> {
         );
     }
     let status = std::fs::read_to_string("/proc/self/status").context("/proc/self/status")?;
-    let effective = status
-        .lines()
-        .find_map(|line| line.strip_prefix("CapEff:"))
-        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
-        .context("/proc/self/status tells no CapEff")?;
+    let effective = effective_in(&status).context("/proc/self/status tells no CapEff")?;
     let missing = missing(task, effective);
     let advice = match task {
         Task::AnyPod => "run as root",
@@ -207,6 +203,14 @@ pub fn require_rights(task: Task) -> Result<()> {
         missing.join(", ")
     );
     Ok(())
+}
+
+/// The mask of effective capabilities in `/proc/PID/status`.
+fn effective_in(status: &str) -> Option<u64> {
+    let mask = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))?;
+    u64::from_str_radix(mask.trim(), 16).ok()
 }
 
 /// A bit of linux/capability.h and its name.
@@ -262,6 +266,25 @@ mod tests {
             ),
         ] {
             assert_eq!(missing(task, mask(has)), expected, "{task:?} {has:?}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod fuzz {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::fuzz::{config, edits};
+
+    proptest! {
+        #![proptest_config(config(1))]
+
+        #[test]
+        fn any_mask_is_read_as_the_kernel_writes_it(name in "[!-~]{0,15}", mask: u64, other: u64, edits in edits()) {
+            let status = format!("Name:\t{name}\nCapPrm:\t{other:016x}\nCapEff:\t{mask:016x}\nCapBnd:\t{other:016x}\n");
+            prop_assert_eq!(effective_in(&status), Some(mask));
+            let _read_or_not = effective_in(&edits.of(&status));
         }
     }
 }

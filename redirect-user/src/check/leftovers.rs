@@ -114,3 +114,54 @@ mod tests {
         );
     }
 }
+
+#[cfg(test)]
+mod fuzz {
+    use prop::collection::vec;
+    use prop::sample::select;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::fuzz::{config, edits, text};
+
+    const CHAINS: &[&str] = &["PREROUTING", "OUTPUT", "KUBE", "ISTIO_OUTPUT", "ISTIO_IN"];
+
+    /// The chain a rule is in, and where it leads.
+    type Rule = (&'static str, &'static str);
+
+    fn leads_to_istio((chain, target): &Rule) -> bool {
+        !chain.starts_with("ISTIO_") && target.starts_with("ISTIO_")
+    }
+
+    proptest! {
+        #![proptest_config(config(1))]
+
+        #[test]
+        fn rules_that_lead_to_istios_chains_are_found(
+            chains in vec(select(CHAINS), 0..4),
+            rules in vec((select(CHAINS), select(CHAINS)), 0..6),
+            edits in edits(),
+        ) {
+            let chains: String = chains.iter().map(|chain| format!(":{chain} - [0:0]\n")).collect();
+            let lines: String = rules
+                .iter()
+                .map(|(chain, target)| format!("-A {chain} -p tcp -j {target}\n"))
+                .collect();
+            let saved = format!("*nat\n{chains}{lines}COMMIT\n");
+            let expected = if rules.iter().any(leads_to_istio) {
+                Level::Bad
+            } else if chains.contains(":ISTIO_") {
+                Level::Note
+            } else {
+                Level::Ok
+            };
+            prop_assert_eq!(judge("iptables-nft", &saved).level, expected, "{}", saved);
+            prop_assert!(!judge("iptables-nft", &edits.of(&saved)).detail.contains('\n'));
+        }
+
+        #[test]
+        fn any_output_is_judged_in_one_line(text in text()) {
+            prop_assert!(!judge("iptables-nft", &text).detail.contains('\n'));
+        }
+    }
+}

@@ -301,3 +301,33 @@ mod tests {
         assert!(error.to_string().ends_with("mounted are none"), "{error}");
     }
 }
+
+#[cfg(test)]
+mod fuzz {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::fuzz::{config, edits, text};
+
+    const UID: &str = "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}";
+
+    proptest! {
+        #![proptest_config(config(1))]
+
+        #[test]
+        fn any_uid_is_read_from_the_names_that_kubelet_gives(uid in UID, class in "(-burstable|-besteffort)?", edits in edits()) {
+            let slice = format!("kubepods{class}-pod{}.slice", uid.replace('-', "_"));
+            for name in [format!("pod{uid}"), slice] {
+                prop_assert_eq!(uid_of(&name), Some(uid.clone()));
+                let edited = uid_of(&edits.of(&name));
+                prop_assert!(edited.is_none_or(|uid| !uid.contains(['/', '_', '\n'])));
+            }
+        }
+
+        #[test]
+        fn any_text_is_no_cgroup_of_a_pod_without_a_mount(own in prop_oneof![text(), "(0::/[a-z/.]{0,9}
+    ){0,2}"]) {
+            prop_assert!(find_in(&own, &[], 1).is_err());
+        }
+    }
+}

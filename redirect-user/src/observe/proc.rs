@@ -23,7 +23,10 @@ pub(crate) fn namespace_inode(pid: i32, kind: &str) -> Option<u64> {
 
 /// When the process began, in clock ticks since boot; `None` when it is gone.
 pub(super) fn start_time(pid: i32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    start_time_in(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+}
+
+fn start_time_in(stat: &str) -> Option<u64> {
     // proc_pid_stat(5): field 22; the command, field 2, may contain anything.
     let (_, behind_command) = stat.rsplit_once(')')?;
     behind_command.split_whitespace().nth(19)?.parse().ok()
@@ -35,4 +38,24 @@ pub(super) fn command(pid: i32) -> String {
         |_| "?".to_owned(),
         |comm| comm.trim_end_matches('\n').to_owned(),
     )
+}
+
+#[cfg(test)]
+mod fuzz {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::fuzz::{config, edits, text};
+
+    proptest! {
+        #![proptest_config(config(1))]
+
+        #[test]
+        fn any_command_leaves_the_start_time_readable(command in text(), numbers: [i32; 18], start: u64, edits in edits()) {
+            let numbers: Vec<String> = numbers.iter().map(i32::to_string).collect();
+            let stat = format!("4711 ({command}) S {} {start} 4096 7\n", numbers.join(" "));
+            prop_assert_eq!(start_time_in(&stat), Some(start));
+            let _read_or_not = start_time_in(&edits.of(&stat));
+        }
+    }
 }
