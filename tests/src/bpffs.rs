@@ -33,9 +33,10 @@ use redirect_common::{
     record::Record,
     route::{RouteInfo, RouteKey},
     verdict::COUNTERS,
+    virtual_machine::{Interface, InterfaceKey},
 };
 
-use crate::{map_ids::map_ids, patience::patience};
+use crate::{differences::differences, map_ids::map_ids, patience::patience};
 
 /// Where the loader expects it.
 const MOUNT_POINT: &str = "/sys/fs/bpf";
@@ -272,6 +273,10 @@ impl State {
             trie::<{ size_of::<RouteKey>() }, { size_of::<RouteInfo>() }>("ROUTES"),
         );
         add("LISTS", trie::<{ size_of::<ListKey>() }, 1>("LISTS"));
+        add(
+            "INTERFACES",
+            hash::<{ size_of::<InterfaceKey>() }, { size_of::<Interface>() }>("INTERFACES"),
+        );
         add("COUNTS", counts());
         add(
             "LISTENERS",
@@ -285,31 +290,23 @@ impl State {
 
     /// The differences to what is wanted, in words; none if equal.
     pub fn differences(&self, wanted: &Self) -> Vec<String> {
-        let mut found = Vec::new();
-        for pin in self.pins.difference(&wanted.pins) {
-            found.push(format!("left over: pin {}", pin.display()));
-        }
-        for pin in wanted.pins.difference(&self.pins) {
-            found.push(format!("missing: pin {}", pin.display()));
-        }
+        let mut found = differences(&self.pins, &wanted.pins, |pin| {
+            format!("pin {}", pin.display())
+        });
         let names: BTreeSet<_> = self.maps.keys().chain(wanted.maps.keys()).collect();
         let none = Contents::new();
         for name in names {
             let ours = self.maps.get(name).unwrap_or(&none);
             let theirs = wanted.maps.get(name).unwrap_or(&none);
+            found.extend(differences(ours.keys(), theirs.keys(), |key| {
+                format!("{name} {key:02x?}")
+            }));
             for (key, value) in ours {
-                match theirs.get(key) {
-                    None => found.push(format!("left over: {name} {key:02x?}")),
-                    Some(other) if other != value => {
-                        found.push(format!(
-                            "another value: {name} {key:02x?}: {value:02x?} for {other:02x?}"
-                        ));
-                    }
-                    Some(_) => (),
+                if let Some(other) = theirs.get(key).filter(|other| *other != value) {
+                    found.push(format!(
+                        "another value: {name} {key:02x?}: {value:02x?} for {other:02x?}"
+                    ));
                 }
-            }
-            for key in theirs.keys().filter(|key| !ours.contains_key(*key)) {
-                found.push(format!("missing: {name} {key:02x?}"));
             }
         }
         found
@@ -401,16 +398,16 @@ fn open(name: &str, kind: impl FnOnce(MapData) -> Map) -> Option<Map> {
 
 /// The data plane's map of that name; None if it is not there.
 pub fn map(name: &str) -> Option<MapData> {
-    let path = map_pin(name);
-    path.exists().then(|| MapData::from_pin(path).unwrap())
+    map_pin(name).map(|path| MapData::from_pin(path).unwrap())
 }
 
-/// Where that map is pinned.
-pub fn map_pin(name: &str) -> PathBuf {
+/// Where the map is pinned; None if it is not there.
+pub fn map_pin(name: &str) -> Option<PathBuf> {
     let own = format!("maps-{POLICY_LAYOUT_VERSION}");
-    let [kept, renewed] =
-        ["maps", &own].map(|directory| Path::new(ROOT).join(directory).join(name));
-    if kept.exists() { kept } else { renewed }
+    ["maps", &own]
+        .map(|directory| Path::new(ROOT).join(directory).join(name))
+        .into_iter()
+        .find(|path| path.exists())
 }
 
 fn keys<K: Pod>(keys: impl Iterator<Item = Result<K, MapError>>) -> impl Iterator<Item = K> {

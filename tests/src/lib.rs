@@ -50,6 +50,7 @@ pub mod daemon;
 pub mod daemon_faults;
 pub mod datagram;
 pub mod dial;
+mod differences;
 pub mod envoy;
 pub mod faults;
 pub mod follower;

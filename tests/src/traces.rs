@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::{bpffs::State, scene::Scene, surroundings};
+use crate::{bpffs::State, differences::differences, scene::Scene, surroundings};
 
 /// What is there at some time.
 pub struct Traces {
@@ -27,13 +27,7 @@ impl Traces {
     pub fn differences(&self, wanted: &Self) -> Vec<String> {
         let mut found = self.state.differences(&wanted.state);
         for (ours, theirs) in self.surroundings.iter().zip(&wanted.surroundings) {
-            let difference = |what: &str, a: &BTreeSet<String>, b: &BTreeSet<String>| {
-                let only = a.difference(b);
-                only.map(|line| format!("{what}: {line}"))
-                    .collect::<Vec<_>>()
-            };
-            found.extend(difference("left over", ours, theirs));
-            found.extend(difference("missing", theirs, ours));
+            found.extend(differences(ours, theirs, |line| (*line).clone()));
         }
         found
     }

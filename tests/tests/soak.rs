@@ -152,7 +152,7 @@ fn leak(_: &mut Cast) {
 fn pin(_: &mut Cast) {
     let map = bpffs::map("PODS").unwrap();
     // Once is enough, and then it is there.
-    drop(map.pin(bpffs::map_pin("PODS").with_file_name("STRANGE")));
+    drop(map.pin(bpffs::map_pin("PODS").unwrap().with_file_name("STRANGE")));
 }
 
 /// Holds a connection of the application until this process ends.

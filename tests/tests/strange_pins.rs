@@ -88,7 +88,7 @@ fn map_of_somebody_else_is_refused_before_anything_changes(
         // Where else to get maps like ours from?
         first.attach(Redirect, &Options::ISTIO);
         let elsewhere = Path::new("/sys/fs/bpf/elsewhere");
-        fs::hard_link(bpffs::map_pin(theirs), elsewhere).unwrap();
+        fs::hard_link(bpffs::map_pin(theirs).unwrap(), elsewhere).unwrap();
         first.detach();
         let place = Path::new(ROOT).join("maps").join(name);
         fs::create_dir_all(place.parent().unwrap()).unwrap();
@@ -106,8 +106,8 @@ fn map_of_somebody_else_is_refused_before_anything_changes(
 /// Something else is pinned there while a pod is attached: that one goes on, another one is refused, and once it is removed
 /// all is well.
 #[rstest]
-#[case::program_for_a_map(|| bpffs::map_pin("PODS"), || program("redirect_connect4"), "it is a program, and has to be a map")]
-#[case::map_for_a_program(|| program("redirect_connect4"), || bpffs::map_pin("PODS"), "it is a map, and has to be a program")]
+#[case::program_for_a_map(|| bpffs::map_pin("PODS").unwrap(), || program("redirect_connect4"), "it is a program, and has to be a map")]
+#[case::map_for_a_program(|| program("redirect_connect4"), || bpffs::map_pin("PODS").unwrap(), "it is a map, and has to be a program")]
 #[case::program_for_a_jump(|| program("redirect_sk_lookup_jump"), || program("redirect_connect4"), "it is a program, and has to be a map")]
 fn object_of_another_kind_is_told(
     #[case] place: fn() -> PathBuf,
@@ -141,7 +141,7 @@ fn pod_whose_link_is_something_else_is_refused_and_can_be_detached(#[case] name:
         let alone = Traces::read([&scene, &bystander]);
         scene.attach(Redirect, &Options::ISTIO);
         assert!(is_captured(&mut scene));
-        replace(&link(&scene, name), bpffs::map_pin("PODS"));
+        replace(&link(&scene, name), bpffs::map_pin("PODS").unwrap());
         if name == "connect4" {
             refused(&scene, &["connect4: it is a map, and has to be a link"]);
         }
