@@ -77,7 +77,7 @@ pub const THIRD_OPTIONS: Options = Options {
 };
 
 /// A pod whose proxy listens where all policies say.
-pub(crate) fn scene() -> Scene {
+pub fn scene() -> Scene {
     let mut scene = Scene::new();
     for port in [16001, 16006] {
         for at in wildcards(port) {
@@ -88,7 +88,7 @@ pub(crate) fn scene() -> Scene {
 }
 
 /// Who answers now. What both ends see has to fit it.
-pub(crate) fn ends(
+pub fn ends(
     scene: &mut Scene,
     machine: Option<&mut Machine>,
 ) -> Result<Vec<String>, String> {

@@ -16,6 +16,8 @@ use std::{
 
 use redirect_tests::{
     backend::Backend,
+    bpffs,
+    faults::{self, DIRECT, Ends, ISTIO, OTHER, OTHER_OPTIONS, THIRD_OPTIONS},
     loader::{self, attach_command, finish, status_mentions},
     namespace::errors,
     options::Options,
@@ -23,6 +25,7 @@ use redirect_tests::{
     pod::{Pod, Shape},
     protocol::{Dial, Family, Identity, Traffic},
     scene::{Lands, Scene, To, inward, out},
+    traces::Traces,
 };
 use rstest::rstest;
 
@@ -431,30 +434,75 @@ fn pod_that_vanished_is_collected_by_the_next_call() {
     assert!(!status.contains(&format!("{name}\"")), "{status}");
 }
 
+/// Two calls at once for a pod that is attached, each with what connections meet after it.
 #[rstest]
-fn simultaneous_attaches_end_in_one_of_the_wanted_states() {
-    let mut scene = Scene::new();
-    let children: Vec<_> = (0..4)
-        .map(|_| {
-            let mut command = attach_command(&scene.pod);
-            command.args(Options::ISTIO.arguments());
-            command
-                .stderr(Stdio::piped())
-                .stdout(Stdio::null())
-                .spawn()
-                .unwrap()
-        })
-        .collect();
-    for child in children {
-        let output = child.wait_with_output().unwrap();
-        assert!(output.status.success(), "{}", errors(&output));
-    }
-    scene.attach(Redirect, &Options::ISTIO);
-    scene.all(
-        "attached",
-        V4,
-        &[out(APP, To::Service(80), Outbound), inward(8080, Inbound)],
-    );
+#[case::two_policies(attach_istio, ISTIO, attach_other, OTHER)]
+#[case::attach_and_detach(attach_other, OTHER, faults::detach, DIRECT)]
+fn simultaneous_calls_end_as_if_one_came_after_the_other(
+    #[case] first: Call,
+    #[case] after_first: Ends,
+    #[case] second: Call,
+    #[case] after_second: Ends,
+) {
+    bpffs::private(|| {
+        let mut scene = faults::scene();
+        let orders = [[second, first], [first, second]];
+        let mut outcomes = orders.map(|calls| {
+            faults::run(&mut attach_third(&scene));
+            for call in calls {
+                faults::run(&mut call(&scene));
+            }
+            let met = faults::ends(&mut scene, None).unwrap();
+            (met, Traces::read([&scene]), 0)
+        });
+        assert_eq!(outcomes[0].0, after_first);
+        assert_eq!(outcomes[1].0, after_second);
+        let rounds = amount(12, 4);
+        for round in 0..rounds {
+            faults::run(&mut attach_third(&scene));
+            let mut calls = [first, second];
+            calls.rotate_left(round as usize % 2);
+            let children = calls.map(|call| {
+                let mut command = call(&scene);
+                command.stdout(Stdio::null()).stderr(Stdio::piped());
+                let child = command.spawn().unwrap();
+                // The later the other begins, the more this one has done.
+                thread::sleep(patience(Duration::from_millis(10)) * (round / 2));
+                child
+            });
+            for child in children {
+                let output = child.wait_with_output().unwrap();
+                assert!(output.status.success(), "{}", errors(&output));
+                assert_eq!(errors(&output), "");
+            }
+            let (met, now) = (
+                faults::ends(&mut scene, None).unwrap(),
+                Traces::read([&scene]),
+            );
+            let outcome = outcomes.iter_mut().find(|(ends, ..)| met == *ends);
+            let (_, wanted, count) = outcome.unwrap_or_else(|| panic!("neither: {met:?}"));
+            assert_eq!(now.differences(wanted), Vec::<String>::new());
+            *count += 1;
+        }
+        let counts = outcomes.map(|(_, _, count)| count);
+        assert!(!counts.contains(&0), "one always wins: {counts:?}");
+        faults::run(&mut faults::detach(&scene));
+    });
+}
+
+/// A call of the loader for the scene's pod.
+type Call = fn(&Scene) -> Command;
+
+fn attach_istio(scene: &Scene) -> Command {
+    faults::attach(scene, &Options::ISTIO)
+}
+
+fn attach_other(scene: &Scene) -> Command {
+    faults::attach(scene, &OTHER_OPTIONS)
+}
+
+fn attach_third(scene: &Scene) -> Command {
+    faults::attach(scene, &THIRD_OPTIONS)
 }
 
 #[rstest]
