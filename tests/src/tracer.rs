@@ -63,8 +63,12 @@ pub enum Fault {
 /// What came of a traced run.
 #[derive(Debug)]
 pub struct Traced {
+    /// Its process id.
+    pub process: u32,
     /// The calls that make a kernel object or change something outside the process, in order.
     pub calls: Vec<String>,
+    /// Whether what was to happen to it has happened.
+    pub struck: bool,
     /// The exit code, if it was not killed.
     pub code: Option<i32>,
     /// What it wrote to stderr.
@@ -75,6 +79,16 @@ pub struct Traced {
 ///
 /// Only variables that were set explicitly are passed on.
 pub fn run(command: &Command, fault: Option<Fault>) -> Traced {
+    run_while(command, fault, || ())
+}
+
+/// The same, with something done while that call, counted from 1, waits.
+pub fn run_held(command: &Command, call: usize, meanwhile: impl FnOnce()) -> Traced {
+    run_while(command, Some(Fault::Hold { call }), meanwhile)
+}
+
+/// What is done `meanwhile` is done while the program is held; if it never is, not at all.
+fn run_while(command: &Command, fault: Option<Fault>, meanwhile: impl FnOnce()) -> Traced {
     let progress = Progress::default();
     progress.lock().fault = fault;
     let (started, leader) = channel();
@@ -97,6 +111,15 @@ pub fn run(command: &Command, fault: Option<Fault>) -> Traced {
             errors
         });
         let leader = leader.recv().unwrap();
+        if let Some(Fault::Hold { .. }) = fault {
+            while !progress.lock().struck && !tracer.is_finished() {
+                thread::sleep(LOOK);
+            }
+            if progress.lock().struck {
+                meanwhile();
+                progress.lock().holds = false;
+            }
+        }
         let late = end.recv_timeout(patience(PATIENCE)) == Err(RecvTimeoutError::Timeout);
         if late {
             let _already_gone = kill(leader, Signal::SIGKILL);
@@ -105,7 +128,9 @@ pub fn run(command: &Command, fault: Option<Fault>) -> Traced {
         let made = progress.lock();
         assert!(!late, "{command:?} hangs after {:?}: {errors}", made.calls);
         Traced {
+            process: leader.as_raw().cast_unsigned(),
             calls: made.calls.clone(),
+            struck: made.struck,
             code: made.code,
             errors,
         }
