@@ -21,6 +21,7 @@ use self::hand_over::{find_listeners, warn_about_listeners};
 pub use self::settled::is_settled;
 use crate::collect;
 use crate::detach;
+use crate::full::written;
 use crate::kernel;
 use crate::layouts;
 use crate::machines;
@@ -195,15 +196,12 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         let mut changed = !obsolete.is_empty();
         if !known {
             // First of all, so that what comes next is found and removed if this call is killed.
-            tables
-                .records
-                .set(&cgroup_id, &record)
-                .context("writing RECORDS")?;
+            written("RECORDS", tables.records.set(&cgroup_id, &record))?;
         }
         note_changes(&tables, cgroup_id, &notes, &obsolete)?;
         changed |= tproxy::make(&request.netns, &notes.changes)?;
         for (key, value) in settings::list_entries(&request.policy) {
-            tables.lists.set(&key, &value).context("writing LISTS")?;
+            written("LISTS", tables.lists.set(&key, &value))?;
         }
         let table = routing_table(&request.netns)?;
         let routes = settings::route_entries(notes.netns_cookie, &table);
@@ -213,10 +211,7 @@ pub fn attach(request: &Request) -> Result<Outcome> {
             ..notes.clone()
         };
         let config = wanted.config(&request.policy, &request.proxy, ipv6, &table)?;
-        tables
-            .counts
-            .insert_zeroed(&notes.netns_cookie)
-            .context("writing COUNTS")?;
+        written("COUNTS", tables.counts.insert_zeroed(&notes.netns_cookie))?;
         let found = find_listeners(&tables, request, &notes, &config)?;
         if let Some(attached) = taken_over {
             let config = wanted.config(&attached.policy, &attached.proxy, attached.ipv6, &table)?;
@@ -226,10 +221,7 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         let before = tables.pods.get(&notes.netns_cookie)?;
         let kept = notes.with_also(&obsolete);
         if attached.as_ref() != Some(&kept) {
-            tables
-                .records
-                .set(&cgroup_id, &kept.encode()?)
-                .context("writing RECORDS")?;
+            written("RECORDS", tables.records.set(&cgroup_id, &kept.encode()?))?;
             changed = true;
         }
         // After the notes: they tell detach where the filters are.
@@ -241,10 +233,7 @@ pub fn attach(request: &Request) -> Result<Outcome> {
             &request.policy.virtual_interfaces,
         )?;
         if before != Some(config) {
-            tables
-                .pods
-                .set(&notes.netns_cookie, &config)
-                .context("writing PODS")?;
+            written("PODS", tables.pods.set(&notes.netns_cookie, &config))?;
             changed = true;
             // A proxy may have begun to listen before its port was known to the sockops program.
             find_listeners(&tables, request, &notes, &config)?;
@@ -257,15 +246,12 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         }
         if let Some(attached) = taken_over {
             let entered = layouts::entered(&pins, attached, notes.clone())?;
-            tables
-                .records
-                .set(&cgroup_id, &entered.encode()?)
-                .context("writing RECORDS")?;
+            written(
+                "RECORDS",
+                tables.records.set(&cgroup_id, &entered.encode()?),
+            )?;
         } else if !obsolete.is_empty() {
-            tables
-                .records
-                .set(&cgroup_id, &notes.encode()?)
-                .context("writing RECORDS")?;
+            written("RECORDS", tables.records.set(&cgroup_id, &notes.encode()?))?;
         }
         // Also after a call that was killed here.
         layouts::leave(&pins, &notes, &noted)?;
@@ -350,10 +336,7 @@ fn note_changes(tables: &Tables, cgroup_id: u64, notes: &Notes, obsolete: &[Chan
             ..notes.clone()
         })
     };
-    tables
-        .records
-        .set(&cgroup_id, &ahead.encode()?)
-        .context("writing RECORDS")
+    written("RECORDS", tables.records.set(&cgroup_id, &ahead.encode()?))
 }
 
 /// Whether IPv6 is captured, by the policy and the namespace's addresses.
@@ -419,7 +402,7 @@ fn sync_routes(
     let mut changed = false;
     for (key, info) in wanted {
         if !observed.contains(key) || tables.routes.get(key)? != Some(*info) {
-            tables.routes.set(key, info).context("writing ROUTES")?;
+            written("ROUTES", tables.routes.set(key, info))?;
             changed = true;
         }
     }

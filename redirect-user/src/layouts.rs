@@ -12,6 +12,7 @@ use redirect_common::POLICY_LAYOUT_VERSION;
 use redirect_common::pod::PodConfig;
 use redirect_common::verdict::Rule;
 
+use crate::full::written;
 use crate::pins::Pins;
 use crate::record::Notes;
 use crate::settings;
@@ -73,12 +74,9 @@ pub(crate) fn let_alone(pins: &Pins, tables: &Tables, notes: &Notes) -> Result<(
 /// Makes this build's maps ready for programs that are put behind the pod's links: its policy is what it has been.
 pub(crate) fn enter(tables: &Tables, notes: &Notes, config: &PodConfig) -> Result<()> {
     for (key, value) in settings::list_entries(&notes.policy) {
-        tables.lists.set(&key, &value).context("writing LISTS")?;
+        written("LISTS", tables.lists.set(&key, &value))?;
     }
-    tables
-        .pods
-        .set(&notes.netns_cookie, config)
-        .context("writing PODS")
+    written("PODS", tables.pods.set(&notes.netns_cookie, config))
 }
 
 /// The notes after the last link has got its program: with what was counted until then.

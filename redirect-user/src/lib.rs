@@ -12,6 +12,7 @@ mod collect;
 pub mod detach;
 mod digest;
 pub mod follow;
+mod full;
 #[cfg(test)]
 mod fuzz;
 pub mod istio_iptables;

@@ -17,6 +17,7 @@ use aya::programs::{SchedClassifier, TcAttachType};
 use redirect_common::address::Address;
 use redirect_common::virtual_machine::{Interface, InterfaceKey};
 
+use crate::full::written;
 use crate::observe::interfaces::filters::{self, Direction, Filter};
 use crate::observe::interfaces::{self, Layer};
 use crate::observe::netns::NetworkNamespace;
@@ -250,8 +251,7 @@ fn add_one(
     };
     let mut changed = false;
     if observed != Some(wanted) {
-        let written = tables.interfaces.set(&key, &wanted);
-        written.context("writing INTERFACES")?;
+        written("INTERFACES", tables.interfaces.set(&key, &wanted))?;
         changed = true;
     }
     changed |= put_filters(pinned, found, has_clsact)?;

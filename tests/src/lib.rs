@@ -20,6 +20,7 @@
 //! | [`bpffs`] | a BPF file system of a test's own, and what the loader keeps in it |
 //! | [`tracer`] | following a program call by call, and killing it after any of them, refusing it, or holding the program there |
 //! | [`faults`], [`daemon_faults`] | what a loader leaves that was killed or refused a call, and how the daemon goes on |
+//! | [`fill`] | maps without room for more |
 //! | [`traces`], [`surroundings`] | all that the loader may change, and what of it is a pod's network namespace |
 //! | [`api_server`], [`daemon`], [`kubernetes`] | a node: the Kubernetes API played, `redirect daemon`, pods as the API tells them |
 //! | [`light`] | pods by the hundred |
@@ -53,6 +54,7 @@ pub mod dial;
 mod differences;
 pub mod envoy;
 pub mod faults;
+pub mod fill;
 pub mod follower;
 pub mod foreign;
 pub mod helm;

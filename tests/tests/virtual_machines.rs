@@ -18,6 +18,7 @@ use redirect_tests::{
     backend::Backend,
     loader,
     machine::{Link, Machine},
+    maps::remembers,
     namespace::{errors, succeed},
     options::Options,
     patience::patience,
@@ -471,7 +472,9 @@ fn a_connection_that_was_forgotten_goes_on(#[values(V4, V6)] family: Family) {
     scene.attach(Redirect, &MACHINES);
     let to = scene.address(family, To::Service(80));
     let proxy = Some(SocketAddr::new(machine.gateway(family), 15001));
-    machine.check(family, &Dial::new(family, to).keep("idle"), OUTBOUND, proxy);
+    let dial = Dial::new(family, to).keep("idle");
+    let idle = machine.check(family, &dial, OUTBOUND, proxy);
+    let is_remembered = || remembers(&scene.pod, idle.local.unwrap(), to);
     // More connections than are remembered (32,768), each to a destination of its own port.
     let sources = 172_u32 << 24 | 30 << 16 | 1 << 8;
     let flood = |machine: &Machine| {
@@ -490,8 +493,10 @@ fn a_connection_that_was_forgotten_goes_on(#[values(V4, V6)] family: Family) {
             }
         });
     };
+    assert!(is_remembered());
     flood(&machine);
     flood(&machine);
+    assert!(!is_remembered());
     assert_eq!(machine.actor.ask("idle", "hello"), Ok("hello".to_owned()));
     assert_eq!(machine.actor.ask("idle", "again"), Ok("again".to_owned()));
 }

@@ -13,6 +13,7 @@ use redirect_common::pod::PodConfig;
 use redirect_common::route::{ROUTE_LOCAL, ROUTE_PREFIX_BITS, RouteKey};
 
 use super::Request;
+use crate::full::written;
 use crate::observe::cgroup::Cgroup;
 use crate::observe::listeners::{Listener, Listeners, listeners};
 use crate::options::Policy;
@@ -71,7 +72,8 @@ pub(super) fn find_listeners(
                     tracing::warn!("cannot hand over the listener {address}: {error}");
                 }
                 // Without it all that is captured would be refused.
-                handed => handed.with_context(|| format!("handing over the listener {address}"))?,
+                handed => written("LISTENERS", handed)
+                    .with_context(|| format!("handing over the listener {address}"))?,
             }
         }
     }

@@ -1,0 +1,145 @@
+//! A map without room: attaching one more pod fails, says which map is full and changes nothing; pods that are attached stay so.
+#![allow(
+    missing_docs,
+    reason = "a test binary has no readers of its documentation"
+)]
+
+use std::{thread, time::Duration};
+
+use redirect_common::{
+    pod::PodConfig,
+    record::Record,
+    route::{RouteInfo, RouteKey},
+    virtual_machine::{Interface, InterfaceKey},
+};
+use redirect_tests::{
+    backend::Backend::Redirect,
+    bpffs,
+    faults::{
+        self, DIRECT, INTERFACE, OTHER, OTHER_OPTIONS, THIRD, THIRD_OPTIONS, attach, detach, ends,
+        run,
+    },
+    fill::{self, Empty},
+    loader::finish,
+    machine::{Link, Machine},
+    maps::{destinations_of, exhaust_ports, flows_of, push_out_flows},
+    namespace::{errors, succeed},
+    options::Options,
+    protocol::{Dial, Family},
+    scene::{Scene, To},
+    tracer,
+    traces::Traces,
+};
+use rstest::rstest;
+
+use Family::{V4, V6};
+
+/// With something for every map.
+const OPTIONS: Options = Options {
+    virtual_interfaces: INTERFACE,
+    ..OTHER_OPTIONS
+};
+
+#[rstest]
+#[case::pods("PODS", || fill::hash::<8, { size_of::<PodConfig>() }>("PODS"))]
+#[case::lists("LISTS", fill::lists)]
+#[case::routes("ROUTES", || fill::trie::<{ size_of::<RouteKey>() }, { size_of::<RouteInfo>() }>("ROUTES"))]
+#[case::counts("COUNTS", fill::counts)]
+#[case::listeners("LISTENERS", fill::listeners)]
+#[case::interfaces("INTERFACES", || fill::hash::<{ size_of::<InterfaceKey>() }, { size_of::<Interface>() }>("INTERFACES"))]
+fn no_room_for_one_more_pod(#[case] map: &str, #[case] fill: fn() -> Empty) {
+    one_pod_too_many(map, |scene| {
+        let empty = fill();
+        let output = finish(&mut attach(scene, &OPTIONS));
+        (empty, output.status.code(), errors(&output))
+    });
+}
+
+/// Records of nobody are collected before anything is written: the map is filled between the two.
+#[rstest]
+fn no_room_for_the_record_of_one_more_pod() {
+    one_pod_too_many("RECORDS", |scene| {
+        let command = attach(scene, &OPTIONS);
+        let calls = tracer::run(&command, None).calls;
+        run(&mut detach(scene));
+        let first_write = calls.iter().position(|call| call == "bpf MAP_UPDATE_ELEM");
+        let mut empty = None;
+        let traced = tracer::run_held(&command, first_write.unwrap() + 1, || {
+            empty = Some(fill::hash::<8, { size_of::<Record>() }>("RECORDS"));
+        });
+        (empty.unwrap(), traced.code, traced.errors)
+    });
+}
+
+/// `fills` the map and attaches; the code and what was said are those of the attachment.
+fn one_pod_too_many(map: &str, fills: impl FnOnce(&Scene) -> (Empty, Option<i32>, String) + Send) {
+    bpffs::private(|| {
+        let (mut scene, mut other) = (faults::scene(), faults::scene());
+        let _machine = Machine::new(&scene.pod, INTERFACE, 1, Link::Plain);
+        run(&mut attach(&other, &THIRD_OPTIONS));
+        let before = Traces::read([&scene, &other]);
+
+        let (empty, code, said) = fills(&scene);
+        let is_told =
+            said.starts_with("redirect: ") && said.contains(&format!("map {map} is full"));
+        assert!(
+            code == Some(1) && is_told && said.trim_end().lines().count() == 1,
+            "{code:?} {said}"
+        );
+        assert_eq!(ends(&mut scene, None).unwrap(), DIRECT);
+        assert_eq!(ends(&mut other, None).unwrap(), THIRD);
+        empty();
+        let now = Traces::read([&scene, &other]);
+        assert_eq!(now.differences(&before), Vec::<String>::new());
+
+        // Negative control: with room, it is attached.
+        run(&mut attach(&scene, &OPTIONS));
+        assert_eq!(ends(&mut scene, None).unwrap(), OTHER);
+        run(&mut detach(&scene));
+        run(&mut detach(&other));
+    });
+}
+
+/// What happens to a connection whose SYN is on its way while others fill `FLOWS`.
+#[rstest]
+#[case::few_destinations(false, true, "15001")]
+#[case::more_destinations_than_ports(true, true, "ECONNREFUSED")]
+#[case::room_for_all(true, false, "15001")]
+fn connection_on_its_way_when_others_fill_the_flows(
+    #[values(V4, V6)] family: Family,
+    #[case] exhausted: bool,
+    #[case] filled: bool,
+    #[case] outcome: &str,
+) {
+    bpffs::private(|| {
+        let mut scene = Scene::new();
+        scene.attach(Redirect, &Options::ISTIO);
+        if exhausted {
+            exhaust_ports(&scene.pod);
+        }
+        let to = scene.address(family, To::Service(80));
+        let Scene { app, pod, .. } = &mut scene;
+        let dial = Dial::new(family, to).timeout_ms(20_000);
+        // The SYN is lost, and sent again a second later.
+        succeed(pod.netns.command("tc").args(LOSE_ALL));
+        let dialed = thread::scope(|scope| {
+            let dialed = scope.spawn(|| app.dial(&dial));
+            let known = if exhausted { flows_of } else { destinations_of };
+            while known(pod) == 0 && !dialed.is_finished() {
+                thread::sleep(Duration::from_millis(1));
+            }
+            if filled {
+                push_out_flows(pod);
+            }
+            succeed(pod.netns.command("tc").args(LOSE_NOTHING));
+            dialed.join().unwrap()
+        });
+        assert_eq!(dialed.outcome(), outcome, "{dialed:?}");
+        // What comes later is captured in any case.
+        assert_eq!(app.dial(&dial).outcome(), "15001");
+        scene.detach();
+    });
+}
+
+const LOSE_ALL: [&str; 6] = ["qdisc", "add", "dev", "lo", "root", "blackhole"];
+const LOSE_NOTHING: [&str; 5] = ["qdisc", "del", "dev", "lo", "root"];
