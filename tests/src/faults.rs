@@ -1,5 +1,5 @@
-//! What a call of the loader leaves when it does not end as it should: killed after any call to the kernel that changes something, or
-//! refused any of them. Connections meet the old state or the new one, and the next call puts everything right.
+//! What a call of the loader leaves when it does not end as it should: killed after a call to the kernel that changes something, or
+//! refused one. Every such call has its turn, but where many in a row are alike. Connections meet the old state or the new one, and the next call puts everything right.
 
 use std::{net::SocketAddr, process::Command};
 
@@ -88,10 +88,7 @@ pub fn scene() -> Scene {
 }
 
 /// Who answers now. What both ends see has to fit it.
-pub fn ends(
-    scene: &mut Scene,
-    machine: Option<&mut Machine>,
-) -> Result<Vec<String>, String> {
+pub fn ends(scene: &mut Scene, machine: Option<&mut Machine>) -> Result<Vec<String>, String> {
     let mut met = Vec::new();
     for (from, family, to) in DIALS {
         let to = scene.address(family, to);
@@ -282,7 +279,7 @@ pub enum Suffers {
     Refusal,
 }
 
-/// What the kernel says when it is asked too much or the caller may too little. Each call gets one of them, in turn.
+/// What the kernel says when it is asked too much or the caller may too little. Each call is refused with one of them, in turn.
 const REFUSALS: [Errno; 4] = [Errno::ENOMEM, Errno::EPERM, Errno::ENOSPC, Errno::E2BIG];
 
 impl Suffers {
@@ -302,6 +299,15 @@ impl Suffers {
     }
 }
 
+/// What came of the points so far.
+#[derive(Debug, Default)]
+struct Tally {
+    /// Connections of its run left fewer entries to remove than those of the run that was counted.
+    ended_early: usize,
+    /// Calls that failed for what they were refused.
+    failed: usize,
+}
+
 impl Case<'_> {
     fn traces(&self) -> Traces {
         Traces::read(self.casts.iter().map(|cast| &cast.scene))
@@ -316,13 +322,13 @@ impl Case<'_> {
         let points = points(&calls, |call| suffers.minds(call) && at(call));
         eprintln!("{suffers:?} at {} of {} calls", points.len(), calls.len());
         assert!(!points.is_empty(), "{calls:?}");
-        let (mut wrong, mut ended_early) = (Vec::new(), 0);
-        for point in points {
+        let (mut wrong, mut tally) = (Vec::new(), Tally::default());
+        for &point in &points {
             let fault = suffers.fault(point);
             let name = format!("{fault:?} of {}, {}", calls.len(), calls[point - 1]);
             let result = match suffers {
-                Suffers::Kill => self.kill(fault, &mut ended_early),
-                Suffers::Refusal => self.refuse(fault),
+                Suffers::Kill => self.kill(fault, &mut tally),
+                Suffers::Refusal => self.refuse(fault, &mut tally),
             };
             let mended = self.mend(&wanted);
             for error in [result, mended].into_iter().filter_map(Result::err) {
@@ -341,6 +347,12 @@ impl Case<'_> {
             assert!(wrong.len() < 8, "and so on:\n{}", wrong.join("\n"));
         }
         assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+        eprintln!("{suffers:?}: {tally:?} of {}", points.len());
+        // Three in four do at least.
+        assert!(
+            suffers == Suffers::Kill || tally.failed * 3 > points.len(),
+            "hardly any call fails: {tally:?}"
+        );
     }
 
     /// What a call does when nothing disturbs it: its calls to the kernel, and the state it leaves.
@@ -359,32 +371,38 @@ impl Case<'_> {
         (traced.calls, state)
     }
 
-    fn suffer(&mut self, fault: Fault) -> Traced {
+    fn suffer(&mut self, fault: Fault, tally: &mut Tally) -> Result<Traced, String> {
         (self.prepare)(&self.casts);
         self.casts.iter_mut().for_each(Cast::establish);
-        tracer::run(&(self.command)(&self.casts), Some(fault))
+        let traced = tracer::run(&(self.command)(&self.casts), Some(fault));
+        if !traced.struck {
+            tally.ended_early += 1;
+            if traced.code != Some(0) || tally.ended_early > MOST_ENDED_EARLY {
+                return Err(format!("never came to it: {traced:?}"));
+            }
+        }
+        Ok(traced)
     }
 
-    fn kill(&mut self, fault: Fault, ended_early: &mut usize) -> Result<(), String> {
-        let traced = self.suffer(fault);
-        match traced.code {
-            None => {}
-            // Connections of its run left fewer entries to remove than those of the run that was counted.
-            Some(0) if *ended_early < MOST_ENDED_EARLY => *ended_early += 1,
-            code => return Err(format!("it ended: {code:?} {}", traced.errors)),
+    fn kill(&mut self, fault: Fault, tally: &mut Tally) -> Result<(), String> {
+        let traced = self.suffer(fault, tally)?;
+        if traced.struck && traced.code.is_some() {
+            return Err(format!("it ended: {:?} {}", traced.code, traced.errors));
         }
         self.meet("killed", Cast::old_or_new)
     }
 
     /// A call that fails says why in one line; one that can do without what it was refused succeeds.
-    fn refuse(&mut self, fault: Fault) -> Result<(), String> {
-        let traced = self.suffer(fault);
+    fn refuse(&mut self, fault: Fault, tally: &mut Tally) -> Result<(), String> {
+        let traced = self.suffer(fault, tally)?;
         let errors = traced.errors;
         match traced.code {
             Some(0) => self.meet("refused", |cast| vec![cast.new]),
-            Some(1) if errors.lines().count() == 1 && errors.starts_with("redirect: ") => self
-                .meet("refused", Cast::old_or_new)
-                .map_err(|error| format!("{error}: {errors}")),
+            Some(1) if errors.lines().count() == 1 && errors.starts_with("redirect: ") => {
+                tally.failed += 1;
+                self.meet("refused", Cast::old_or_new)
+                    .map_err(|error| format!("{error}: {errors}"))
+            }
             code => Err(format!("it ended: {code:?} {errors}")),
         }
     }
@@ -444,7 +462,16 @@ fn points(calls: &[String], meant: impl Fn(&str) -> bool) -> Vec<usize> {
     points.into_iter().step_by(step).collect()
 }
 
-/// The same, for a call that has to succeed.
+/// At most so many of the calls that last, counted from 1, at equal distances.
+pub fn sample(calls: &[String], most: u32) -> Vec<usize> {
+    let lasting = (1..=calls.len()).filter(|point| Suffers::Kill.minds(&calls[point - 1]));
+    let lasting: Vec<usize> = lasting.collect();
+    let most = amount(most, MOST_WHEN_SLOW) as usize;
+    let step = lasting.len().div_ceil(most).max(1);
+    lasting.into_iter().step_by(step).collect()
+}
+
+/// Runs a call that has to succeed.
 pub fn run(command: &mut Command) {
     succeed(command).unwrap();
 }
