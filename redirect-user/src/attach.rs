@@ -280,6 +280,10 @@ pub fn attach(request: &Request) -> Result<Outcome> {
             if let Err(undo) = undone.and_then(|()| collect::unused_lists(&tables)) {
                 tracing::warn!("undoing the attachment: {undo:#}");
             }
+            // What the kernel says then names no path.
+            if !request.cgroup.path().exists() {
+                return Err(error.context(format!("cgroup {} has gone", request.cgroup)));
+            }
             Err(error)
         }
     }
