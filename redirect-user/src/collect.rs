@@ -3,6 +3,7 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::io;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -61,8 +62,12 @@ fn is_left_over(notes: &Notes) -> bool {
     let Some(pid) = notes.run_by else {
         return false;
     };
-    // Only an empty cgroup can be removed.
-    !Path::new("/proc").join(pid.to_string()).exists() && fs::remove_dir(&notes.cgroup).is_ok()
+    // Only an empty cgroup can be removed. Another run may have done so.
+    let is_removed = || match fs::remove_dir(&notes.cgroup) {
+        Ok(()) => true,
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
+    };
+    !Path::new("/proc").join(pid.to_string()).exists() && is_removed()
 }
 
 /// Removes what the maps hold of network namespaces that no notes tell of: those on them could not be read.

@@ -55,6 +55,7 @@ pub fn run(mut policy: Policy, command: &[OsString]) -> Result<ExitStatus> {
         policy,
         proxy: ProxyIdentity::Uid,
     })?;
+    remove_abandoned(&mountpoint);
     let result = spawn_and_wait(&own, &mountpoint, command, &mut forwarder);
     forwarder.look();
     drop(forwarder);
@@ -118,6 +119,21 @@ fn enter(cgroup: &Path) -> Result<()> {
     fs::write(&procs, "0").with_context(|| format!("writing {}", procs.display()))
 }
 
+/// Removes the empty cgroups of runs that were killed before anything was noted of them.
+fn remove_abandoned(mountpoint: &Path) {
+    for entry in fs::read_dir(mountpoint).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|name| name.strip_prefix(PREFIX));
+        if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            // Fails while a command that outlives its run is in it.
+            let _ = fs::remove_dir(entry.path());
+        }
+    }
+}
+
+/// What the names of these cgroups begin with; the process id follows.
+const PREFIX: &str = "redirect-run-";
+
 /// Removed when dropped, with what the command left running.
 struct RunCgroup {
     path: PathBuf,
@@ -125,7 +141,7 @@ struct RunCgroup {
 
 impl RunCgroup {
     fn create(mountpoint: &Path) -> Result<Self> {
-        let path = mountpoint.join(format!("redirect-run-{}", std::process::id()));
+        let path = mountpoint.join(format!("{PREFIX}{}", std::process::id()));
         fs::create_dir(&path).with_context(|| format!("making cgroup {}", path.display()))?;
         Ok(Self { path })
     }

@@ -107,6 +107,17 @@ impl<'a> Container<'a> {
 
     /// Runs istio-iptables to its end.
     pub fn istio_iptables(&self, arguments: &[&str]) -> Output {
+        let link = self.by_name.then(|| Link::to(redirect().get_program()));
+        finish(&mut self.command(link.as_ref(), arguments))
+    }
+
+    /// A call of istio-iptables in the making.
+    pub fn call(&self, arguments: &[&str]) -> Command {
+        self.command(None, arguments)
+    }
+
+    /// A call of istio-iptables by that link, or as a subcommand.
+    fn command(&self, link: Option<&Link>, arguments: &[&str]) -> Command {
         let redirect = redirect();
         let mut line: Vec<String> = Vec::new();
         let mut words = |words: &[&str]| line.extend(words.iter().map(|&word| word.to_owned()));
@@ -143,8 +154,7 @@ impl<'a> Container<'a> {
             words(&["setpriv"]);
             words(&privileges);
         }
-        let link = self.by_name.then(|| Link::to(redirect.get_program()));
-        match &link {
+        match link {
             Some(link) => words(&[&link.program().display().to_string()]),
             None => words(&[&redirect.get_program().to_string_lossy(), "istio-iptables"]),
         }
@@ -160,7 +170,7 @@ impl<'a> Container<'a> {
             }
         }
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
-        finish(&mut command)
+        command
     }
 
     /// Ends it, as the container runtime does once its program has ended.

@@ -21,6 +21,7 @@ use redirect_tests::{
     loader::{finish, redirect},
     namespace::errors,
     patience::patience,
+    tracer::{self, Fault},
 };
 use rstest::rstest;
 use serde_json::Value;
@@ -318,6 +319,45 @@ fn configuration_that_cannot_be_followed_is_an_error(
     assert_eq!(output.status.code(), Some(1));
     assert!(errors(&output).contains(words), "{}", errors(&output));
     assert_eq!(node.listing(), before);
+}
+
+#[rstest]
+fn call_that_is_killed_at_a_call_of_its_own_is_made_good_by_the_next(
+    #[values(("10-a.conflist", LIST), ("10-a.conf", SINGLE))] file: (&str, &str),
+    #[values(["install", "uninstall"], ["uninstall", "install"])] calls: [&str; 2],
+) {
+    let [what, undo] = calls;
+    let node = Node::new(&[file]);
+    // Without the bytes of the program, which are many.
+    let state = || {
+        let programs = fs::read_dir(node.bin()).unwrap().map(Result::unwrap);
+        let sizes = programs.map(|file| (file.file_name(), file.metadata().unwrap().len()));
+        (node.listing(), sizes.collect::<BTreeMap<_, _>>())
+    };
+    let call = |what: &str| {
+        let output = finish(&mut node.command(what));
+        assert!(output.status.success(), "{what}: {}", errors(&output));
+    };
+    call(undo);
+    let before = state();
+    let calls = tracer::run(&node.command(what), None).calls;
+    let wanted = state();
+    assert_ne!(before, wanted);
+    for after in 1..=calls.len() {
+        call(undo);
+        assert_eq!(state(), before);
+        let traced = tracer::run(&node.command(what), Some(Fault::Kill { after }));
+        let case = format!("killed after {after}, {}: {traced:?}", calls[after - 1]);
+        assert!(traced.struck && traced.code.is_none(), "{case}");
+        let is_whole = |(name, (bytes, ..)): (&String, &(Vec<u8>, u32, u32))| {
+            !name.starts_with('.') && serde_json::from_slice::<Value>(bytes).is_ok()
+        };
+        assert!(node.listing().iter().any(is_whole), "{case}");
+        let is_named = node.plugins("10-a.conflist").contains(&NAME.to_owned());
+        assert!(node.program().exists() || !is_named, "{case}");
+        call(what);
+        assert_eq!(state(), wanted, "{case}");
+    }
 }
 
 #[test]

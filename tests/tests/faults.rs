@@ -1,5 +1,5 @@
-//! The loader is killed after, or refused, every single call to the kernel that changes something: connections meet the old state or
-//! the new one, and the next call puts everything right.
+//! The loader is killed after, or refused, its calls to the kernel that change something, one after another: connections meet the old
+//! state or the new one, and the next call puts everything right.
 #![allow(
     missing_docs,
     reason = "a test binary has no readers of its documentation"
@@ -9,6 +9,7 @@ use std::process::Command;
 
 use redirect_tests::{
     bpffs,
+    container::Container,
     faults::{
         Case, Cast, DIRECT, Ends, INTERFACE, ISTIO, OTHER, OTHER_OPTIONS,
         Suffers::{self, Kill, Refusal},
@@ -249,6 +250,40 @@ fn endure_beside_another(
         }
         .endure(suffers, CHANGES);
     });
+}
+
+#[rstest]
+#[case::attach(DIRECT, init, ISTIO)]
+#[case::cleanup(ISTIO, clean_up, DIRECT)]
+fn init_container(#[case] old: Ends, #[case] command: fn(&[Cast]) -> Command, #[case] new: Ends) {
+    bpffs::private(|| {
+        let casts = vec![Cast::new(old, new, new), Cast::bystander(THIRD)];
+        run(&mut attach(&casts[1].scene, &THIRD_OPTIONS));
+        Case {
+            casts,
+            prepare: &|casts| {
+                if old == ISTIO {
+                    run(&mut init(casts));
+                }
+            },
+            command: &command,
+            repair: &command,
+            restore: &|casts| run(&mut clean_up(casts)),
+        }
+        .endure(Kill, CHANGES);
+    });
+}
+
+fn init(casts: &[Cast]) -> Command {
+    let container = Container::new(&casts[0].scene.pod, "init");
+    let container = container.variable("ISTIO_DUAL_STACK", "true");
+    container.call(&[
+        "-p", "15001", "-z", "15006", "-u", "1337", "-i", "*", "-b", "*",
+    ])
+}
+
+fn clean_up(casts: &[Cast]) -> Command {
+    Container::new(&casts[0].scene.pod, "init").call(&["--cleanup-only"])
 }
 
 fn attach_tproxy(casts: &[Cast]) -> Command {

@@ -26,12 +26,16 @@ use redirect_tests::{
     actor::{Actor, executable},
     bpffs,
     cgroup::mount_point,
+    faults::{self, DIRECT, ends, sample},
     loader::{self, finish, redirect_inside},
     namespace::errors,
+    options::Options,
     patience::patience,
     pod::Pod,
     protocol::{Dial, Family, Identity, Start},
     scene::{Lands, Scene, To, inward},
+    tracer::{self, Fault},
+    traces::Traces,
 };
 use rstest::rstest;
 
@@ -200,16 +204,49 @@ fn killed_run_is_collected_once_its_command_has_ended() {
         kill(run, Signal::SIGKILL).unwrap();
         wait_until(|| is_dead(pid));
         // Any other call of the loader leaves a command alone that still runs.
-        loader::attach(&other, &redirect_tests::options::Options::ISTIO);
+        loader::attach(&other, &Options::ISTIO);
         assert_eq!(command.dial(&Dial::new(V4, to)).outcome(), "15001");
         drop(command);
         wait_until(|| {
-            fs::read_to_string(cgroup_of(pid).join("cgroup.procs"))
-                .is_ok_and(|list| list.is_empty())
+            // Another test's run may have removed it.
+            let processes = fs::read_to_string(cgroup_of(pid).join("cgroup.procs"));
+            processes.unwrap_or_default().is_empty()
         });
         let detached = loader::detach(other.cgroup.path());
         assert!(detached.status.success(), "{}", errors(&detached));
         assert_nothing_left(pid);
+    });
+}
+
+#[rstest]
+fn run_that_is_killed_at_a_call_is_collected_by_the_next() {
+    bpffs::private(|| {
+        let (mut scene, other) = (faults::scene(), Scene::new());
+        // The programs stay loaded.
+        loader::attach(&other.pod, &Options::ISTIO);
+        let rest = Traces::read([&scene, &other]);
+        let command = run_shell(&scene, "true");
+        let calls = tracer::run(&command, None).calls;
+        for after in sample(&calls, 32) {
+            let traced = tracer::run(&command, Some(Fault::Kill { after }));
+            let case = format!("killed after {after}, {}: {traced:?}", calls[after - 1]);
+            assert!(traced.struck && traced.code.is_none(), "{case}");
+            // Nobody else is captured.
+            assert_eq!(ends(&mut scene, None).unwrap(), DIRECT, "{case}");
+            let processes = cgroup_of(traced.process).join("cgroup.procs");
+            wait_until(|| {
+                fs::read_to_string(&processes)
+                    .unwrap_or_default()
+                    .is_empty()
+            });
+            let next = finish(&mut run_shell(&scene, "true"));
+            assert!(next.status.success(), "{case}: {}", errors(&next));
+            assert_eq!(errors(&next), "", "{case}");
+            let left = Traces::read([&scene, &other]).differences(&rest);
+            assert_eq!(left, Vec::<String>::new(), "{case}");
+            assert!(!cgroup_of(traced.process).exists(), "{case}");
+        }
+        loader::detach(other.pod.cgroup.path());
     });
 }
 
