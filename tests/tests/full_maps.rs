@@ -3,6 +3,10 @@
     missing_docs,
     reason = "a test binary has no readers of its documentation"
 )]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test panics where it fails, also in its helpers"
+)]
 
 use std::{thread, time::Duration};
 
