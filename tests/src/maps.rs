@@ -3,6 +3,10 @@
 use std::net::SocketAddr;
 
 use aya::maps::{HashMap, Map, MapData};
+use nix::{
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+    unistd::Pid,
+};
 use redirect_common::{
     connection::{DestinationKey, FlowKey, Original, STEERED_PORT_FIRST, STEERED_PORTS},
     virtual_machine::Translation,
@@ -46,18 +50,32 @@ pub fn flows_of(pod: &Pod) -> usize {
 /// Adds connections of nobody as there is room for, and more, until those of the pod are forgotten.
 pub fn push_out_flows(pod: &Pod) {
     const ROOM: u32 = 1 << 16;
-    let mut map = flows();
-    for round in 0..4 {
-        for number in 0..ROOM {
+    /// More than a CPU keeps to itself of the last ones: only another one of that CPU puts them in line with all.
+    const KEPT: u32 = 512;
+    let (mut map, mut number) = (flows(), 0);
+    let mut add = |count| {
+        for _ in 0..count {
+            number += 1;
             let key = FlowKey {
                 netns_cookie: u64::MAX,
-                client_port: round,
                 _pad: number,
                 ..FlowKey::default()
             };
             let key: [u8; size_of::<FlowKey>()] = bytemuck::cast(key);
             map.insert(key, [0; size_of::<Original>()], 0).unwrap();
         }
+    };
+    let this_thread = Pid::from_raw(0);
+    let cpus = sched_getaffinity(this_thread).unwrap();
+    for _ in 0..4 {
+        for cpu in (0..CpuSet::count()).filter(|cpu| cpus.is_set(*cpu).unwrap()) {
+            let mut only = CpuSet::new();
+            only.set(cpu).unwrap();
+            sched_setaffinity(this_thread, &only).unwrap();
+            add(KEPT);
+        }
+        sched_setaffinity(this_thread, &cpus).unwrap();
+        add(ROOM);
         if flows_of(pod) == 0 {
             return;
         }
