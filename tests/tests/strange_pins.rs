@@ -192,7 +192,7 @@ fn notes_that_cannot_be_read_are_written_anew(
                 .differences(&Traces::read([&scene, &bystander]))
                 .is_empty()
         );
-        let told = finish(&mut loader::redirect().arg("status"));
+        let told = finish(loader::redirect().arg("status"));
         assert!(errors(&told).contains("corrupt"), "{}", errors(&told));
         assert!(is_captured(&mut scene) && is_captured(&mut bystander));
         if !detach_at_once {
