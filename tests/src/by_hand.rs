@@ -21,8 +21,9 @@ use crate::{
     server::bound,
 };
 
-/// How long a connection may take to pass on what its buffers have room for.
-const SETTLING: Duration = Duration::from_millis(20);
+/// How long a connection may take to pass on what its buffers have room for: longer than an acknowledgement is delayed, and
+/// than it takes until something is sent again.
+const SETTLING: Duration = Duration::from_millis(250);
 /// No connection has buffers for so many bytes.
 const FILL_LIMIT: usize = 64 << 20;
 
