@@ -30,11 +30,14 @@ pub(crate) fn gone(pins: &Pins, tables: &Tables) -> Result<Vec<(u64, Notes)>> {
     let keys = tables.records.keys().context("reading RECORDS")?;
     let mut gone: Vec<u64> = keys.into_iter().filter(|id| !linked.contains(id)).collect();
     for cgroup_id in linked {
-        // One pod whose pins cannot be read is no reason to leave the others alone.
-        let is_gone = is_gone(pins, cgroup_id).unwrap_or_else(|error| {
-            tracing::warn!("{error:#}");
-            false
-        });
+        let is_gone = match is_gone(pins, cgroup_id) {
+            // Somebody else's pin in one pod's place is no reason to leave all others alone.
+            Err(error) if pins::is_strange(&error) => {
+                tracing::warn!("{error:#}");
+                false
+            }
+            answer => answer?,
+        };
         if left_over.contains(&cgroup_id) || is_gone {
             gone.push(cgroup_id);
         }

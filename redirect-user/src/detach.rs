@@ -85,10 +85,10 @@ pub(crate) fn one(
     });
     let directory = pins.pod(cgroup_id);
     // Or the link was detached by a call that was killed, or is none.
-    let may_be_gone = !matches!(
-        pins::is_cut_off(&directory.join(SK_LOOKUP), bpf::netns_link),
-        Ok(Some(false))
-    );
+    let may_be_gone = match pins::is_cut_off(&directory.join(SK_LOOKUP), bpf::netns_link) {
+        Err(error) if pins::is_strange(&error) => true,
+        answer => answer? == Some(true),
+    };
     if let Some(notes) = notes.as_ref().filter(|_| !shared) {
         layouts::let_alone(pins, tables, notes)?;
         bpf::wait_for_running_programs().context("membarrier")?;

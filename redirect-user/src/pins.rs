@@ -206,6 +206,12 @@ pub fn open_existing(path: &Path, kind: Kind) -> Result<OwnedFd> {
     in_words(bpf::open_pinned(path, kind), path)
 }
 
+/// Whether the error is that something of another kind is pinned there.
+pub fn is_strange(error: &anyhow::Error) -> bool {
+    let cause = error.downcast_ref::<io::Error>();
+    cause.is_some_and(|cause| cause.kind() == io::ErrorKind::InvalidData)
+}
+
 fn in_words(opened: io::Result<OwnedFd>, path: &Path) -> Result<OwnedFd> {
     opened.with_context(|| format!("opening {}", path.display()))
 }
