@@ -24,6 +24,8 @@ const NO_LISTENER: &str = "no-proxy-listener";
 /// A connection that is reset may leave so many segments behind that find no socket: a program cannot tell
 /// them from the first one of a connection, so they are decided upon and counted.
 const STRAYS: u64 = 4;
+/// And so many that are not reset, in any round: an acknowledgement may be sent twice, and then come after its connection has gone.
+const STRAYS_OF_A_ROUND: u64 = 3;
 /// How a connection fails whose proxy is away.
 const BROKEN: [&str; 4] = ["ECONNREFUSED", "ECONNRESET", "UnexpectedEof", "EPIPE"];
 /// What shutdown() says of a connection that has just been reset.
@@ -74,7 +76,7 @@ impl Tally {
                 let least = get(&bounds.least, label);
                 let more = match label {
                     NO_LISTENER => self.broken,
-                    _ if is_inbound(label) => self.strays + self.earlier,
+                    _ if is_inbound(label) => self.strays + self.earlier + STRAYS_OF_A_ROUND,
                     _ => 0,
                 };
                 let most = get(&bounds.most, label) + more;
@@ -92,7 +94,7 @@ impl Tally {
         }
     }
 
-    /// Whether that attachment's counters can say one thing only.
+    /// Whether that attachment's counters can say one thing only, but for strays of any round.
     pub fn is_exact(&self, life: u32) -> bool {
         self.is_exact_of(life, |_| true) && self.strays + self.earlier + self.broken == 0
     }

@@ -284,7 +284,7 @@ fn refusal(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Ro
     const SCRIPT: &str = "ip netns add pod && mkdir /sys/fs/cgroup/pod || exit 1; \
         traces() { find /sys/fs/cgroup /sys/fs/bpf -type d; find /sys/fs/bpf; ls /run/netns /run/redirect; }; \
         before=$(traces 2>&1); \
-        for command in 'run -- true' 'attach --cgroup /sys/fs/cgroup/pod --netns /run/netns/pod' istio-iptables daemon; do \
+        for command in 'run -- true' 'attach --cgroup /sys/fs/cgroup/pod --netns /run/netns/pod' istio-iptables 'daemon --node-name node'; do \
             message=$(redirect $command 2>&1); status=$?; echo \"redirect $command: $status: $message\"; \
             [ $status = 1 ] && [ $(echo \"$message\" | grep -c '') = 1 ] && \
             echo \"$message\" | grep 'too old' | grep SO_NETNS_COOKIE | grep -q 'sockops and sockopt' || exit 1; \
