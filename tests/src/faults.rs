@@ -462,13 +462,16 @@ fn points(calls: &[String], meant: impl Fn(&str) -> bool) -> Vec<usize> {
     points.into_iter().step_by(step).collect()
 }
 
-/// At most so many of the calls that last, counted from 1, at equal distances.
+/// About so many of the calls that last, counted from 1, at equal distances, and the last one: what is done then is done.
 pub fn sample(calls: &[String], most: u32) -> Vec<usize> {
     let lasting = (1..=calls.len()).filter(|point| Suffers::Kill.minds(&calls[point - 1]));
     let lasting: Vec<usize> = lasting.collect();
     let most = amount(most, MOST_WHEN_SLOW) as usize;
     let step = lasting.len().div_ceil(most).max(1);
-    lasting.into_iter().step_by(step).collect()
+    let mut chosen: Vec<usize> = lasting.iter().copied().step_by(step).collect();
+    chosen.extend(lasting.last());
+    chosen.dedup();
+    chosen
 }
 
 /// Runs a call that has to succeed.
