@@ -269,6 +269,8 @@ fn go_on(socket: &Socket, then: Then, dialed: &Dialed) -> Result<(), String> {
         Then::Reset => socket.set_linger(Some(Duration::ZERO)).map_err(error),
         Then::HalfClose => match half_close(socket, LINE).map_err(error)? {
             echo if echo == LINE => Ok(()),
+            // A server that is killed before it reads ends the connection as if all were well.
+            echo if echo.is_empty() => Err(error(ErrorKind::UnexpectedEof.into())),
             other => Err(format!("{LINE:?} came back as {other:?}")),
         },
         Then::Converse { lines, pause_ms } => {
