@@ -1,5 +1,6 @@
 //! What a call of the loader leaves when it does not end as it should: killed after a call to the kernel that changes something, or
-//! refused one. Every such call has its turn, but where many in a row are alike. Connections meet the old state or the new one, and the next call puts everything right.
+//! refused one. Every such call has its turn, but where many in a row are alike. Connections meet the old state or the new one, and
+//! the next call puts everything right.
 
 use std::{net::SocketAddr, process::Command};
 

@@ -31,20 +31,11 @@ pub fn destinations_of(pod: &Pod) -> usize {
     keys.filter(is_pods).count()
 }
 
-type Flows = HashMap<MapData, [u8; size_of::<FlowKey>()], [u8; size_of::<Original>()]>;
-
-fn flows() -> Flows {
-    let map = bpffs::map("FLOWS").unwrap();
-    Map::LruHashMap(map).try_into().unwrap()
-}
-
 /// How many connections of the pod are on their way.
 pub fn flows_of(pod: &Pod) -> usize {
     let cookie = pod.netns.enter(netns_cookie);
-    let is_pods = |key: &FlowKey| key.netns_cookie == cookie;
-    let flows = flows();
-    let keys = flows.keys().map(|key| bytemuck::cast(key.unwrap()));
-    keys.filter(is_pods).count()
+    let flows = bpffs::flows().unwrap().into_iter();
+    flows.filter(|flow| flow.netns_cookie == cookie).count()
 }
 
 /// Adds connections of nobody as there is room for, and more, until those of the pod are forgotten.
@@ -52,7 +43,10 @@ pub fn push_out_flows(pod: &Pod) {
     const ROOM: u32 = 1 << 16;
     /// More than a CPU keeps to itself of the last ones: only another one of that CPU puts them in line with all.
     const KEPT: u32 = 512;
-    let (mut map, mut number) = (flows(), 0);
+    let map = Map::LruHashMap(bpffs::map("FLOWS").unwrap());
+    let mut map: HashMap<_, [u8; size_of::<FlowKey>()], [u8; size_of::<Original>()]> =
+        map.try_into().unwrap();
+    let mut number = 0;
     let mut add = |count| {
         for _ in 0..count {
             number += 1;

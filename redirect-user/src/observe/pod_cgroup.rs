@@ -325,8 +325,7 @@ mod fuzz {
         }
 
         #[test]
-        fn any_text_is_no_cgroup_of_a_pod_without_a_mount(own in prop_oneof![text(), "(0::/[a-z/.]{0,9}
-    ){0,2}"]) {
+        fn any_text_is_no_cgroup_of_a_pod_without_a_mount(own in prop_oneof![text(), "(0::/[a-z/.]{0,9}\n){0,2}"]) {
             prop_assert!(find_in(&own, &[], 1).is_err());
         }
     }
