@@ -11,12 +11,14 @@ use anyhow::{Context as _, Result, bail};
 use clap::Args;
 
 use crate::ui::{self, Mark};
+use crate::vm::{self, Found, Verdict};
 use crate::{cargo, fuzz, preflight, setup};
 pub use skips::{LOG_VARIABLE as SKIP_LOG, Skips};
 pub use tally::Tally;
 
 /// The crate whose tests make namespaces and attach programs.
 const KERNEL_TESTS: &str = "redirect-tests";
+const KERNEL_TESTS_STEP: &str = "kernel tests";
 
 #[derive(Args)]
 pub struct Options {
@@ -25,6 +27,9 @@ pub struct Options {
     /// How many kernel-level tests run at once: they share the machine's global state
     #[arg(long, value_name = "N", default_value_t = 3)]
     threads: usize,
+    /// Write this machine's kernel into docs/kernel-support.md
+    #[arg(long, conflicts_with = "filter")]
+    table: bool,
 }
 
 /// So many kernel-level tests that fail may be the machine's fault: whether they are is seen when each runs alone. More are ours.
@@ -66,14 +71,18 @@ pub fn run(options: &Options) -> Result<()> {
     if built {
         let filters: Vec<&str> = options.filter.as_deref().into_iter().collect();
         let first = step(
-            "kernel tests",
+            KERNEL_TESTS_STEP,
             kernel_tests(options.threads, &filters, &skips)?,
         )?;
         outcomes.extend(run_failed_alone(first, &skips)?);
     } else {
-        outcomes.push(not_run("kernel tests", "not run: the build failed"));
+        outcomes.push(not_run(KERNEL_TESTS_STEP, "not run: the build failed"));
     }
     outcomes.push(skip_outcome(&skips)?);
+    if options.table && built {
+        let (found, verdict) = found(&outcomes, &skips)?;
+        vm::write_own_row(found, verdict)?;
+    }
 
     ui::heading("summary");
     for outcome in &outcomes {
@@ -200,6 +209,26 @@ fn run_failed_alone(mut first: Outcome, skips: &Skips) -> Result<Vec<Outcome>> {
         first.mark = Mark::Warn;
     }
     Ok(vec![first, alone])
+}
+
+/// What the kernel-level tests make of this machine's kernel.
+fn found(outcomes: &[Outcome], skips: &Skips) -> Result<(Found, Verdict)> {
+    let tests = outcomes.iter().find(|o| o.name == KERNEL_TESTS_STEP);
+    let tests = tests.context("the kernel-level tests have not run")?;
+    let (allowed, forbidden) = skips.collect()?;
+    let failures = tests.tally.failures().to_vec();
+    let verdict = match tests.mark {
+        _ if !forbidden.is_empty() => Verdict::Failed(forbidden.join(", ")),
+        Mark::Fail => Verdict::Failed(failures.join(", ")),
+        Mark::Warn => Verdict::PassedAlone(failures),
+        _ => Verdict::Passed,
+    };
+    let found = Found {
+        tally: tests.tally.clone(),
+        skipped: allowed,
+        ..Found::default()
+    };
+    Ok((found, verdict))
 }
 
 fn test_command(skips: &Skips) -> Result<Command> {

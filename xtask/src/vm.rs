@@ -31,6 +31,8 @@ use programs::Programs;
 use qemu::{Accelerator, Ended, Guest, Size};
 
 pub use init::run as init;
+pub use report::{Verdict, write_own_row};
+pub use results::Found;
 
 /// What is booted where nothing else is said.
 const DEFAULT_KERNEL: &str = "6.12";

@@ -60,16 +60,20 @@ impl Kernel {
 
     /// Major and minor version, from the release.
     pub fn version(&self) -> Option<(u32, u32)> {
-        let release = self.release()?;
-        let (major, rest) = release.split_once('.')?;
-        let minor = rest.split(|c: char| !c.is_ascii_digit()).next()?;
-        Some((major.parse().ok()?, minor.parse().ok()?))
+        version_of(&self.release()?)
     }
 
     /// Its name, as a part of a path.
     pub fn file_name(&self) -> String {
         self.name.replace('/', "_")
     }
+}
+
+/// The major and minor version of a release such as `6.12.41+deb13-cloud-amd64`.
+pub fn version_of(release: &str) -> Option<(u32, u32)> {
+    let (major, rest) = release.split_once('.')?;
+    let minor = rest.split(|c: char| !c.is_ascii_digit()).next()?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
 impl fmt::Display for Wanted {

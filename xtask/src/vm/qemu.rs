@@ -46,10 +46,11 @@ const PROBE_LIMIT: Duration = Duration::from_secs(10);
 const POWER_OFF_LIMIT: Duration = Duration::from_secs(20);
 
 /// Everything from a panic to a lock-up ends the guest, and is told on the console. What guards against other users of the
-/// processor is off, and programs are always at the same addresses: an emulator can then use again what it has translated.
+/// processor and against freed memory is off, and programs are always at the same addresses: an emulator can then use again
+/// what it has translated.
 const KERNEL_ARGUMENTS: &str = "console=ttyS0 loglevel=5 printk.devkmsg=on panic=-1 oops=panic \
-                                softlockup_panic=1 hung_task_panic=1 mitigations=off norandmaps \
-                                rdinit=/xtask -- vm-init";
+                                softlockup_panic=1 hung_task_panic=1 mitigations=off norandmaps nokaslr \
+                                init_on_alloc=0 audit=0 rcupdate.rcu_expedited=1 rdinit=/xtask -- vm-init";
 
 /// Why a guest ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -136,24 +137,29 @@ fn qemu(kernel: &Kernel, accelerator: Accelerator, size: Size) -> Result<Command
     ]);
     command.args(["-machine", "q35", "-m", &format!("{}M", size.memory_mib)]);
     command.args(["-smp", &size.cpus.to_string()]);
-    command.args(match accelerator {
-        Accelerator::Kvm => ["-accel", "kvm", "-cpu", "host"],
+    let (accelerator, cpu) = match accelerator {
+        Accelerator::Kvm => ("kvm", "host".to_owned()),
         // One thread for all of the guest's CPUs: with one for each, a CPU may keep the translation of a breakpoint that
         // another one is replacing, as the kernel does whenever a static key changes, and the guest ends in an Oops.
-        Accelerator::Tcg => ["-accel", "tcg,thread=single", "-cpu", emulated_cpu(kernel)],
-    });
+        Accelerator::Tcg => ("tcg,thread=single", emulated_cpu(kernel)),
+    };
+    command.args(["-accel", accelerator, "-cpu", &cpu]);
     command.arg("-kernel").arg(&kernel.image);
     Ok(command)
 }
 
-/// Five levels of page tables are only slower to emulate. And qemu 7.2 garbles the flags of an unlocked cmpxchg16b, on
-/// which the kernel's allocator was built until Linux 7.0: now and then it ended in a double fault. Since then socket
-/// storage cannot be allocated without that instruction.
-fn emulated_cpu(kernel: &Kernel) -> &'static str {
+/// Without what is only slower to emulate: five levels of page tables, guards that change with every look into a program's
+/// memory, copying byte by byte, and registers that are saved at each switch between tasks.
+const EMULATED_CPU: &str =
+    "max,la57=off,smap=off,smep=off,umip=off,pku=off,erms=off,fsrm=off,xsave=off,avx=off,avx2=off";
+
+/// qemu 7.2 garbles the flags of an unlocked cmpxchg16b, on which the kernel's allocator was built until Linux 7.0: now and
+/// then it ended in a double fault. Since then socket storage cannot be allocated without that instruction.
+fn emulated_cpu(kernel: &Kernel) -> String {
     if kernel.version().is_some_and(|version| version >= (7, 0)) {
-        "max,la57=off"
+        EMULATED_CPU.to_owned()
     } else {
-        "max,la57=off,cx16=off"
+        format!("{EMULATED_CPU},cx16=off")
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use comfy_table::Table;
 
-use super::kernel::Kernel;
+use super::kernel::{self, Kernel};
 use super::qemu::{End, Ended};
 use super::results::Found;
 use crate::cargo;
@@ -182,6 +182,21 @@ pub fn write_document(rows: &[Row]) -> Result<()> {
     let text = replace(&text, lines)
         .with_context(|| format!("{DOCUMENT} has no place for the table: {BEGIN}{END}"))?;
     fs::write(&path, text).with_context(|| format!("cannot write {DOCUMENT}"))
+}
+
+/// The same with the line of the kernel that this machine runs, on which all tests have run.
+pub fn write_own_row(found: Found, verdict: Verdict) -> Result<()> {
+    let release = nix::sys::utsname::uname()?;
+    let release = release.release().to_string_lossy();
+    let (major, minor) = kernel::version_of(&release)
+        .with_context(|| format!("uname -r: {release} has no version"))?;
+    write_document(&[Row {
+        release: release.into_owned(),
+        loads: verdict.is_good().then_some(true),
+        found,
+        of: "all, on a machine".to_owned(),
+        ..Row::new(format!("{major}.{minor}"), verdict)
+    }])
 }
 
 fn line(cells: &[String]) -> String {
