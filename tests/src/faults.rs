@@ -24,7 +24,7 @@ use Family::{Mapped, V4, V6};
 /// More calls than this are sampled, but for the first and last of each kind in a row.
 const MOST: u32 = 120;
 /// So many at most on a slow machine.
-const MOST_WHEN_SLOW: u32 = 6;
+const MOST_WHEN_SLOW: u32 = 3;
 /// How often a call may end before the point at which it was to be killed.
 const MOST_ENDED_EARLY: usize = 5;
 

@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use walkdir::WalkDir;
+
 /// Files, and a directory of files. Whoever adds one explains it there.
 const ALLOWED: [&str; 8] = [
     "redirect-ebpf/src/ctx",
@@ -22,15 +24,10 @@ const CRATES: [&str; 5] = [
     "xtask",
 ];
 
-fn sources(directory: &Path, found: &mut Vec<PathBuf>) {
-    for entry in fs::read_dir(directory).expect("a directory").flatten() {
-        let path = entry.path();
-        if path.is_dir() {
-            sources(&path, found);
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            found.push(path);
-        }
-    }
+fn sources(directory: &Path) -> impl Iterator<Item = PathBuf> {
+    let entries = WalkDir::new(directory).into_iter();
+    let paths = entries.map(|entry| entry.expect("a directory").into_path());
+    paths.filter(|path| path.extension().is_some_and(|extension| extension == "rs"))
 }
 
 /// Blocks, functions, implementations and lifted lints; not attributes (`#[unsafe(no_mangle)]`), comments and names.
@@ -49,12 +46,9 @@ fn unsafe_code_is_only_where_the_documentation_says() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
         .expect("a workspace");
-    let mut files = Vec::new();
-    for name in CRATES {
-        sources(&root.join(name), &mut files);
-    }
-    let mut found: Vec<String> = files
+    let mut found: Vec<String> = CRATES
         .iter()
+        .flat_map(|name| sources(&root.join(name)))
         .filter(|file| {
             fs::read_to_string(file)
                 .expect("text")

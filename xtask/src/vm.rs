@@ -123,7 +123,7 @@ impl Run {
         )?;
         match ended.console.status("command") {
             Some(status) => Ok(ExitCode::from(u8::try_from(status).unwrap_or(1))),
-            None => bail!("{}: {}", kernel.name, report::Verdict::of(&ended)),
+            None => bail!("{}: {}", kernel.name, Verdict::of(&ended)),
         }
     }
 }

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 
+use walkdir::WalkDir;
+
 use super::cpio::{self, Writer};
 use super::elf;
 use super::job::{self, Job};
@@ -169,14 +171,10 @@ impl Image {
 
     /// Adds all files of a folder, at their own paths.
     pub fn add_folder(&mut self, folder: &Path) -> Result<()> {
-        let entries =
-            fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
-        for entry in entries {
-            let path = entry?.path();
-            if path.is_dir() {
-                self.add_folder(&path)?;
-            } else {
-                self.add(&path)?;
+        for entry in WalkDir::new(folder) {
+            let entry = entry?;
+            if !entry.file_type().is_dir() {
+                self.add(entry.path())?;
             }
         }
         Ok(())

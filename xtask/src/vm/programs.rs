@@ -1,12 +1,10 @@
 //! What is built here and run there.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
-use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
 
 use super::image::Image;
@@ -121,13 +119,6 @@ impl Programs {
     /// Without symbols: all of it stays in the guest's memory.
     fn take(&self, program: &Path, name: &str) -> Result<()> {
         cargo::strip(program, &self.folder.path().join(name))
-    }
-
-    /// SHA-256 of `redirect`, in hexadecimal digits.
-    pub fn hash(&self) -> Result<String> {
-        let program = fs::read(self.folder.path().join(REDIRECT))?;
-        let digest = Sha256::digest(program);
-        Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
     /// Adds them to a guest's files.

@@ -46,10 +46,11 @@ pub struct Options {
     /// How many times longer than usual the tests wait
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
     slowness: u32,
-    /// Write these kernels' lines into docs/kernel-support.md, with what earlier calls found with the same `redirect`
-    #[arg(long)]
+    /// Keep what was found in docs/kernel-support, and write these kernels' lines of docs/kernel-support.md from it and what
+    /// earlier calls found with the same `redirect`
+    #[arg(long, conflicts_with = "filter")]
     table: bool,
-    /// Leave out the test programs that have passed on this kernel with the same `redirect`
+    /// Leave out the test programs that are known from there to have passed with the same `redirect`
     #[arg(long, conflicts_with = "filter")]
     rest: bool,
     /// Only tests whose name contains this
@@ -57,13 +58,16 @@ pub struct Options {
 }
 
 impl Options {
-    /// Which tests this filter has left.
-    fn chosen(&self, filter: &str) -> String {
+    /// Which tests were to run.
+    fn chosen(&self) -> String {
         let programs = match self.tests.join(", ") {
             all if all.is_empty() => "all".to_owned(),
             some => some,
         };
-        format!("{programs}: `{filter}`")
+        match &self.filter {
+            Some(filter) => format!("{programs}: `{filter}`"),
+            None => programs,
+        }
     }
 }
 
@@ -145,7 +149,7 @@ fn is_too_old(wanted: &Wanted) -> bool {
 }
 
 fn one(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Row> {
-    let known = Results::read(kernel, programs)?;
+    let known = Results::read(kernel)?;
     let is_wanted = |name: &&String| !(options.rest && known.passed(name));
     let names: Vec<String> = programs.tests.iter().filter(is_wanted).cloned().collect();
     if names.is_empty() {
@@ -168,17 +172,17 @@ fn one(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Row> {
         took,
         ..Row::of(kernel, verdict)
     };
-    if let Some(filter) = &options.filter {
+    if !options.table {
         return Ok(Row {
             found: output.sum(),
-            of: options.chosen(filter),
+            of: options.chosen(),
             ..now(verdict)
         });
     }
     for found in output.by_program.values_mut() {
         found.passed_alone = matches!(verdict, Verdict::PassedAlone(_));
     }
-    let known = Results::update(kernel, programs, output.by_program, &skips)?;
+    let known = Results::update(kernel, output.by_program, &skips)?;
     // What is wrong now comes first.
     let verdict = if verdict.is_good() {
         known.verdict()
