@@ -257,6 +257,17 @@ impl Busy {
     }
 }
 
+/// A segment that comes when its connection has gone is looked up like a first one, and counted as inbound: of a hundred
+/// connections, that of one at most.
+fn assert_counted(counted: [u64; 2], made: [u64; 2]) {
+    assert_eq!(counted[0], made[0]);
+    let late = made[1] / 100 + 3;
+    assert!(
+        (made[1]..=made[1] + late).contains(&counted[1]),
+        "{counted:?} {made:?}"
+    );
+}
+
 #[rstest]
 fn another_layout_of_the_maps_takes_over_pods_one_by_one() {
     bpffs::private(|| {
@@ -303,7 +314,7 @@ fn another_layout_of_the_maps_takes_over_pods_one_by_one() {
         for pod in &mut pods {
             pod.check();
             let made = pod.stop();
-            assert_eq!(pod.counted(&status_by(redirect())), made);
+            assert_counted(pod.counted(&status_by(redirect())), made);
             // The policy is as it was.
             let excluded = Dial::new(V4, pod.scene.address(V4, To::Own(15020)));
             assert_eq!(pod.scene.outside.dial(&excluded).outcome(), "app");
@@ -353,7 +364,7 @@ fn take_over_that_was_killed_is_completed_by_the_next_call() {
             assert_eq!(builds(), 1);
         }
         let made = pod.stop();
-        assert_eq!(pod.counted(&status_by(redirect())), made);
+        assert_counted(pod.counted(&status_by(redirect())), made);
         let detached = detach(pod.scene.pod.cgroup.path());
         assert!(detached.status.success(), "{}", errors(&detached));
         assert!(bpffs::pins().is_empty());
