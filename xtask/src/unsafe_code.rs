@@ -24,7 +24,7 @@ const CRATES: [&str; 5] = [
     "xtask",
 ];
 
-fn sources(directory: &Path) -> impl Iterator<Item = PathBuf> {
+fn sources(directory: &Path) -> impl Iterator<Item = PathBuf> + use<> {
     let entries = WalkDir::new(directory).into_iter();
     let paths = entries.map(|entry| entry.expect("a directory").into_path());
     paths.filter(|path| path.extension().is_some_and(|extension| extension == "rs"))
