@@ -12,6 +12,7 @@ mod programs;
 mod qemu;
 mod report;
 mod results;
+mod sources;
 mod test;
 
 use std::os::fd::AsRawFd as _;

@@ -8,6 +8,7 @@ use serde::Deserialize;
 use tempfile::TempDir;
 
 use super::image::Image;
+use super::sources;
 use crate::{cargo, setup, ui};
 
 /// Where the guest has the tests; they look for the programs they call in the directories above.
@@ -46,6 +47,8 @@ struct Profile {
 /// What was built, copied: so that every guest of a call runs the same, whatever is built meanwhile.
 pub struct Programs {
     folder: TempDir,
+    /// SHA-256 of the sources that `redirect` was built of: they may change while guests run.
+    pub sources: String,
     /// Names of the test programs.
     pub tests: Vec<String>,
     /// Names of all there are, wanted or not.
@@ -63,9 +66,11 @@ impl Programs {
     }
 
     fn build_redirect() -> Result<Self> {
+        let sources = sources::hash()?;
         cargo::build(false)?;
         let programs = Self {
             folder: tempfile::tempdir_in(super::folder()?)?,
+            sources,
             tests: Vec::new(),
             all_tests: Vec::new(),
         };

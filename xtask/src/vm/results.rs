@@ -4,31 +4,19 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::iter::Sum;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest as _, Sha256};
-use walkdir::WalkDir;
 
 use super::kernel::Kernel;
+use super::programs::Programs;
 use super::report::Verdict;
 use crate::cargo;
 use crate::test::{Skips, Tally};
 
 /// Where they are, a file for each kernel.
 const FOLDER: &str = "docs/kernel-support";
-/// What `redirect` is made of.
-const SOURCES: &[&str] = &[
-    "Cargo.lock",
-    "redirect-common/Cargo.toml",
-    "redirect-common/src",
-    "redirect-ebpf/Cargo.toml",
-    "redirect-ebpf/src",
-    "redirect-user/Cargo.toml",
-    "redirect-user/build.rs",
-    "redirect-user/src",
-];
 
 /// What a test program found.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,10 +63,10 @@ pub struct Results {
 
 impl Results {
     /// Those of this kernel and this `redirect`.
-    pub fn read(kernel: &Kernel) -> Result<Self> {
+    pub fn read(kernel: &Kernel, programs: &Programs) -> Result<Self> {
         let nothing = Self {
             release: kernel.release().unwrap_or_default(),
-            redirect: hash(&cargo::workspace()?.root, SOURCES)?,
+            redirect: programs.sources.clone(),
             programs: BTreeMap::new(),
         };
         let text = fs::read(path(kernel)?).unwrap_or_default();
@@ -91,8 +79,13 @@ impl Results {
 
     /// Enters what was found now; a program that did not end, or skipped what it may not, has no result any more.
     /// Others may have done the same since this was read.
-    pub fn update(kernel: &Kernel, found: BTreeMap<String, Found>, skips: &Skips) -> Result<Self> {
-        let mut results = Self::read(kernel)?;
+    pub fn update(
+        kernel: &Kernel,
+        programs: &Programs,
+        found: BTreeMap<String, Found>,
+        skips: &Skips,
+    ) -> Result<Self> {
+        let mut results = Self::read(kernel, programs)?;
         for (name, found) in found {
             if found.is_complete() && found.skipped.iter().all(|line| skips.allows(line)) {
                 results.programs.insert(name, found);
@@ -153,26 +146,6 @@ fn path(kernel: &Kernel) -> Result<PathBuf> {
     Ok(cargo::workspace()?.root.join(file))
 }
 
-/// SHA-256 of these files' and directories' names and contents, in hexadecimal digits: the same on every machine.
-fn hash(root: &Path, sources: &[&str]) -> Result<String> {
-    let mut digest = Sha256::new();
-    for source in sources {
-        for entry in WalkDir::new(root.join(source)).sort_by_file_name() {
-            let entry = entry?;
-            if !entry.file_type().is_file() {
-                continue;
-            }
-            let name = entry.path().strip_prefix(root)?.display().to_string();
-            let content = fs::read(entry.path())?;
-            // With lengths, or the end of one could be the beginning of the next.
-            digest.update(format!("{name} {}\n", content.len()));
-            digest.update(content);
-        }
-    }
-    let digits = digest.finalize();
-    Ok(digits.iter().map(|byte| format!("{byte:02x}")).collect())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -196,29 +169,6 @@ mod tests {
                 .collect(),
             ..Results::default()
         }
-    }
-
-    #[test]
-    fn hash_is_of_names_and_contents_wherever_they_are() {
-        let folders = [(); 2].map(|()| tempfile::tempdir().unwrap());
-        for folder in &folders {
-            fs::create_dir(folder.path().join("src")).unwrap();
-            fs::write(folder.path().join("src/a.rs"), "a").unwrap();
-        }
-        let [one, other] = folders
-            .each_ref()
-            .map(|folder| move || hash(folder.path(), &["src"]).unwrap());
-        let before = one();
-        assert_eq!(before, other());
-        fs::write(folders[0].path().join("src/a.rs"), "b").unwrap();
-        fs::rename(
-            folders[1].path().join("src/a.rs"),
-            folders[1].path().join("src/b.rs"),
-        )
-        .unwrap();
-        assert_ne!(one(), before);
-        assert_ne!(other(), before);
-        assert!(hash(folders[0].path(), &["nothing"]).is_err());
     }
 
     #[test]

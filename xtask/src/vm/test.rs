@@ -149,7 +149,7 @@ fn is_too_old(wanted: &Wanted) -> bool {
 }
 
 fn one(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Row> {
-    let known = Results::read(kernel)?;
+    let known = Results::read(kernel, programs)?;
     let is_wanted = |name: &&String| !(options.rest && known.passed(name));
     let names: Vec<String> = programs.tests.iter().filter(is_wanted).cloned().collect();
     if names.is_empty() {
@@ -182,7 +182,7 @@ fn one(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Row> {
     for found in output.by_program.values_mut() {
         found.passed_alone = matches!(verdict, Verdict::PassedAlone(_));
     }
-    let known = Results::update(kernel, output.by_program, &skips)?;
+    let known = Results::update(kernel, programs, output.by_program, &skips)?;
     // What is wrong now comes first.
     let verdict = if verdict.is_good() {
         known.verdict()
