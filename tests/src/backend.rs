@@ -1,5 +1,7 @@
 //! The capture under test, and the reference that vouches for the expectations.
 
+use std::net::SocketAddr;
+
 use aya::util::KernelVersion;
 
 use crate::{
@@ -27,6 +29,13 @@ impl Backend {
     /// Whether two connections of one source port reach one listener of the proxy.
     pub fn serves_one_source_port_twice(self) -> bool {
         self == Self::Redirect || KernelVersion::current().unwrap() >= NAT_FINDS_PORTS
+    }
+
+    /// Whether a server may see that peer, by who has captured the connection of a client with this address.
+    ///
+    /// NAT takes another source port if a connection to the same listener has it already.
+    pub fn shows(captured_by: Option<Self>, peer: SocketAddr, client: SocketAddr) -> bool {
+        peer.ip() == client.ip() && (captured_by == Some(Self::Iptables) || peer == client)
     }
 
     /// Captures the pod's traffic, until the returned value is dropped; the pod is remembered by reference.

@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::{
+    backend::Backend,
     options::Options,
     pod::Pod,
     protocol::{Dialed, canonical},
@@ -16,8 +17,8 @@ pub struct Judge<'a> {
     pub pod: &'a Pod,
     /// What is captured.
     pub options: &'a Options,
-    /// Whether anything is.
-    pub attached: bool,
+    /// By whom, if anything is.
+    pub attached: Option<Backend>,
 }
 
 impl Judge<'_> {
@@ -64,7 +65,13 @@ impl Judge<'_> {
         );
         equal("the client's own address", &local.ip(), &source)?;
         equal("the client's peer", &peer, &real)?;
-        equal("the server's peer", &canonical(greeting.peer), &local)?;
+        let captured_by = self.attached.filter(|_| attempt.lands != Lands::Direct);
+        if !Backend::shows(captured_by, canonical(greeting.peer), local) {
+            return Err(format!(
+                "the server's peer is {}, expected {local}",
+                greeting.peer
+            ));
+        }
         equal(
             "the server's own address",
             &canonical(greeting.local),
@@ -72,7 +79,9 @@ impl Judge<'_> {
         )?;
         // A server outside the pod, or in a family that is not captured, has nobody to ask.
         let captured_family = real.is_ipv4() || self.options.ipv6;
-        if self.attached && captured_family && local_destination | (attempt.lands != Lands::Direct)
+        if self.attached.is_some()
+            && captured_family
+            && local_destination | (attempt.lands != Lands::Direct)
         {
             let asked = if real.is_ipv4() {
                 &greeting.original

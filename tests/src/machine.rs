@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::{
     actor::Actor,
+    backend::Backend,
     namespace::Namespace,
     pod::Pod,
     protocol::{Dial, Dialed, Family, Identity, canonical},
@@ -107,14 +108,14 @@ impl Machine {
         }
     }
 
-    /// Dials, and compares who answered with `who`. `captured` tells at which address and port the
-    /// proxy is to see the connection; where nothing is captured, the destination is.
+    /// Dials, and compares who answered with `who`. `captured` tells who captures, and at which address and port
+    /// the proxy is to see the connection; where nothing is captured, the destination is.
     pub fn check(
         &mut self,
         family: Family,
         dial: &Dial,
         who: &str,
-        captured: Option<SocketAddr>,
+        captured: Option<(Backend, SocketAddr)>,
     ) -> Dialed {
         let dialed = self.actor.dial(dial);
         let case = format!("{family:?} to {} expecting {who}: {dialed:?}", dial.to);
@@ -123,10 +124,12 @@ impl Machine {
         let local = canonical(dialed.local.unwrap());
         assert_eq!(local.ip(), self.own(family), "{case}");
         assert_eq!(canonical(dialed.peer.unwrap()), dial.to, "{case}");
-        assert_eq!(canonical(greeting.peer), local, "{case}");
+        let (captured_by, server) = captured.unzip();
+        let peer = canonical(greeting.peer);
+        assert!(Backend::shows(captured_by, peer, local), "{case}");
         assert_eq!(
             canonical(greeting.local),
-            captured.unwrap_or(dial.to),
+            server.unwrap_or(dial.to),
             "{case}"
         );
         if captured.is_some() {

@@ -212,6 +212,11 @@ impl Scene {
         self.attached = Some(Backend::Redirect);
     }
 
+    /// Who captures.
+    pub const fn captured_by(&self) -> Option<Backend> {
+        self.attached
+    }
+
     /// Stops capturing.
     pub fn detach(&mut self) {
         if let Some(backend) = self.attached.take() {
@@ -262,7 +267,7 @@ impl Scene {
         let judge = Judge {
             pod: &self.pod,
             options: &self.options,
-            attached: self.attached.is_some(),
+            attached: self.attached,
         };
         judge.judge(dialed, to, attempt)
     }

@@ -390,16 +390,27 @@ fn pods_addresses_and_programs_are_looked_at_again() {
         let server = ApiServer::start();
         let mut scene = Scene::new();
         server.apply(&object(&scene.pod, &[]));
-        let daemon = Daemon::start(&server, &[]);
-        until_out(&daemon, &mut scene, 80, "15001");
+        let mut seldom = Daemon::start(&server, &["--resync", "3600s"]);
+        until_out(&seldom, &mut scene, 80, "15001");
         let current = || loader::status()["pods"][0]["routes_current"].clone();
+        let change = |number: u8| {
+            scene.pod.netns.ip(&format!(
+                "addr add 192.0.2.{number}/32 dev eth0\nroute add 198.51.100.{number}/32 via 192.0.2.{number}"
+            ));
+        };
         assert_eq!(current(), json!(true));
-        scene
-            .pod
-            .netns
-            .ip("addr add 192.0.2.77/32 dev eth0\nroute add 192.0.2.128/25 via 192.0.2.77");
+        change(77);
         assert_eq!(current(), json!(false));
-        daemon.until("new routes are known", || {
+        seldom.kill();
+        // One that looks each second, at the start and later.
+        let daemon = Daemon::start(&server, &[]);
+        for number in [78, 79] {
+            daemon.until("new routes are known", || {
+                (current() == json!(true)).then_some(())
+            });
+            change(number);
+        }
+        daemon.until("the last ones are known", || {
             (current() == json!(true)).then_some(())
         });
     });

@@ -285,7 +285,8 @@ fn dry_run_says_what_it_would_do_and_leaves_nothing(
     #[case] variables: &[(&str, &str)],
 ) {
     let pod = Pod::new();
-    let file = std::env::temp_dir().join(format!("dry-run-{}", std::process::id()));
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("dry-run");
     let mut container = Container::new(&pod, "init").user(1000);
     for (name, value) in variables {
         container = container.variable(name, value);
@@ -306,7 +307,6 @@ fn dry_run_says_what_it_would_do_and_leaves_nothing(
     let with_file = container.istio_iptables(&injected(&["-n", "--run-validation"]));
     succeeds(&with_file, "would validate       with port 15002 for 5s\n");
     assert_eq!(fs::read_to_string(&file).unwrap(), said(&with_file));
-    fs::remove_file(&file).unwrap();
     let nowhere =
         Container::new(&pod, "init").variable("DRY_RUN_FILE_PATH", "/no/such/directory/file");
     fails(

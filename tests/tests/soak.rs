@@ -67,8 +67,8 @@ fn all_connections_end_where_they_should_while_everything_changes() {
     let events: u64 = report.events.values().sum();
     assert!(events > amount(10, 5).into(), "{report}");
     for kind in ["attach", "upgrade", "detach", "proxy restarted"] {
-        let happened = report.events.get(kind).copied();
-        assert!(happened >= Some(amount(1, 0).into()), "{kind}: {report}");
+        let happened = report.events.get(kind).copied().unwrap_or_default();
+        assert!(happened >= amount(1, 0).into(), "{kind}: {report}");
     }
 }
 
@@ -92,9 +92,10 @@ fn noticed(distortion: fn(Options) -> Options, meddle: fn(&mut Cast)) -> Report 
     })
 }
 
-fn is_noticed(report: &Report, what: &str) -> bool {
+/// Whether one of these was said.
+fn is_noticed(report: &Report, signs: &[&str]) -> bool {
     let mut violations = report.violations.iter();
-    violations.any(|violation| violation.contains(what))
+    violations.any(|violation| signs.iter().any(|sign| violation.contains(sign)))
 }
 
 /// Negative controls: something happens that the check is not told of.
@@ -102,12 +103,13 @@ fn is_noticed(report: &Report, what: &str) -> bool {
 #[case::detached(
     |options| options,
     |cast: &mut Cast| drop(loader::detach(cast.pod.cgroup.path())),
-    "who answered is \"service\", expected \"15001\"",
+    // New connections and those that are there: on a slow machine the latter may be all that is told.
+    &["who answered is \"service\", expected \"15001\"", "afterwards: changed"],
 )]
 #[case::policy(
     |options| Options { exclude_outbound: "80", ..options },
     |_: &mut Cast| (),
-    "who answered is \"service\", expected \"15001\"",
+    &["who answered is \"service\", expected \"15001\""],
 )]
 #[case::proxy_killed(
     |options| options,
@@ -115,19 +117,19 @@ fn is_noticed(report: &Report, what: &str) -> bool {
         cast.proxies.clear();
         cast.start_proxy();
     },
-    "Proxy(",
+    &["Proxy("],
 )]
-#[case::not_counted(|options| options, stranger, "counts")]
-#[case::leak(|options| options, leak, "not freed by the kernel")]
-#[case::pin(|options| options, pin, "and now Counts")]
-#[case::storage(|options| options, hold, "sockets with a storage")]
+#[case::not_counted(|options| options, stranger, &["counts"])]
+#[case::leak(|options| options, leak, &["not freed by the kernel"])]
+#[case::pin(|options| options, pin, &["and now Counts"])]
+#[case::storage(|options| options, hold, &["sockets with a storage"])]
 fn what_should_not_be_is_noticed(
     #[case] distortion: fn(Options) -> Options,
     #[case] meddle: fn(&mut Cast),
-    #[case] what: &str,
+    #[case] signs: &[&str],
 ) {
     let report = noticed(distortion, meddle);
-    assert!(is_noticed(&report, what), "{report}");
+    assert!(is_noticed(&report, signs), "{report}");
     // The way to have it again is part of what is shown.
     assert!(
         report.to_string().contains("cargo xtask soak --seed 1 "),

@@ -53,11 +53,17 @@ fn with_link(link: Link) -> (Scene, Machine) {
     (scene, machine)
 }
 
+/// Who captures what a machine dials, and where it ends.
+fn proxys_end(scene: &Scene, machine: &Machine, family: Family) -> Option<(Backend, SocketAddr)> {
+    let end = SocketAddr::new(machine.gateway(family), 15001);
+    Some((scene.captured_by()?, end))
+}
+
 /// Dials a destination that is to be captured.
 fn captured(scene: &Scene, machine: &mut Machine, family: Family, to: To) {
     let to = scene.address(family, to);
-    let proxy = SocketAddr::new(machine.gateway(family), 15001);
-    machine.check(family, &Dial::new(family, to), OUTBOUND, Some(proxy));
+    let proxy = proxys_end(scene, machine, family);
+    machine.check(family, &Dial::new(family, to), OUTBOUND, proxy);
 }
 
 /// Dials a destination that is to be left alone.
@@ -331,9 +337,9 @@ fn large_transfers_survive_the_translation(
     let (mut scene, mut machine) = scene();
     scene.attach(backend, &MACHINES);
     let to = scene.address(family, To::Service(80));
-    let proxy = SocketAddr::new(machine.gateway(family), 15001);
+    let proxy = proxys_end(&scene, &machine, family);
     let dial = Dial::new(family, to).keep("large");
-    machine.check(family, &dial, OUTBOUND, Some(proxy));
+    machine.check(family, &dial, OUTBOUND, proxy);
     let line: String = (0_u32..1 << 20)
         .map(|n| format!("{:08x}", n.wrapping_mul(0x9e37_79b9)))
         .collect();
@@ -423,9 +429,9 @@ fn what_a_machine_serves_is_not_touched(
 fn established_connections_outlive_attach_and_change(#[values(V4, V6)] family: Family) {
     let (mut scene, mut machine) = scene();
     let to = scene.address(family, To::Service(80));
-    let proxy = Some(SocketAddr::new(machine.gateway(family), 15001));
     machine.check(family, &Dial::new(family, to).keep("before"), SERVICE, None);
     scene.attach(Redirect, &MACHINES);
+    let proxy = proxys_end(&scene, &machine, family);
     machine.check(
         family,
         &Dial::new(family, to).keep("captured"),
@@ -471,7 +477,7 @@ fn a_connection_that_was_forgotten_goes_on(#[values(V4, V6)] family: Family) {
     let (mut scene, mut machine) = scene();
     scene.attach(Redirect, &MACHINES);
     let to = scene.address(family, To::Service(80));
-    let proxy = Some(SocketAddr::new(machine.gateway(family), 15001));
+    let proxy = proxys_end(&scene, &machine, family);
     let dial = Dial::new(family, to).keep("idle");
     let idle = machine.check(family, &dial, OUTBOUND, proxy);
     let is_remembered = || remembers(&scene.pod, idle.local.unwrap(), to);

@@ -12,6 +12,7 @@ use super::{
     policy::{CLOSED, POLICIES, ROUTES},
 };
 use crate::{
+    backend::Backend,
     judge::Judge,
     options::Options,
     play::{CHANGED, Played, Then},
@@ -234,7 +235,7 @@ fn ends(
     let judge = Judge {
         pod: &cast.pod,
         options,
-        attached: state != State::Detached,
+        attached: (state != State::Detached).then_some(Backend::Redirect),
     };
     let to: SocketAddr = route.to.address(&cast.pod, drawn.family);
     let attempt = route.attempt(lands);
