@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 
 use crate::ui;
 use archive::Source;
@@ -43,6 +43,8 @@ impl PrivateApt {
             ("Dir::Etc::sourcelist", path("sources.list")),
             ("Dir::Etc::sourceparts", "/dev/null".to_owned()),
             ("Dir::State::lists", path("lists")),
+            // What is installed here is not what the suite has.
+            ("Dir::State::status", "/dev/null".to_owned()),
             ("Dir::Cache", path("cache")),
             ("APT::Sandbox::User", "root".to_owned()),
         ];
@@ -69,7 +71,16 @@ impl PrivateApt {
 
     /// What `apt-cache` answers about this suite.
     pub fn cache(&self, arguments: &[&str]) -> Result<String> {
-        let output = self.command("apt-cache").args(arguments).output()?;
+        let mut command = self.command("apt-cache");
+        let output = command.args(arguments).output()?;
+        if !output.status.success() {
+            bail!(
+                "`{}` failed ({}): {}",
+                ui::describe(&command),
+                output.status,
+                String::from_utf8_lossy(&output.stderr).trim()
+            );
+        }
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 

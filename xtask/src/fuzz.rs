@@ -1,6 +1,6 @@
 //! `cargo xtask fuzz`: the long run of the tests with random input.
 
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
@@ -34,7 +34,7 @@ pub struct Options {
 pub fn run(options: &Options) -> Result<()> {
     setup::run()?;
     ui::heading("fuzz");
-    let seed = options.seed.unwrap_or_else(new_seed);
+    let seed = options.seed.unwrap_or_else(ui::new_seed);
     ui::step(Mark::Ok, "seed", &seed.to_string());
     let mut command = cargo::at_root()?;
     command.arg("test");
@@ -63,9 +63,4 @@ pub fn run(options: &Options) -> Result<()> {
     );
     ui::step(Mark::Ok, "fuzz", &detail);
     Ok(())
-}
-
-fn new_seed() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    now.map_or(0, |now| now.as_secs())
 }

@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 
 use crate::ui::{self, Mark};
+use crate::vm::version_of;
 
 const BTF: &str = "/sys/kernel/btf/vmlinux";
 /// SK_STORAGE from cgroup programs, sk_lookup, bpf_sk_assign and BTF relocation are all there from here on.
-const OLDEST_KERNEL: (u32, u32) = (5, 15);
+pub const OLDEST_KERNEL: (u32, u32) = (5, 15);
 
 /// Checks everything and returns the cgroup2 mount point.
 pub fn check(what: &str) -> Result<PathBuf> {
@@ -52,14 +53,11 @@ pub fn check(what: &str) -> Result<PathBuf> {
 }
 
 fn kernel_is_new_enough(release: &str) -> Result<()> {
-    let mut numbers = release
-        .split(|c: char| !c.is_ascii_digit())
-        .map(str::parse::<u32>);
-    let (Some(Ok(major)), Some(Ok(minor))) = (numbers.next(), numbers.next()) else {
+    let Some(version) = version_of(release) else {
         bail!("cannot read a version out of kernel release {release:?}");
     };
     let (want_major, want_minor) = OLDEST_KERNEL;
-    if (major, minor) < OLDEST_KERNEL {
+    if version < OLDEST_KERNEL {
         bail!("kernel {release} is too old: boot {want_major}.{want_minor} or newer");
     }
     Ok(())

@@ -20,7 +20,7 @@ static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 #[derive(Args)]
 pub struct Options {
     /// How long connections are made
-    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=10_080))]
     minutes: u64,
     /// Where everything random comes from [default: another one each time]
     #[arg(long)]

@@ -25,8 +25,8 @@ pub struct Options {
     /// Run only tests whose name contains this
     filter: Option<String>,
     /// How many kernel-level tests run at once: they share the machine's global state
-    #[arg(long, value_name = "N", default_value_t = 3)]
-    threads: usize,
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=64))]
+    threads: u32,
     /// Write this machine's kernel into docs/kernel-support.md
     #[arg(long, conflicts_with = "filter")]
     table: bool,
@@ -54,6 +54,8 @@ pub fn run(options: &Options) -> Result<()> {
     preflight::check("test")?;
     setup::run()?;
     let skips = Skips::new(&cargo::workspace()?.root)?;
+    // Before the build: the sources may change while tests run.
+    let sources = vm::hash_of_sources()?;
 
     // Every step runs even after one has failed: one run then shows all there is to mend.
     let mut outcomes = vec![
@@ -81,7 +83,7 @@ pub fn run(options: &Options) -> Result<()> {
     outcomes.push(skip_outcome(&skips)?);
     if options.table && built {
         let (found, verdict) = found(&outcomes, &skips)?;
-        vm::write_own_row(found, verdict)?;
+        vm::write_own_row(&sources, found, verdict)?;
     }
 
     ui::heading("summary");
@@ -181,7 +183,7 @@ fn unit_tests(options: &Options, skips: &Skips) -> Result<Command> {
     Ok(command)
 }
 
-fn kernel_tests(threads: usize, filters: &[&str], skips: &Skips) -> Result<Command> {
+fn kernel_tests(threads: u32, filters: &[&str], skips: &Skips) -> Result<Command> {
     let mut command = test_command(skips)?;
     command.args(["--package", KERNEL_TESTS, "--no-fail-fast", "--"]);
     command

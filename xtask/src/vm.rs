@@ -6,6 +6,7 @@ mod elf;
 mod image;
 mod init;
 mod job;
+mod keep;
 mod kernel;
 mod modules;
 mod programs;
@@ -32,8 +33,10 @@ use programs::Programs;
 use qemu::{Accelerator, Ended, Guest, Size};
 
 pub use init::run as init;
+pub use kernel::version_of;
 pub use report::{Verdict, write_own_row};
 pub use results::Found;
+pub use sources::hash as hash_of_sources;
 
 /// What is booted where nothing else is said.
 const DEFAULT_KERNEL: &str = "6.12";
@@ -92,7 +95,7 @@ pub struct Machine {
 #[derive(Args)]
 pub struct Limit {
     /// Seconds of wall-clock time that a guest's job may take
-    #[arg(long, value_name = "SECONDS", default_value_t = 1800)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 1800, value_parser = clap::value_parser!(u64).range(1..=604_800))]
     limit: u64,
 }
 
@@ -123,8 +126,10 @@ impl Run {
             |line| println!("{line}"),
         )?;
         match ended.console.status("command") {
-            Some(status) => Ok(ExitCode::from(u8::try_from(status).unwrap_or(1))),
-            None => bail!("{}: {}", kernel.name, Verdict::of(&ended)),
+            Some(status) if ended.console.fatal().is_none() => {
+                Ok(ExitCode::from(u8::try_from(status).unwrap_or(1)))
+            }
+            _ => bail!("{}: {}", kernel.name, Verdict::of(&ended)),
         }
     }
 }
@@ -159,9 +164,13 @@ impl Machine {
     ) -> Result<Ended> {
         let mut output = output;
         let limit = Duration::from_secs(limit.limit);
-        self.with_guest(kernel, image, job, programs, |guest| {
+        let ended = self.with_guest(kernel, image, job, programs, |guest| {
             guest.run(limit, &mut output)
-        })
+        })?;
+        if let Some((_, line)) = &ended.console.disaster {
+            ui::warn(line);
+        }
+        Ok(ended)
     }
 
     fn with_guest<T>(
@@ -190,7 +199,9 @@ impl Machine {
         let initramfs = tempfile::tempfile_in(folder()?)?;
         image.write(&initramfs)?;
         let by_descriptor = format!("/proc/{}/fd/{}", process::id(), initramfs.as_raw_fd());
-        let log = folder()?.join(format!("console-{}.log", kernel.file_name()));
+        // Other calls may boot the same kernel meanwhile.
+        let log = format!("console-{}-{}.log", kernel.file_name(), process::id());
+        let log = folder()?.join(log);
         let guest = Guest {
             log: &log,
             kernel,

@@ -6,10 +6,7 @@ use super::job::Mark;
 const DISASTERS: &[(&str, Disaster)] = &[
     ("Kernel panic - not syncing", Disaster::Panic),
     ("watchdog: BUG: soft lockup", Disaster::Lockup),
-    (
-        "NMI watchdog: Watchdog detected hard LOCKUP",
-        Disaster::Lockup,
-    ),
+    ("Watchdog detected hard LOCKUP", Disaster::Lockup),
     ("rcu: INFO: rcu_", Disaster::Stall),
     ("BUG: ", Disaster::Oops),
     ("Oops: ", Disaster::Oops),
@@ -87,6 +84,32 @@ impl Console {
             Mark::End(ended, status) if ended == name => Some(*status),
             _ => None,
         })
+    }
+
+    /// Whether the job has begun.
+    pub fn is_started(&self) -> bool {
+        self.marks.contains(&Mark::Started)
+    }
+
+    /// Whether the command of that name has begun.
+    pub fn has_begun(&self, name: &str) -> bool {
+        self.marks.contains(&Mark::Begin(name.to_owned()))
+    }
+
+    /// What should not be, as the guest's first process told it last.
+    fn trouble(&self) -> Option<&str> {
+        self.marks.iter().rev().find_map(|mark| match mark {
+            Mark::Trouble(text) => Some(text.as_str()),
+            _ => None,
+        })
+    }
+
+    /// Why a guest ended that has said nothing of it: what its first process told, or else its last lines.
+    pub fn last_words(&self) -> String {
+        match self.trouble() {
+            Some(trouble) => trouble.to_owned(),
+            None => format!("ended without a word: {}", self.tail.join("\n")),
+        }
     }
 
     /// The command that has begun and not ended.

@@ -7,6 +7,7 @@ use std::str::FromStr;
 
 use anyhow::{Context as _, Result, bail};
 
+use super::keep;
 use crate::cargo;
 use crate::debian::{self, PrivateApt};
 use crate::ui::{self, Mark};
@@ -86,34 +87,41 @@ impl fmt::Display for Wanted {
 }
 
 impl Wanted {
+    /// Whether it is an image of one's own.
+    pub fn is_image(&self) -> bool {
+        matches!(self, Self::Image(_))
+    }
+
     /// Finds it, or fetches it.
     pub fn get(&self) -> Result<Kernel> {
+        if std::env::consts::ARCH != "x86_64" {
+            bail!("--kernel {self}: guests are booted on x86_64 only");
+        }
         match self {
             Self::Image(image) => Ok(Kernel {
                 name: self.to_string(),
                 image: image.clone(),
-                modules: beside(image),
+                modules: beside(image)?,
             }),
             Self::Version(major, minor) => packaged(*major, *minor),
         }
     }
 }
 
-fn beside(image: &Path) -> Option<PathBuf> {
-    let folder = image.parent()?;
-    only_entry(&folder.join("lib/modules")).ok()
+fn beside(image: &Path) -> Result<Option<PathBuf>> {
+    let folder = image.with_file_name("lib/modules");
+    folder.is_dir().then(|| only_entry(&folder)).transpose()
 }
 
 fn packaged(major: u32, minor: u32) -> Result<Kernel> {
-    if std::env::consts::ARCH != "x86_64" {
-        bail!("--kernel {major}.{minor}: packages are booted on x86_64 only");
-    }
     let folder = cargo::workspace()?
         .target
         .join(format!("vm/linux-{major}-{minor}"));
+    let lock = keep::lock()?;
     if !folder.is_dir() {
         fetch(major, minor, &folder)?;
     }
+    drop(lock);
     let release = only_entry(&folder.join("lib/modules"))?;
     Ok(Kernel {
         name: format!("{major}.{minor}"),
@@ -243,6 +251,12 @@ fn only_entry(folder: &Path) -> Result<PathBuf> {
     let entry = entries
         .next()
         .with_context(|| format!("{} is empty", folder.display()))??;
+    if entries.next().is_some() {
+        bail!(
+            "{} has more than one entry: only one is expected",
+            folder.display()
+        );
+    }
     Ok(entry.path())
 }
 

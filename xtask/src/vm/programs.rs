@@ -1,7 +1,8 @@
 //! What is built here and run there.
 
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{self, Stdio};
 
 use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
@@ -69,7 +70,7 @@ impl Programs {
         let sources = sources::hash()?;
         cargo::build(false)?;
         let programs = Self {
-            folder: tempfile::tempdir_in(super::folder()?)?,
+            folder: folder()?,
             sources,
             tests: Vec::new(),
             all_tests: Vec::new(),
@@ -149,6 +150,28 @@ impl Programs {
         }
         Ok(())
     }
+}
+
+/// A directory named after this process, which goes with the value. Those of others that were killed are removed.
+fn folder() -> Result<TempDir> {
+    const PREFIX: &str = "programs-";
+    let parent = super::folder()?;
+    for entry in fs::read_dir(&parent)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let pid = name
+            .strip_prefix(PREFIX)
+            .and_then(|rest| rest.split_once('-'));
+        if let Some((pid, _)) = pid
+            && !Path::new("/proc").join(pid).exists()
+        {
+            // Another call may be removing it too.
+            fs::remove_dir_all(entry.path()).ok();
+        }
+    }
+    let prefix = format!("{PREFIX}{}-", process::id());
+    let folder = tempfile::Builder::new().prefix(&prefix).tempdir_in(parent);
+    folder.context("cannot make a directory for programs")
 }
 
 /// Names and paths of the test programs among what cargo has built.

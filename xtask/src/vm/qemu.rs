@@ -5,7 +5,7 @@ use std::io::{BufRead as _, BufReader, Read, Write as _};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::str::FromStr;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use anyhow::{Context as _, Result, bail};
 use indicatif::ProgressBar;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use wait_timeout::ChildExt as _;
 
 use super::console::Console;
 use super::job;
@@ -44,6 +45,9 @@ const BOOT_LIMIT: Duration = Duration::from_secs(180);
 const PROBE_LIMIT: Duration = Duration::from_secs(10);
 /// Between the last mark and the end of qemu.
 const POWER_OFF_LIMIT: Duration = Duration::from_secs(20);
+
+/// So many lines wait to be read; then the guest waits.
+const LINES: usize = 1024;
 
 /// Everything from a panic to a lock-up ends the guest, and is told on the console. What guards against other users of the
 /// processor and against freed memory is off, and programs are always at the same addresses: an emulator can then use again
@@ -94,8 +98,12 @@ pub fn accelerator(asked: Option<Accelerator>, kernel: &Kernel) -> Result<Accele
         Some("tcg") => return Ok(Accelerator::Tcg),
         _ => {}
     }
+    let started = Instant::now();
     let works = kvm_works(kernel)?;
-    fs::write(&file, boot + if works { "kvm" } else { "tcg" })?;
+    // One that failed at once may be this kernel's fault, and costs nothing to repeat.
+    if works || started.elapsed() >= PROBE_LIMIT {
+        fs::write(&file, boot + if works { "kvm" } else { "tcg" })?;
+    }
     Ok(if works {
         Accelerator::Kvm
     } else {
@@ -119,12 +127,12 @@ fn kvm_works(kernel: &Kernel) -> Result<bool> {
 }
 
 fn qemu(kernel: &Kernel, accelerator: Accelerator, size: Size) -> Result<Command> {
-    let name = format!("qemu-system-{}", std::env::consts::ARCH);
-    if find_program(&name).is_none() && std::env::consts::ARCH == "x86_64" {
+    const NAME: &str = "qemu-system-x86_64";
+    if find_program(NAME).is_none() {
         setup::install_packages(&["qemu-system-x86"])?;
     }
-    let program = find_program(&name)
-        .with_context(|| format!("no {name}: install it with this system's package manager"))?;
+    let program = find_program(NAME)
+        .with_context(|| format!("no {NAME}: install it with this system's package manager"))?;
     // A killed xtask must not leave a guest behind.
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "--"]).arg(program);
@@ -203,7 +211,7 @@ impl Guest<'_> {
             .stderr(Stdio::piped())
             .spawn()
             .context("cannot run qemu")?;
-        let (events, received) = channel();
+        let (events, received) = sync_channel(LINES);
         follow(child.stderr.take(), events.clone(), Event::Console, true);
         follow(child.stdout.take(), events, Event::Output, false);
         let ended = self.watch(&received, limit, &mut output);
@@ -230,13 +238,15 @@ impl Guest<'_> {
         ));
         spinner.enable_steady_tick(Duration::from_millis(100));
         let (mut console, mut boot) = (Console::default(), None);
-        let mut log = fs::File::create(self.log)
+        let mut log = fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.log)
             .with_context(|| format!("cannot make {}", self.log.display()))?;
         let started = Instant::now();
         let mut deadline = started + BOOT_LIMIT;
         let end = loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            match received.recv_timeout(left) {
+            match receive(received, deadline) {
                 Ok(Event::Output(line)) => output(&line),
                 Ok(Event::ConsoleClosed) | Err(RecvTimeoutError::Disconnected) => {
                     break End::PoweredOff;
@@ -281,20 +291,21 @@ impl Guest<'_> {
             .stderr(Stdio::piped())
             .spawn()
             .context("cannot run qemu")?;
-        let (events, received) = channel();
+        let (events, received) = sync_channel(LINES);
         follow(child.stderr.take(), events, Event::Console, true);
         let mut console = Console::default();
         let boot = Instant::now() + BOOT_LIMIT;
         let trouble = loop {
-            let event = if console.marks.is_empty() {
-                received.recv_timeout(boot.saturating_duration_since(Instant::now()))
-            } else {
+            let event = if console.is_started() {
                 received.recv().map_err(RecvTimeoutError::from)
+            } else {
+                receive(&received, boot)
             };
             match event {
                 Ok(Event::Console(line)) => console.read(&line),
                 Err(RecvTimeoutError::Timeout) => break Some("it did not boot".to_owned()),
-                Ok(_) | Err(RecvTimeoutError::Disconnected) => break None,
+                Ok(_) | Err(RecvTimeoutError::Disconnected) if console.is_started() => break None,
+                Ok(_) | Err(RecvTimeoutError::Disconnected) => break Some(console.last_words()),
             };
             if let Some((_, line)) = console.fatal() {
                 break Some(line.clone());
@@ -303,7 +314,10 @@ impl Guest<'_> {
         // qemu has to set the terminal back.
         let pid = Pid::from_raw(child.id().cast_signed());
         kill(pid, Signal::SIGTERM).ok();
-        child.wait()?;
+        if child.wait_timeout(POWER_OFF_LIMIT)?.is_none() {
+            child.kill().ok();
+            child.wait()?;
+        }
         match trouble {
             Some(what) => bail!("{}: {what}", self.kernel.name),
             None => Ok(()),
@@ -311,10 +325,19 @@ impl Guest<'_> {
     }
 }
 
+/// The next event, unless it is too late: a guest that never stops writing has to end too.
+fn receive(received: &Receiver<Event>, deadline: Instant) -> Result<Event, RecvTimeoutError> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(RecvTimeoutError::Timeout);
+    }
+    received.recv_timeout(left)
+}
+
 /// Sends each line of a stream, without line ends and control characters at its end.
 fn follow(
     stream: Option<impl Read + Send + 'static>,
-    events: Sender<Event>,
+    events: SyncSender<Event>,
     event: fn(String) -> Event,
     tell_end: bool,
 ) {

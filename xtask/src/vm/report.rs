@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use comfy_table::Table;
 
+use super::keep;
 use super::kernel::{self, Kernel};
 use super::qemu::{End, Ended};
 use super::results::Found;
@@ -52,10 +53,9 @@ impl Verdict {
             )),
             (_, End::JobLimit) => Self::TimedOut(format!("stopped{running}")),
             (_, End::PoweredOff) if ended.console.is_done() => Self::Passed,
-            (_, End::PoweredOff) => Self::Kernel(format!(
-                "ended{running} without a word: {}",
-                ended.console.tail.join("\n")
-            )),
+            (_, End::PoweredOff) => {
+                Self::Kernel(format!("stopped{running}: {}", ended.console.last_words()))
+            }
         }
     }
 
@@ -86,6 +86,8 @@ pub struct Row {
     pub kernel: String,
     /// As `uname -r` tells it.
     pub release: String,
+    /// The hash of the sources of the `redirect` that ran there.
+    pub sources: String,
     /// Whether every program loaded and attached; None if that was not seen.
     pub loads: Option<bool>,
     /// What the tests found.
@@ -97,9 +99,10 @@ pub struct Row {
     pub took: Duration,
 }
 
-const HEADER: [&str; 6] = [
+const HEADER: [&str; 7] = [
     "kernel",
     "release",
+    "redirect",
     "loads and attaches",
     "tests",
     "skipped",
@@ -112,6 +115,7 @@ impl Row {
         Self {
             kernel,
             release: String::new(),
+            sources: String::new(),
             loads: None,
             found: Found::default(),
             of: String::new(),
@@ -122,14 +126,15 @@ impl Row {
     }
 
     /// Of a kernel that is here.
-    pub fn of(kernel: &Kernel, verdict: Verdict) -> Self {
+    pub fn of(kernel: &Kernel, sources: &str, verdict: Verdict) -> Self {
         Self {
             release: kernel.release().unwrap_or_default(),
+            sources: sources.to_owned(),
             ..Self::new(kernel.name.clone(), verdict)
         }
     }
 
-    fn cells(&self) -> [String; 6] {
+    fn cells(&self) -> [String; 7] {
         let loads = match self.loads {
             Some(true) => "yes",
             Some(false) => "no",
@@ -143,6 +148,7 @@ impl Row {
         [
             self.kernel.clone(),
             self.release.clone(),
+            self.sources.chars().take(SHOWN).collect(),
             loads.to_owned(),
             tests,
             self.found.skipped.len().to_string(),
@@ -150,6 +156,9 @@ impl Row {
         ]
     }
 }
+
+/// So many digits of a hash tell builds apart.
+const SHOWN: usize = 8;
 
 /// For the terminal.
 pub fn print(rows: &[Row]) {
@@ -174,6 +183,7 @@ const END: &str = "<!-- end -->\n";
 /// Replaces these kernels' lines of the table in the documentation; what was known of one that was not booted stays.
 pub fn write_document(rows: &[Row]) -> Result<()> {
     let path = cargo::workspace()?.root.join(DOCUMENT);
+    let _lock = keep::lock()?;
     let text = fs::read_to_string(&path).with_context(|| format!("cannot read {DOCUMENT}"))?;
     let booted = rows
         .iter()
@@ -181,17 +191,18 @@ pub fn write_document(rows: &[Row]) -> Result<()> {
     let lines = booted.map(|row| line(&row.cells())).collect();
     let text = replace(&text, lines)
         .with_context(|| format!("{DOCUMENT} has no place for the table: {BEGIN}{END}"))?;
-    fs::write(&path, text).with_context(|| format!("cannot write {DOCUMENT}"))
+    keep::write(&path, &text)
 }
 
-/// The same with the line of the kernel that this machine runs, on which all tests have run.
-pub fn write_own_row(found: Found, verdict: Verdict) -> Result<()> {
+/// The same with the line of the kernel that this machine runs, on which all tests have run with the `redirect` of these sources.
+pub fn write_own_row(sources: &str, found: Found, verdict: Verdict) -> Result<()> {
     let release = nix::sys::utsname::uname()?;
     let release = release.release().to_string_lossy();
     let (major, minor) = kernel::version_of(&release)
         .with_context(|| format!("uname -r: {release} has no version"))?;
     write_document(&[Row {
         release: release.into_owned(),
+        sources: sources.to_owned(),
         loads: verdict.is_good().then_some(true),
         found,
         of: "all, on a machine".to_owned(),

@@ -3,12 +3,14 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::ErrorKind;
 use std::iter::Sum;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
+use super::keep;
 use super::kernel::Kernel;
 use super::programs::Programs;
 use super::report::Verdict;
@@ -69,34 +71,39 @@ impl Results {
             redirect: programs.sources.clone(),
             programs: BTreeMap::new(),
         };
-        let text = fs::read(path(kernel)?).unwrap_or_default();
+        let path = path(kernel)?;
+        let text = match fs::read(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
+            other => other.with_context(|| format!("cannot read {}", path.display()))?,
+        };
         // A file of another version of this program tells nothing.
-        let known: Self = serde_json::from_slice(&text).unwrap_or_default();
+        let mut known: Self = serde_json::from_slice(&text).unwrap_or_default();
+        known
+            .programs
+            .retain(|name, _| programs.all_tests.contains(name));
         let is_of_these =
             (&known.release, &known.redirect) == (&nothing.release, &nothing.redirect);
         Ok(if is_of_these { known } else { nothing })
     }
 
-    /// Enters what was found now; a program that did not end, or skipped what it may not, has no result any more.
-    /// Others may have done the same since this was read.
+    /// Enters what was found now; a program of which nothing is to be kept, or that skipped what it may not, has no result any
+    /// more. Others may have done the same since this was read.
     pub fn update(
         kernel: &Kernel,
         programs: &Programs,
-        found: BTreeMap<String, Found>,
+        found: BTreeMap<String, Option<Found>>,
         skips: &Skips,
     ) -> Result<Self> {
+        let _lock = keep::lock()?;
         let mut results = Self::read(kernel, programs)?;
         for (name, found) in found {
-            if found.is_complete() && found.skipped.iter().all(|line| skips.allows(line)) {
-                results.programs.insert(name, found);
-            } else {
-                results.programs.remove(&name);
-            }
+            match found.filter(|found| found.skipped.iter().all(|line| skips.allows(line))) {
+                Some(found) => results.programs.insert(name, found),
+                None => results.programs.remove(&name),
+            };
         }
-        let path = path(kernel)?;
         let text = serde_json::to_string_pretty(&results)? + "\n";
-        fs::create_dir_all(path.parent().context("a file has a directory")?)?;
-        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        keep::write(&path(kernel)?, &text)?;
         Ok(results)
     }
 

@@ -12,6 +12,7 @@ use crate::cargo;
 /// What `redirect` is made of.
 const SOURCES: &[&str] = &[
     "Cargo.lock",
+    "Cargo.toml",
     "redirect-common/Cargo.toml",
     "redirect-common/src",
     "redirect-ebpf/Cargo.toml",

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
+use std::slice;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::Args;
 
 use super::console::Console;
@@ -15,16 +16,17 @@ use super::programs::{Programs, TESTS};
 use super::report::{self, Row, Verdict};
 use super::results::{Found, Results};
 use super::{Limit, Machine, qemu::Ended};
+use crate::preflight::OLDEST_KERNEL;
 use crate::test::{SKIP_LOG, Skips};
 use crate::{cargo, ui};
 
-/// What the loader says it needs; it refuses what is older.
-const OLDEST: (u32, u32) = (5, 15);
 const LOAD: &str = "load";
 /// So many tests that fail may be the emulator's fault: whether they are is seen when each runs alone.
 const AGAIN_AT_MOST: usize = 10;
 /// Begins the line before what a test program writes.
 const RUNNING: &str = "     Running ";
+/// Begins what a test that skips writes.
+const SKIP: &str = "SKIP ";
 /// Where the tests are told.
 const SLOWNESS: &str = "REDIRECT_SLOWNESS";
 
@@ -41,8 +43,8 @@ pub struct Options {
     #[arg(long = "test", value_name = "NAME")]
     tests: Vec<String>,
     /// How many tests of a program run at once
-    #[arg(long, value_name = "N", default_value_t = 4)]
-    threads: usize,
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
+    threads: u32,
     /// How many times longer than usual the tests wait
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
     slowness: u32,
@@ -87,8 +89,9 @@ impl Output {
         let Some(name) = &self.current else { return };
         let found = self.by_program.entry(name.clone()).or_default();
         found.tally.read(line);
-        if line.starts_with("SKIP ") {
-            found.skipped.push(line.to_owned());
+        // Before it may stand the name of a test whose result is not there yet.
+        if let Some((_, skip)) = line.split_once(SKIP) {
+            found.skipped.push(format!("{SKIP}{skip}"));
         }
     }
 
@@ -101,6 +104,19 @@ impl Output {
         let programs = self.by_program.iter();
         let failed = programs.filter(|(_, found)| !found.tally.failures().is_empty());
         failed.map(|(name, _)| name.clone()).collect()
+    }
+
+    /// What is to be kept of these test programs, of those that have begun: nothing of one that did not end well, and nothing at
+    /// all if the kernel went wrong.
+    fn kept(&self, names: &[String], console: &Console) -> BTreeMap<String, Option<Found>> {
+        let unexplained = self.unexplained(names, console);
+        let begun = names.iter().filter(|name| console.has_begun(name));
+        let kept = begun.map(|name| {
+            let is_sound = console.fatal().is_none() && !unexplained.contains(name);
+            let found = self.by_program.get(name).filter(|_| is_sound);
+            (name.clone(), found.cloned())
+        });
+        kept.collect()
     }
 
     /// Those of these test programs that did not come to their end, or ended with a status that their tests do not explain.
@@ -118,6 +134,14 @@ impl Output {
 }
 
 pub fn run(options: &Options) -> Result<ExitCode> {
+    let mut images = options.kernels.iter().filter(|kernel| kernel.is_image());
+    if let Some(image) = images.next()
+        && (options.table || options.rest)
+    {
+        bail!(
+            "--kernel {image}: nothing is kept of images; with --table or --rest, allowed are versions such as 6.12"
+        );
+    }
     let programs = Programs::build_with_tests(&options.tests)?;
     let mut rows = Vec::new();
     for wanted in &options.kernels {
@@ -128,11 +152,11 @@ pub fn run(options: &Options) -> Result<ExitCode> {
             Err(why) => Row::new(wanted.to_string(), Verdict::NotThere(format!("{why:#}"))),
         };
         anstream::println!("{}: {}", row.kernel, row.verdict);
-        rows.push(row);
         // Each time: a run of many kernels is long, and may be broken off.
         if options.table {
-            report::write_document(&rows)?;
+            report::write_document(slice::from_ref(&row))?;
         }
+        rows.push(row);
     }
     ui::heading("kernels");
     report::print(&rows);
@@ -145,7 +169,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
 }
 
 fn is_too_old(wanted: &Wanted) -> bool {
-    matches!(wanted, Wanted::Version(major, minor) if (*major, *minor) < OLDEST)
+    matches!(wanted, Wanted::Version(major, minor) if (*major, *minor) < OLDEST_KERNEL)
 }
 
 fn one(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Row> {
@@ -157,7 +181,7 @@ fn one(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Row> {
             loads: Some(true),
             found: known.sum(),
             of: known.of(&programs.all_tests),
-            ..Row::of(kernel, known.verdict())
+            ..Row::of(kernel, &programs.sources, known.verdict())
         });
     }
     let mut arguments = vec![format!("--test-threads={}", options.threads)];
@@ -170,7 +194,7 @@ fn one(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Row> {
         loads: ended.console.status(LOAD).map(|status| status == 0),
         boot: ended.boot,
         took,
-        ..Row::of(kernel, verdict)
+        ..Row::of(kernel, &programs.sources, verdict)
     };
     if !options.table {
         return Ok(Row {
@@ -182,7 +206,8 @@ fn one(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Row> {
     for found in output.by_program.values_mut() {
         found.passed_alone = matches!(verdict, Verdict::PassedAlone(_));
     }
-    let known = Results::update(kernel, programs, output.by_program, &skips)?;
+    let kept = output.kept(&names, &ended.console);
+    let known = Results::update(kernel, programs, kept, &skips)?;
     // What is wrong now comes first.
     let verdict = if verdict.is_good() {
         known.verdict()
@@ -227,7 +252,14 @@ fn judge(
     } else if failures.is_empty() {
         Ok(verdict)
     } else if failures.len() <= AGAIN_AT_MOST
-        && pass_alone(options, kernel, programs, &output.with_failures(), failures)?
+        && pass_alone(
+            options,
+            kernel,
+            programs,
+            &output.with_failures(),
+            failures,
+            skips,
+        )?
     {
         Ok(Verdict::PassedAlone(failures.to_vec()))
     } else {
@@ -242,17 +274,19 @@ fn pass_alone(
     programs: &Programs,
     names: &[String],
     failures: &[String],
+    skips: &Skips,
 ) -> Result<bool> {
     ui::heading(&format!("Linux {}: the failed ones alone", kernel.name));
     let words = ["--test-threads=1", "--exact"].map(str::to_owned);
     let arguments = [&words, failures].concat();
     let job = tests(options, names, &arguments);
     let (ended, output, _) = boot(options, kernel, programs, job)?;
-    let tally = output.sum().tally;
+    let found = output.sum();
     Ok(Verdict::of(&ended) == Verdict::Passed
-        && tally.is_complete()
-        && tally.failures().is_empty()
-        && tally.passed() >= failures.len() as u64)
+        && output.unexplained(names, &ended.console).is_empty()
+        && found.skipped.iter().all(|line| skips.allows(line))
+        && found.tally.failures().is_empty()
+        && found.tally.passed() >= failures.len() as u64)
 }
 
 /// Loads and attaches, then runs these test programs with these arguments.
@@ -268,7 +302,8 @@ fn tests(options: &Options, names: &[String], arguments: &[String]) -> Job {
         ..shell(LOAD, SCRIPT)
     };
     let mut commands = vec![load];
-    let run = format!("echo '{RUNNING}'$0; exec $0 \"$@\"");
+    // What an earlier one has left running may not have ended its line.
+    let run = format!("echo; echo '{RUNNING}'$0; exec $0 \"$@\"");
     commands.extend(names.iter().map(|name| {
         let program = ["sh", "-c", &run, &format!("{TESTS}/{name}")].map(str::to_owned);
         GuestCommand {
@@ -307,7 +342,7 @@ fn refusal(options: &Options, kernel: &Kernel, programs: &Programs) -> Result<Ro
         loads: Some(false),
         boot: ended.boot,
         took,
-        ..Row::of(kernel, verdict)
+        ..Row::of(kernel, &programs.sources, verdict)
     })
 }
 
@@ -330,9 +365,6 @@ fn boot(
             output.read(line);
         },
     )?;
-    if let Some((_, line)) = &ended.console.disaster {
-        ui::warn(line);
-    }
     Ok((ended, output, started.elapsed()))
 }
 
@@ -344,14 +376,20 @@ fn shell(name: &str, script: &str) -> GuestCommand {
 mod tests {
     use super::*;
 
-    fn unexplained(lines: &[&str], status: i32) -> Vec<String> {
+    fn ended(lines: &[&str], status: i32) -> (Output, Console) {
         let mut output = Output::default();
         let begin = format!("{RUNNING}/vm/deps/dns");
         for line in [&[begin.as_str()], lines].concat() {
             output.read(line);
         }
         let mut console = Console::default();
+        console.read("redirect-vm: begin dns");
         console.read(&format!("redirect-vm: end dns {status}"));
+        (output, console)
+    }
+
+    fn unexplained(lines: &[&str], status: i32) -> Vec<String> {
+        let (output, console) = ended(lines, status);
         output.unexplained(&["dns".to_owned()], &console)
     }
 
@@ -377,5 +415,33 @@ mod tests {
         let nothing = Output::default();
         let names = ["dns".to_owned()];
         assert_eq!(nothing.unexplained(&names, &Console::default()), names);
+    }
+
+    #[test]
+    fn result_of_what_did_not_end_well_is_not_kept() {
+        let names = ["dns", "outbound"].map(str::to_owned);
+        let passed = ["running 1 test", "test result: ok. 1 passed; 0 failed"];
+        let kept = |status, console_line: &str| {
+            let (output, mut console) = ended(&passed, status);
+            console.read(console_line);
+            output.kept(&names, &console)
+        };
+        let sound = kept(0, "");
+        // The other one has not begun: what was known of it before still is.
+        assert_eq!(sound.keys().collect::<Vec<_>>(), ["dns"]);
+        assert!(sound["dns"].is_some());
+        assert_eq!(kept(139, "")["dns"], None);
+        assert_eq!(kept(0, "BUG: scheduling while atomic")["dns"], None);
+        let mut broken_off = Console::default();
+        broken_off.read("redirect-vm: begin dns");
+        assert_eq!(Output::default().kept(&names, &broken_off)["dns"], None);
+    }
+
+    #[test]
+    fn skip_is_seen_wherever_it_is_told() {
+        let skip = "SKIP envoy::a: no Envoy";
+        let behind = format!("test envoy::b ... {skip}");
+        let (output, _) = ended(&[skip, &behind, "test envoy::a ... ok"], 0);
+        assert_eq!(output.sum().skipped, [skip, skip]);
     }
 }
