@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use aya::programs::links::Link as _;
 use aya::programs::tc::{
     NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact,
@@ -35,6 +35,9 @@ const PRIORITY: u16 = 15_001;
 const HANDLE: u32 = 1;
 
 const ETHERNET_HEADER: u32 = 14;
+
+/// Interfaces of one namespace: a sixteenth of `INTERFACES`, as no pod is to take the room of the others.
+const MOST_INTERFACES: usize = 256;
 
 /// Program of each side.
 const PROGRAMS: [(Direction, Entered); 2] = [
@@ -74,6 +77,11 @@ pub fn add(
     }
     let netns_cookie = netns.cookie()?;
     let wanted = matching(netns, patterns)?;
+    ensure!(
+        wanted.len() <= MOST_INTERFACES,
+        "--kube-virt-interfaces: {} interfaces of {netns} match; at most {MOST_INTERFACES} fit for one namespace, as others need room too",
+        wanted.len()
+    );
     for pattern in patterns {
         if !wanted.iter().any(|found| pattern.matches(&found.name)) {
             tracing::warn!(

@@ -212,8 +212,7 @@ pub fn route_entries(netns_cookie: u64, table: &RoutingTable) -> HashMap<RoutePr
     let secondary: HashSet<IpAddr> = sources
         .into_iter()
         .filter(|source| {
-            let routes = table.routes.iter().filter(|r| r.prefix.contains(source));
-            let route = routes.max_by_key(|route| route.prefix.prefix_len());
+            let route = table.route_to(*source);
             route.is_some_and(|route| route.source != *source)
         })
         .collect();

@@ -1,4 +1,5 @@
 //! A map without room: attaching one more pod fails, says which map is full and changes nothing; pods that are attached stay so.
+//! And none has more than its part of the room.
 #![allow(
     missing_docs,
     reason = "a test binary has no readers of its documentation"
@@ -8,7 +9,7 @@
     reason = "a test panics where it fails, also in its helpers"
 )]
 
-use std::{thread, time::Duration};
+use std::{net::Ipv4Addr, thread, time::Duration};
 
 use redirect_common::{
     pod::PodConfig,
@@ -99,6 +100,58 @@ fn one_pod_too_many(map: &str, fills: impl FnOnce(&Scene) -> (Empty, Option<i32>
         // Negative control: with room, it is attached.
         run(&mut attach(&scene, &OPTIONS));
         assert_eq!(ends(&mut scene, None).unwrap(), OTHER);
+        run(&mut detach(&scene));
+        run(&mut detach(&other));
+    });
+}
+
+/// What a pod with CAP_NET_ADMIN may do before it is attached, and afterwards.
+#[rstest]
+#[case::routes(
+    OTHER_OPTIONS,
+    (0..=1 << 14).map(|n: u32| format!("route add blackhole {}", Ipv4Addr::from_bits(0x0b00_0000 | n))),
+    "route flush type blackhole",
+    "at most 16384"
+)]
+#[case::interfaces(
+    Options { virtual_interfaces: "full+", ..OTHER_OPTIONS },
+    (1..=256).map(|n| format!("link add full{n} group 77 type bridge")),
+    "link del group 77",
+    "at most 256"
+)]
+fn no_pod_takes_the_room_of_others(
+    #[case] options: Options,
+    #[case] too_many: impl Iterator<Item = String> + Send,
+    #[case] none: &str,
+    #[case] told: &str,
+) {
+    bpffs::private(|| {
+        let (mut scene, mut other) = (faults::scene(), faults::scene());
+        run(&mut attach(&other, &THIRD_OPTIONS));
+        scene.pod.netns.ip("link add full0 type bridge");
+        let too_many = too_many.collect::<Vec<_>>().join("\n");
+        let refused = |scene: &Scene, other: &Scene| {
+            scene.pod.netns.ip(&too_many);
+            let before = Traces::read([scene, other]);
+            let output = finish(&mut attach(scene, &options));
+            let said = errors(&output);
+            let one_line = said.trim_end().lines().count() == 1;
+            assert!(
+                output.status.code() == Some(1) && one_line && said.contains(told),
+                "{output:?}"
+            );
+            let now = Traces::read([scene, other]);
+            assert_eq!(now.differences(&before), Vec::<String>::new());
+            scene.pod.netns.ip(none);
+        };
+        refused(&scene, &other);
+        assert_eq!(ends(&mut scene, None).unwrap(), DIRECT);
+        // Negative control: with fewer, it is attached; and it stays so.
+        run(&mut attach(&scene, &options));
+        assert_eq!(ends(&mut scene, None).unwrap(), OTHER);
+        refused(&scene, &other);
+        assert_eq!(ends(&mut scene, None).unwrap(), OTHER);
+        assert_eq!(ends(&mut other, None).unwrap(), THIRD);
         run(&mut detach(&scene));
         run(&mut detach(&other));
     });

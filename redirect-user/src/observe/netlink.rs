@@ -12,6 +12,8 @@ use netlink_sys::{Socket, SocketAddr};
 
 /// How often a dump is repeated when the table changes under it.
 const DUMP_ATTEMPTS: u32 = 5;
+/// A dump that is longer is given up: who may fill a table of a pod is not to fill the memory of who reads it.
+const MOST_MESSAGES: usize = 1 << 16;
 
 /// A netlink socket of the namespace of the thread that opened it.
 pub(crate) struct Netlink(Socket);
@@ -25,7 +27,8 @@ impl Netlink {
         Ok(Self(socket))
     }
 
-    /// Every message of a dump, of one consistent state of the table when the kernel allows it.
+    /// Every message of a dump, of one consistent state of the table when the kernel allows it. Fails if there are more
+    /// than 65,536.
     pub(crate) fn dump<M>(&self, request: &M) -> io::Result<Vec<M>>
     where
         M: NetlinkSerializable + NetlinkDeserializable + Clone,
@@ -95,6 +98,11 @@ impl Netlink {
                     _ => {}
                 }
                 rest = rest.get(length..).unwrap_or_default();
+            }
+            if answers.len() > MOST_MESSAGES {
+                return Err(io::Error::other(format!(
+                    "there are more than {MOST_MESSAGES}"
+                )));
             }
             if flags & NLM_F_DUMP != NLM_F_DUMP {
                 return Ok((answers, interrupted));

@@ -27,6 +27,9 @@ use super::netns::{self, NetworkNamespace};
 const TENTATIVE_WAIT: Duration = Duration::from_millis(2500);
 const TENTATIVE_POLL: Duration = Duration::from_millis(50);
 
+/// Cells of one namespace, and so entries of `ROUTES`: a sixteenth of that map, as no pod is to take the room of the others.
+const MOST_CELLS: usize = 1 << 14;
+
 /// Result of this module.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -74,6 +77,20 @@ pub struct RoutingTable {
     pub holes: Vec<Hole>,
 }
 
+impl RoutingTable {
+    /// The longest of the routes to a destination; holes in it are not looked at.
+    pub fn route_to(&self, destination: IpAddr) -> Option<&Route> {
+        let longest = IpNet::from(destination).prefix_len();
+        (0..=longest).rev().find_map(|length| {
+            let prefix = IpNet::new(destination, length).ok()?.trunc();
+            let found = self
+                .routes
+                .binary_search_by_key(&prefix, |route| route.prefix);
+            Some(&self.routes[found.ok()?])
+        })
+    }
+}
+
 /// Destinations that cannot be connected to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Hole {
@@ -95,7 +112,7 @@ pub enum Family {
 }
 
 /// What the kernel does with every destination, in both families. Takes up to 2.5 s while a global IPv6 address is
-/// still tentative.
+/// still tentative. Fails if routes and addresses are too many for one namespace.
 pub fn routing_table(ns: &NetworkNamespace) -> Result<RoutingTable> {
     ns.run_inside(read_table)?.map_err(|source| Error::Netlink {
         what: "routes",
@@ -158,6 +175,12 @@ fn read_table() -> io::Result<RoutingTable> {
     }
 
     let cells = cells(read_prefixes(&netlink)?, &addresses);
+    if cells.len() > MOST_CELLS {
+        return Err(io::Error::other(format!(
+            "there are {} for different destinations; at most {MOST_CELLS} fit for one namespace, as others need room too",
+            cells.len()
+        )));
+    }
     let prefixes: BTreeSet<IpNet> = cells.keys().copied().collect();
     let mut answers = BTreeMap::new();
     // Wider prefixes first: a cell that only refines is dropped when its parent answers the same.

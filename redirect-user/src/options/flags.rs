@@ -213,7 +213,7 @@ pub struct CaptureFlags {
     )]
     pub resolv_conf: Option<String>,
 
-    /// Not supported yet: interfaces without capture; eth+ means all that begin with eth [env: ISTIO_EXCLUDE_INTERFACES]
+    /// Interfaces without capture; eth+ means all that begin with eth; needs Linux 5.17 [default: none] [env: ISTIO_EXCLUDE_INTERFACES]
     #[arg(
         short = 'c',
         long,

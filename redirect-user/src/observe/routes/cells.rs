@@ -36,7 +36,7 @@ pub(super) fn cells(named: BTreeSet<IpNet>, addresses: &[Address]) -> BTreeMap<I
     let never = NEVER_UNICAST
         .iter()
         .filter_map(|prefix| prefix.parse::<IpNet>().ok());
-    let own: Vec<Ipv6Addr> = addresses
+    let own: BTreeSet<Ipv6Addr> = addresses
         .iter()
         .filter_map(|address| match address.address {
             IpAddr::V6(v6) if !v6.is_loopback() => Some(v6),
@@ -50,18 +50,14 @@ pub(super) fn cells(named: BTreeSet<IpNet>, addresses: &[Address]) -> BTreeMap<I
             .iter()
             .filter_map(|prefix| prefix.parse::<IpNet>().ok());
         // RFC 6724 rule 8, the longest matching prefix: what tells two addresses apart is the first bit they
-        // differ in.
-        let splits = own.iter().flat_map(|one| {
-            own.iter()
-                .filter(move |other| *other != one)
-                .filter_map(move |other| {
-                    let common = (u128::from(*one) ^ u128::from(*other)).leading_zeros();
-                    Some(IpNet::V6(
-                        Ipv6Net::new(*one, u8::try_from(common + 1).ok()?)
-                            .ok()?
-                            .trunc(),
-                    ))
-                })
+        // differ in. Wherever any two of them part, two neighbours in their order do.
+        let neighbours = own.iter().zip(own.iter().skip(1));
+        let splits = neighbours.flat_map(|(one, other)| {
+            let common = (u128::from(*one) ^ u128::from(*other)).leading_zeros();
+            [one, other].into_iter().filter_map(move |address| {
+                let length = u8::try_from(common + 1).ok()?;
+                Some(IpNet::V6(Ipv6Net::new(*address, length).ok()?.trunc()))
+            })
         });
         cells.extend(
             labels
@@ -100,9 +96,11 @@ pub(super) fn parent<T>(prefix: IpNet, answers: &BTreeMap<IpNet, T>) -> Option<&
 
 /// An address of `prefix` that belongs to no more specific one of `prefixes`; `None` when they cover it whole.
 pub(super) fn representative(prefix: IpNet, prefixes: &BTreeSet<IpNet>) -> Option<IpAddr> {
+    // In the order of prefixes, those inside of one follow it.
     let mut inside: Vec<IpNet> = prefixes
-        .iter()
-        .filter(|other| prefix != **other && prefix.contains(*other))
+        .range(prefix..)
+        .take_while(|other| prefix.contains(*other))
+        .filter(|other| prefix != **other)
         .copied()
         .collect();
     // Never answer for a wide prefix with an address that is special by itself.

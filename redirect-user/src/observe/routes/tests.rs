@@ -232,3 +232,44 @@ fn representative_avoids_more_specific_prefixes() {
         Some(true)
     );
 }
+
+#[test]
+fn addresses_part_where_any_two_of_them_do() {
+    let own = [
+        "2001:db8::5",
+        "2001:db8::7",
+        "2001:db8:1::5",
+        "fd00::1",
+        "fe80::1",
+    ]
+    .map(ip);
+    let addresses = own.map(|address| addresses::Address {
+        address,
+        interface: 1,
+        tentative: false,
+    });
+    let cells = cells(BTreeSet::new(), &addresses);
+    let bits = |address: IpAddr| match address {
+        IpAddr::V6(v6) => u128::from(v6),
+        IpAddr::V4(_) => unreachable!("all are IPv6"),
+    };
+    for one in own {
+        for other in own.into_iter().filter(|other| *other != one) {
+            let common = (bits(one) ^ bits(other)).leading_zeros();
+            let parting = IpNet::new(one, u8::try_from(common).unwrap() + 1).unwrap();
+            assert!(cells.contains_key(&parting.trunc()), "{one} and {other}");
+        }
+    }
+}
+
+#[test]
+fn the_longest_route_is_found() {
+    let pod = pod();
+    pod.ip("route add 172.20.0.0/16 via 192.168.7.1");
+    let table = routing_table(&pod.open()).unwrap();
+    let to = |address| table.route_to(ip(address)).map(|route| route.prefix);
+    assert_eq!(to("172.20.1.1"), Some(net("172.20.0.0/16")));
+    assert_eq!(to("172.21.1.1"), Some(net("0.0.0.0/0")));
+    assert_eq!(to("10.244.1.5"), Some(net("10.244.1.5/32")));
+    assert_eq!(to("2001:db8:1::5"), Some(net("2001:db8:1::5/128")));
+}
