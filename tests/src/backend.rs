@@ -31,11 +31,13 @@ impl Backend {
         self == Self::Redirect || KernelVersion::current().unwrap() >= NAT_FINDS_PORTS
     }
 
-    /// Whether a server may see that peer, by who has captured the connection of a client with this address.
-    ///
-    /// NAT takes another source port if a connection to the same listener has it already.
-    pub fn shows(captured_by: Option<Self>, peer: SocketAddr, client: SocketAddr) -> bool {
-        peer.ip() == client.ip() && (captured_by == Some(Self::Iptables) || peer == client)
+    /// The peer that a server is to see, by who has captured the connection of a client with this address. `seen` is the one that
+    /// it saw: NAT takes another source port if a connection to the same listener has it already.
+    pub fn shown(captured_by: Option<Self>, client: SocketAddr, seen: SocketAddr) -> SocketAddr {
+        match captured_by {
+            Some(Self::Iptables) => SocketAddr::new(client.ip(), seen.port()),
+            _ => client,
+        }
     }
 
     /// Captures the pod's traffic, until the returned value is dropped; the pod is remembered by reference.

@@ -66,12 +66,9 @@ impl Judge<'_> {
         equal("the client's own address", &local.ip(), &source)?;
         equal("the client's peer", &peer, &real)?;
         let captured_by = self.attached.filter(|_| attempt.lands != Lands::Direct);
-        if !Backend::shows(captured_by, canonical(greeting.peer), local) {
-            return Err(format!(
-                "the server's peer is {}, expected {local}",
-                greeting.peer
-            ));
-        }
+        let seen = canonical(greeting.peer);
+        let shown = Backend::shown(captured_by, local, seen);
+        equal("the server's peer", &seen, &shown)?;
         equal(
             "the server's own address",
             &canonical(greeting.local),

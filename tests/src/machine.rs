@@ -126,7 +126,7 @@ impl Machine {
         assert_eq!(canonical(dialed.peer.unwrap()), dial.to, "{case}");
         let (captured_by, server) = captured.unzip();
         let peer = canonical(greeting.peer);
-        assert!(Backend::shows(captured_by, peer, local), "{case}");
+        assert_eq!(peer, Backend::shown(captured_by, local, peer), "{case}");
         assert_eq!(
             canonical(greeting.local),
             server.unwrap_or(dial.to),

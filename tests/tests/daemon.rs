@@ -404,15 +404,12 @@ fn pods_addresses_and_programs_are_looked_at_again() {
         seldom.kill();
         // One that looks each second, at the start and later.
         let daemon = Daemon::start(&server, &[]);
+        let known = || (current() == json!(true)).then_some(());
+        daemon.until("routes of before it started are known", known);
         for number in [78, 79] {
-            daemon.until("new routes are known", || {
-                (current() == json!(true)).then_some(())
-            });
             change(number);
+            daemon.until("new routes are known", known);
         }
-        daemon.until("the last ones are known", || {
-            (current() == json!(true)).then_some(())
-        });
     });
 }
 

@@ -13,7 +13,7 @@ use clap::Args;
 use crate::ui::{self, Mark};
 use crate::vm::{self, Found, Verdict};
 use crate::{cargo, fuzz, preflight, setup};
-pub use skips::{LOG_VARIABLE as SKIP_LOG, Skips};
+pub use skips::{LINE_START as SKIP, LOG_VARIABLE as SKIP_LOG, Skips};
 pub use tally::Tally;
 
 /// The crate whose tests make namespaces and attach programs.
@@ -55,7 +55,7 @@ pub fn run(options: &Options) -> Result<()> {
     setup::run()?;
     let skips = Skips::new(&cargo::workspace()?.root)?;
     // Before the build: the sources may change while tests run.
-    let sources = vm::hash_of_sources()?;
+    let sources = options.table.then(vm::hash_of_sources).transpose()?;
 
     // Every step runs even after one has failed: one run then shows all there is to mend.
     let mut outcomes = vec![
@@ -81,7 +81,7 @@ pub fn run(options: &Options) -> Result<()> {
         outcomes.push(not_run(KERNEL_TESTS_STEP, "not run: the build failed"));
     }
     outcomes.push(skip_outcome(&skips)?);
-    if options.table && built {
+    if let Some(sources) = sources.filter(|_| built) {
         let (found, verdict) = found(&outcomes, &skips)?;
         vm::write_own_row(&sources, found, verdict)?;
     }

@@ -12,6 +12,8 @@ use anyhow::{Context as _, Result};
 use tempfile::NamedTempFile;
 
 pub const LOG_VARIABLE: &str = "REDIRECT_SKIP_LOG";
+/// Begins each line.
+pub const LINE_START: &str = "SKIP ";
 pub const ALLOWED_FILE: &str = "tests/allowed-skips.txt";
 
 pub struct Skips {
@@ -46,8 +48,14 @@ impl Skips {
         Ok(lines.partition(|line| self.allows(line)))
     }
 
+    /// Those of the lines that are about tests that may not be skipped.
+    pub fn forbidden<'a>(&self, lines: &'a [String]) -> Vec<&'a str> {
+        let lines = lines.iter().map(String::as_str);
+        lines.filter(|line| !self.allows(line)).collect()
+    }
+
     /// Whether the test that a line of the log is about may be skipped.
-    pub fn allows(&self, line: &str) -> bool {
+    fn allows(&self, line: &str) -> bool {
         self.allowed.contains(test_name(line))
     }
 }
@@ -64,7 +72,7 @@ fn allowed(text: &str) -> BTreeSet<String> {
 
 /// `SKIP a::b::c: no kprobes` is about `a::b::c`: the name ends at the first colon followed by a blank.
 fn test_name(line: &str) -> &str {
-    let line = line.strip_prefix("SKIP ").unwrap_or(line);
+    let line = line.strip_prefix(LINE_START).unwrap_or(line);
     line.split_once(": ").map_or(line, |(name, _)| name).trim()
 }
 

@@ -304,8 +304,9 @@ impl Guest<'_> {
             match event {
                 Ok(Event::Console(line)) => console.read(&line),
                 Err(RecvTimeoutError::Timeout) => break Some("it did not boot".to_owned()),
-                Ok(_) | Err(RecvTimeoutError::Disconnected) if console.is_started() => break None,
-                Ok(_) | Err(RecvTimeoutError::Disconnected) => break Some(console.last_words()),
+                Ok(_) | Err(RecvTimeoutError::Disconnected) => {
+                    break (!console.is_started()).then(|| console.last_words());
+                }
             };
             if let Some((_, line)) = console.fatal() {
                 break Some(line.clone());

@@ -97,7 +97,7 @@ impl Results {
         let _lock = keep::lock()?;
         let mut results = Self::read(kernel, programs)?;
         for (name, found) in found {
-            match found.filter(|found| found.skipped.iter().all(|line| skips.allows(line))) {
+            match found.filter(|found| skips.forbidden(&found.skipped).is_empty()) {
                 Some(found) => results.programs.insert(name, found),
                 None => results.programs.remove(&name),
             };

@@ -17,7 +17,7 @@ use super::report::{self, Row, Verdict};
 use super::results::{Found, Results};
 use super::{Limit, Machine, qemu::Ended};
 use crate::preflight::OLDEST_KERNEL;
-use crate::test::{SKIP_LOG, Skips};
+use crate::test::{SKIP, SKIP_LOG, Skips};
 use crate::{cargo, ui};
 
 const LOAD: &str = "load";
@@ -25,8 +25,6 @@ const LOAD: &str = "load";
 const AGAIN_AT_MOST: usize = 10;
 /// Begins the line before what a test program writes.
 const RUNNING: &str = "     Running ";
-/// Begins what a test that skips writes.
-const SKIP: &str = "SKIP ";
 /// Where the tests are told.
 const SLOWNESS: &str = "REDIRECT_SLOWNESS";
 
@@ -239,8 +237,7 @@ fn judge(
     let unexplained = output.unexplained(names, &ended.console);
     let found = output.sum();
     let failures = found.tally.failures();
-    let skipped = found.skipped.iter().map(String::as_str);
-    let forbidden: Vec<&str> = skipped.filter(|line| !skips.allows(line)).collect();
+    let forbidden = skips.forbidden(&found.skipped);
     if ended.console.status(LOAD) != Some(0) {
         failed("the programs do not load".to_owned())
     } else if !forbidden.is_empty() {
@@ -284,7 +281,7 @@ fn pass_alone(
     let found = output.sum();
     Ok(Verdict::of(&ended) == Verdict::Passed
         && output.unexplained(names, &ended.console).is_empty()
-        && found.skipped.iter().all(|line| skips.allows(line))
+        && skips.forbidden(&found.skipped).is_empty()
         && found.tally.failures().is_empty()
         && found.tally.passed() >= failures.len() as u64)
 }
