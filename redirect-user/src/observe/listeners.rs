@@ -130,22 +130,26 @@ fn listening_sockets(ports: &[u16]) -> io::Result<HashMap<u64, Unreachable>> {
             states: StateFlags::LISTEN,
             socket_id,
         });
-        for answer in netlink.dump(&request)? {
-            let SockDiagMessage::InetResponse(response) = answer else {
-                continue;
-            };
-            let header = response.header;
-            let address = SocketAddr::new(
-                header.socket_id.source_address,
-                header.socket_id.source_port,
-            );
-            if ports.contains(&address.port()) {
-                let inode = u64::from(header.inode);
-                sockets.insert(inode, Unreachable { address, inode });
-            }
-        }
+        let is_wanted = |answer: &_| {
+            socket_of(answer).is_some_and(|socket| ports.contains(&socket.address.port()))
+        };
+        // Of a pod that has a million others, no more is kept.
+        let answers = netlink.dump_matching(&request, is_wanted)?;
+        let found = answers.iter().filter_map(socket_of);
+        sockets.extend(found.map(|socket| (socket.inode, socket)));
     }
     Ok(sockets)
+}
+
+fn socket_of(answer: &SockDiagMessage) -> Option<Unreachable> {
+    let SockDiagMessage::InetResponse(response) = answer else {
+        return None;
+    };
+    let id = &response.header.socket_id;
+    Some(Unreachable {
+        address: SocketAddr::new(id.source_address, id.source_port),
+        inode: response.header.inode.into(),
+    })
 }
 
 /// Moves what this process holds from `wanted` to `found`. A process that vanishes or refuses is passed over.

@@ -33,9 +33,21 @@ impl Netlink {
     where
         M: NetlinkSerializable + NetlinkDeserializable + Clone,
     {
+        self.dump_matching(request, |_| true)
+    }
+
+    /// As [`dump`](Self::dump), of those messages that match.
+    pub(crate) fn dump_matching<M>(
+        &self,
+        request: &M,
+        matches: impl Fn(&M) -> bool,
+    ) -> io::Result<Vec<M>>
+    where
+        M: NetlinkSerializable + NetlinkDeserializable + Clone,
+    {
         let mut answers = Vec::new();
         for _ in 0..DUMP_ATTEMPTS {
-            let (collected, interrupted) = self.exchange(request, NLM_F_DUMP)?;
+            let (collected, interrupted) = self.exchange(request, NLM_F_DUMP, &matches)?;
             answers = collected;
             if !interrupted {
                 break;
@@ -49,7 +61,7 @@ impl Netlink {
     where
         M: NetlinkSerializable + NetlinkDeserializable + Clone,
     {
-        self.exchange(request, 0)?
+        self.exchange(request, 0, |_| true)?
             .0
             .pop()
             .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
@@ -60,10 +72,17 @@ impl Netlink {
     where
         M: NetlinkSerializable + NetlinkDeserializable + Clone,
     {
-        self.exchange(request, NLM_F_ACK | flags).map(drop)
+        self.exchange(request, NLM_F_ACK | flags, |_| true)
+            .map(drop)
     }
 
-    fn exchange<M>(&self, request: &M, flags: u16) -> io::Result<(Vec<M>, bool)>
+    /// The answers that match, and whether the table changed under a dump.
+    fn exchange<M>(
+        &self,
+        request: &M,
+        flags: u16,
+        matches: impl Fn(&M) -> bool,
+    ) -> io::Result<(Vec<M>, bool)>
     where
         M: NetlinkSerializable + NetlinkDeserializable + Clone,
     {
@@ -87,7 +106,9 @@ impl Netlink {
                 // Messages are padded to four bytes; the last one may lack its padding.
                 let length = (message.header.length as usize).next_multiple_of(4);
                 match message.payload {
-                    NetlinkPayload::InnerMessage(answer) => answers.push(answer),
+                    NetlinkPayload::InnerMessage(answer) if matches(&answer) => {
+                        answers.push(answer);
+                    }
                     NetlinkPayload::Done(done) if done.code < 0 => {
                         return Err(io::Error::from_raw_os_error(-done.code));
                     }
