@@ -28,6 +28,7 @@ use crate::machines;
 use crate::observe::cgroup::Cgroup;
 use crate::observe::identity::{IdMap, UserNamespace};
 use crate::observe::interfaces::{Interface, interfaces};
+use crate::observe::listeners::Among;
 use crate::observe::netns::NetworkNamespace;
 use crate::observe::routes::{Family, RoutingTable, first_global_family, routing_table};
 use crate::options::{Dns, Ipv6, Policy};
@@ -154,7 +155,7 @@ pub fn attach(request: &Request) -> Result<Outcome> {
     let cgroup_id = request.cgroup.id();
     let programs = Programs::open_or_load(&pins, &needs(request, &pins.pod(cgroup_id)))?;
     let tables = Tables::open(&pins)?;
-    let mut noted = collect::gone(&pins, &tables)?;
+    let mut noted = collect::gone(&pins, &tables)?.warn();
     refuse_overlap(&tables, &noted, request, &notes, &unrouted)?;
 
     let own = noted.iter().position(|(id, _)| *id == cgroup_id);
@@ -204,6 +205,12 @@ pub fn attach(request: &Request) -> Result<Outcome> {
             written("LISTS", tables.lists.set(&key, &value))?;
         }
         let table = routing_table(&request.netns)?;
+        if table.left_out {
+            tracing::warn!(
+                "network namespace {} has more routes or addresses than are kept for one: narrow ones are left out, and what they lead to is treated as what is around it",
+                request.netns
+            );
+        }
         let routes = settings::route_entries(notes.netns_cookie, &table);
         changed |= sync_routes(&tables, &notes, &routes)?;
         let notes = Notes {
@@ -212,7 +219,7 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         };
         let config = wanted.config(&request.policy, &request.proxy, ipv6, &table)?;
         written("COUNTS", tables.counts.insert_zeroed(&notes.netns_cookie))?;
-        let found = find_listeners(&tables, request, &notes, &config)?;
+        let found = find_listeners(&tables, request, &notes, &config, Among::All)?;
         if let Some(attached) = taken_over {
             let config = wanted.config(&attached.policy, &attached.proxy, attached.ipv6, &table)?;
             layouts::enter(&tables, attached, &config)?;
@@ -236,7 +243,7 @@ pub fn attach(request: &Request) -> Result<Outcome> {
             written("PODS", tables.pods.set(&notes.netns_cookie, &config))?;
             changed = true;
             // A proxy may have begun to listen before its port was known to the sockops program.
-            find_listeners(&tables, request, &notes, &config)?;
+            find_listeners(&tables, request, &notes, &config, Among::All)?;
         }
         // Only now: until the policy is written these interfaces are captured by the old one.
         changed |=

@@ -6,7 +6,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Error, Result};
 use redirect_common::POLICY_LAYOUT_VERSION;
 
 use crate::detach;
@@ -17,9 +17,30 @@ use crate::record::{self, Notes};
 use crate::sys::bpf;
 use crate::tables::Tables;
 
-/// Removes pods whose cgroup or network namespace has gone, and notes without links. Returns the notes on those that
-/// stay: they are read once, since a node has many.
-pub(crate) fn gone(pins: &Pins, tables: &Tables) -> Result<Vec<(u64, Notes)>> {
+/// Notes on the pods that are attached, and why some that have gone could not be removed.
+pub(crate) struct Collected {
+    /// Read once, since a node has many. Those on pods that could not be removed are among them.
+    pub(crate) noted: Vec<(u64, Notes)>,
+    failures: Vec<Error>,
+}
+
+impl Collected {
+    /// The notes. That some other pod is not removed must not stop what is done for this one.
+    pub(crate) fn warn(self) -> Vec<(u64, Notes)> {
+        for error in self.failures {
+            tracing::warn!("{error:#}");
+        }
+        self.noted
+    }
+
+    /// The first failure.
+    pub(crate) fn result(self) -> Result<()> {
+        self.failures.into_iter().next().map_or(Ok(()), Err)
+    }
+}
+
+/// Removes pods whose cgroup or network namespace has gone, and notes without links.
+pub(crate) fn gone(pins: &Pins, tables: &Tables) -> Result<Collected> {
     let linked: HashSet<u64> = pins.pods()?.into_iter().collect();
     let mut noted = record::all(tables)?;
     let left_over: HashSet<u64> = noted
@@ -42,11 +63,22 @@ pub(crate) fn gone(pins: &Pins, tables: &Tables) -> Result<Vec<(u64, Notes)>> {
             gone.push(cgroup_id);
         }
     }
+    let mut failures = Vec::new();
     for cgroup_id in gone {
-        detach::one(pins, tables, cgroup_id, &noted)?;
-        noted.retain(|(id, _)| *id != cgroup_id);
+        match detach::one(pins, tables, cgroup_id, &noted) {
+            Ok(()) => noted.retain(|(id, _)| *id != cgroup_id),
+            Err(error) => failures.push(error.context(left(&noted, cgroup_id))),
+        }
     }
-    Ok(noted)
+    Ok(Collected { noted, failures })
+}
+
+/// What is said of a pod that could not be removed.
+pub(crate) fn left(noted: &[(u64, Notes)], cgroup_id: u64) -> String {
+    let notes = noted.iter().find(|(id, _)| *id == cgroup_id);
+    let cgroup = notes.map(|(_, notes)| notes.cgroup.display().to_string());
+    let cgroup = cgroup.unwrap_or_else(|| format!("number {cgroup_id}"));
+    format!("removing what is left of cgroup {cgroup}")
 }
 
 /// True if the kernel has cut the links off, or they are incomplete. An error is no answer: the pod may well be there.
@@ -54,7 +86,7 @@ pub(crate) fn is_gone(pins: &Pins, cgroup_id: u64) -> Result<bool> {
     let directory = pins.pod(cgroup_id);
     let is_cut_off = |name: &str, target| {
         let cut_off = pins::is_cut_off(&directory.join(name), target)?;
-        Ok::<_, anyhow::Error>(cut_off.unwrap_or(true))
+        Ok::<_, Error>(cut_off.unwrap_or(true))
     };
     Ok(is_cut_off("connect4", bpf::cgroup_link)? || is_cut_off(SK_LOOKUP, bpf::netns_link)?)
 }

@@ -29,7 +29,7 @@ pub fn detach(cgroup_id: u64) -> Result<bool> {
         return Ok(false);
     }
     let tables = Tables::open(&pins)?;
-    let noted = collect::gone(&pins, &tables)?;
+    let noted = collect::gone(&pins, &tables)?.warn();
     let was = pins.pod(cgroup_id).is_dir() || tables.records.get(&cgroup_id)?.is_some();
     one(&pins, &tables, cgroup_id, &noted)?;
     finish(&pins, &tables)?;
@@ -42,8 +42,9 @@ pub fn collect() -> Result<()> {
         return Ok(());
     };
     let tables = Tables::open(&pins)?;
-    collect::gone(&pins, &tables)?;
-    finish(&pins, &tables)
+    let collected = collect::gone(&pins, &tables)?;
+    finish(&pins, &tables)?;
+    collected.result()
 }
 
 /// Detaches everything; answers with the number of pods.
@@ -57,10 +58,17 @@ pub fn detach_all() -> Result<usize> {
             // Notes without links: an attachment, or a detachment, was interrupted.
             let keys = tables.records.keys().context("reading RECORDS")?;
             let mut noted = record::all(&tables)?;
+            let mut first_failure = None;
             for cgroup_id in pods.iter().chain(&keys) {
-                one(&pins, &tables, *cgroup_id, &noted)?;
-                noted.retain(|(id, _)| id != cgroup_id);
+                match one(&pins, &tables, *cgroup_id, &noted) {
+                    Ok(()) => noted.retain(|(id, _)| id != cgroup_id),
+                    Err(error) => {
+                        let error = error.context(collect::left(&noted, *cgroup_id));
+                        first_failure.get_or_insert(error);
+                    }
+                }
             }
+            first_failure.map_or(Ok(()), Err)?;
         }
         Err(_) if pods.is_empty() => {}
         // Capture ends with the links; what the maps hold goes with them.

@@ -4,11 +4,12 @@
 //! compared with what the kernel shows, and what has to be undone is written to `INTERFACES` before
 //! it is done. All of it can be repeated after a kill.
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use aya::programs::links::Link as _;
 use aya::programs::tc::{
     NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact,
@@ -36,7 +37,7 @@ const HANDLE: u32 = 1;
 
 const ETHERNET_HEADER: u32 = 14;
 
-/// Interfaces of one namespace: a sixteenth of `INTERFACES`, as no pod is to take the room of the others.
+/// Interfaces of one namespace with entries: a sixteenth of `INTERFACES`, as no pod is to take the room of the others.
 const MOST_INTERFACES: usize = 256;
 
 /// Program of each side.
@@ -76,12 +77,9 @@ pub fn add(
         return Ok(false);
     }
     let netns_cookie = netns.cookie()?;
-    let wanted = matching(netns, patterns)?;
-    ensure!(
-        wanted.len() <= MOST_INTERFACES,
-        "--kube-virt-interfaces: {} interfaces of {netns} match; at most {MOST_INTERFACES} fit for one namespace, as others need room too",
-        wanted.len()
-    );
+    let all = interfaces::interfaces(netns)?;
+    let known = known_of(tables, netns_cookie, &all)?;
+    let wanted = matching(all, patterns);
     for pattern in patterns {
         if !wanted.iter().any(|found| pattern.matches(&found.name)) {
             tracing::warn!(
@@ -91,10 +89,19 @@ pub fn add(
     }
     let pinned = entries(pins, programs, netns_cookie)?;
     let mut changed = false;
-    for found in wanted.iter().filter(|found| is_usable(found)) {
+    let usable = wanted.iter().filter(|found| is_usable(found));
+    let (old, new): (Vec<_>, Vec<_>) = usable.partition(|found| known.contains(&found.index));
+    let room = MOST_INTERFACES.saturating_sub(known.len());
+    for found in old.into_iter().chain(new.iter().copied().take(room)) {
         changed |= netns
             .run_inside(|| add_one(tables, netns_cookie, &pinned, found))?
             .with_context(|| format!("interface {}", found.name))?;
+    }
+    if new.len() > room {
+        tracing::warn!(
+            "--kube-virt-interfaces: {netns} has room for {MOST_INTERFACES} interfaces: machines behind {} more are not captured",
+            new.len() - room
+        );
     }
     Ok(changed)
 }
@@ -183,7 +190,7 @@ pub fn inspect(
             .collect::<Vec<_>>()
     });
     let mut answer = Vec::new();
-    for found in matching(netns, patterns)? {
+    for found in matching(interfaces::interfaces(netns)?, patterns) {
         let filtered = PROGRAMS.iter().zip(&ids).all(|((direction, _), ids)| {
             let filters = netns.run_inside(|| filters::filters(found.index, *direction));
             let filters = filters.ok().and_then(Result::ok).unwrap_or_default();
@@ -205,16 +212,31 @@ fn known(tables: &Tables, netns_cookie: u64) -> Result<Vec<InterfaceKey>> {
     Ok(keys)
 }
 
+/// Indexes of the interfaces with entries. Entries of those that have gone are removed.
+fn known_of(
+    tables: &Tables,
+    netns_cookie: u64,
+    there: &[interfaces::Interface],
+) -> Result<HashSet<u32>> {
+    let is_there = |key: &InterfaceKey| there.iter().any(|found| found.index == key.index);
+    let (known, gone): (Vec<_>, Vec<_>) =
+        known(tables, netns_cookie)?.into_iter().partition(is_there);
+    for key in gone {
+        let removed = tables.interfaces.remove(&key);
+        removed.context("writing INTERFACES")?;
+    }
+    Ok(known.iter().map(|key| key.index).collect())
+}
+
 fn matching(
-    netns: &NetworkNamespace,
+    mut all: Vec<interfaces::Interface>,
     patterns: &[InterfacePattern],
-) -> Result<Vec<interfaces::Interface>> {
-    let mut all = interfaces::interfaces(netns)?;
+) -> Vec<interfaces::Interface> {
     // Nothing comes in by `lo`: what the pod sends to itself is decided when it is sent.
     all.retain(|found| {
         found.name != "lo" && patterns.iter().any(|pattern| pattern.matches(&found.name))
     });
-    Ok(all)
+    all
 }
 
 fn is_usable(found: &interfaces::Interface) -> bool {

@@ -410,6 +410,7 @@ mod tests {
         let table = RoutingTable {
             routes: all.into_iter().chain(own).collect(),
             holes: Vec::new(),
+            left_out: false,
         };
         PodConfig {
             foreign_buckets: foreign_buckets(&table),

@@ -57,7 +57,7 @@ pub struct Pod {
     pub capturing: bool,
     /// Whether the addresses, routes and excluded interfaces known here are those of the namespace,
     /// and what TPROXY needs is there; None if it is found neither by the path it was attached
-    /// with nor by a process of the pod, or if a build with another layout attached it.
+    /// with nor by a process of the pod, or cannot be read, or if a build with another layout attached it.
     pub routes_current: Option<bool>,
     /// By pattern of `-k`: the interfaces that match, and whether the machines behind them are
     /// captured; None if the namespace is not found.

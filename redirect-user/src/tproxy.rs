@@ -253,19 +253,19 @@ impl Change {
                 let mut request = RuleMessage::default();
                 request.header.family = family(*ipv6);
                 let request = RouteNetlinkMessage::GetRule(request);
-                let answers = netlink.dump(&request).context("reading the rules")?;
-                Ok(answers.iter().any(|answer| {
-                    matches!(answer, RouteNetlinkMessage::NewRule(rule) if sends_marked(rule, *mark, *table))
-                }))
+                let made = netlink.dump(&request, |made: &mut bool, answer| {
+                    *made |= matches!(answer, RouteNetlinkMessage::NewRule(rule) if sends_marked(&rule, *mark, *table));
+                });
+                made.context("reading the rules")
             }
             Self::Route { ipv6, table } => {
                 let mut request = RouteMessage::default();
                 request.header.address_family = family(*ipv6);
                 let request = RouteNetlinkMessage::GetRoute(request);
-                let answers = netlink.dump(&request).context("reading the routes")?;
-                Ok(answers.iter().any(|answer| {
-                    matches!(answer, RouteNetlinkMessage::NewRoute(route) if is_all_local(route, *table))
-                }))
+                let made = netlink.dump(&request, |made: &mut bool, answer| {
+                    *made |= matches!(answer, RouteNetlinkMessage::NewRoute(route) if is_all_local(&route, *table));
+                });
+                made.context("reading the routes")
             }
             Self::Sysctl { path, .. } => Ok(read_sysctl(path)? == ON),
         }

@@ -8,14 +8,15 @@
     reason = "a test panics where it fails, also in its helpers"
 )]
 
-use std::net::Ipv4Addr;
+use std::{net::Ipv4Addr, process::Command};
 
 use redirect_tests::{
     actor::Actor,
     backend::Backend::Redirect,
     bpffs,
     daemon::out,
-    loader,
+    loader::{self, attach_by, finish},
+    namespace::errors,
     options::Options,
     pod::Pod,
     protocol::{Identity, Listen},
@@ -88,4 +89,30 @@ fn listeners_of_the_proxy_come_first(#[case] proxy: Identity, #[case] who: &str)
     assert_eq!(out(&mut scene, 80), "service");
     scene.attach(Redirect, &Options::ISTIO);
     assert_eq!(out(&mut scene, 80), who);
+}
+
+/// The application may listen more often than the loader may open files.
+#[rstest]
+fn the_proxy_is_found_among_many_listeners() {
+    const LIMITED: &str = "ulimit -n 128; exec \"$0\" \"$@\"";
+    let mut scene = Scene::without_proxy(Pod::new(), &Options::ISTIO);
+    for number in 1..=200 {
+        let at = (Ipv4Addr::new(127, 1, 1, number), 15001);
+        scene.app.listen(Listen::new("app", at.into()));
+    }
+    let mut proxy = Actor::start(
+        &scene.pod.netns.path(),
+        Some(scene.pod.cgroup.child("sidecar")),
+        Identity::PROXY,
+    );
+    proxy.listen(Listen::new("15001", (Ipv4Addr::LOCALHOST, 15001).into()));
+    assert_eq!(out(&mut scene, 80), "service");
+    let mut limited = Command::new("sh");
+    let redirect = loader::redirect();
+    limited.args(["-c", LIMITED]).arg(redirect.get_program());
+    let mut attach = attach_by(limited, &scene.pod);
+    let attached = finish(attach.args(Options::ISTIO.arguments()));
+    assert!(attached.status.success(), "{}", errors(&attached));
+    scene.adopt(&Options::ISTIO);
+    assert_eq!(out(&mut scene, 80), "15001");
 }

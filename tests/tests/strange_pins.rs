@@ -15,6 +15,7 @@ use std::{
 };
 
 use aya::maps::{HashMap, Map, MapData};
+use nix::mount::{MsFlags, mount, umount};
 use redirect_common::record::{RECORD_BYTES, Record};
 use redirect_tests::{
     backend::Backend::Redirect,
@@ -154,6 +155,44 @@ fn pod_whose_link_is_something_else_is_refused_and_can_be_detached(#[case] name:
         assert!(!is_captured(&mut scene) && is_captured(&mut bystander));
         let differences = Traces::read([&scene, &bystander]).differences(&alone);
         assert!(differences.is_empty(), "{differences:#?}");
+    });
+}
+
+/// What is left of a pod that has gone cannot be removed, as something is mounted there: that is told, and is no reason not to
+/// attach and detach others.
+#[rstest]
+fn pod_that_cannot_be_removed_keeps_no_other_from_being_attached_or_detached() {
+    const SAYS: &str = "removing what is left of cgroup number 4711: ";
+    bpffs::private(|| {
+        let (mut scene, mut bystander) = (Scene::new(), Scene::new());
+        bystander.attach(Redirect, &Options::ISTIO);
+        let left = Path::new(ROOT).join(format!("pods/{:016x}", 4711));
+        let held = left.join("held");
+        fs::create_dir_all(&held).unwrap();
+        let nothing = None::<&str>;
+        mount(nothing, &held, Some("tmpfs"), MsFlags::empty(), nothing).unwrap();
+
+        let attached = finish(attach_command(&scene.pod).args(Options::ISTIO.arguments()));
+        let said = errors(&attached);
+        assert!(attached.status.success() && said.contains(SAYS), "{said}");
+        assert!(is_captured(&mut scene));
+        let detached = loader::detach(bystander.pod.cgroup.path());
+        let said = errors(&detached);
+        assert!(detached.status.success() && said.contains(SAYS), "{said}");
+        bystander.adopt(&Options::ISTIO);
+        assert!(!is_captured(&mut bystander) && is_captured(&mut scene));
+
+        let all = || finish(loader::redirect().args(["detach", "--all"]));
+        let detached = all();
+        let said = errors(&detached);
+        assert_eq!(detached.status.code(), Some(1), "{said}");
+        assert!(said.starts_with(&format!("redirect: {SAYS}")), "{said}");
+        assert!(!is_captured(&mut scene));
+        // The control: it was that mount.
+        umount(&held).unwrap();
+        let detached = all();
+        assert!(detached.status.success(), "{}", errors(&detached));
+        assert!(!left.exists());
     });
 }
 

@@ -1,13 +1,12 @@
 //! Handing over the listeners of a proxy that began to listen before it was attached.
 
 use std::collections::HashSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsRawFd;
 
 use anyhow::{Context, Result};
-use nix::sys::stat::fstat;
 use redirect_common::connection::SocketState;
-use redirect_common::decide::{Owner, is_proxy};
+use redirect_common::decide::is_proxy;
 use redirect_common::listener::{LISTENER_SLOTS, ListenerKey};
 use redirect_common::pod::PodConfig;
 use redirect_common::route::{ROUTE_LOCAL, ROUTE_PREFIX_BITS, RouteKey};
@@ -15,19 +14,23 @@ use redirect_common::route::{ROUTE_LOCAL, ROUTE_PREFIX_BITS, RouteKey};
 use super::Request;
 use crate::full::written;
 use crate::observe::cgroup::Cgroup;
-use crate::observe::listeners::{Listener, Listeners, listeners};
+use crate::observe::listeners::{Among, Listener, Listeners, listeners};
 use crate::options::Policy;
 use crate::proxy::ProxyIdentity;
 use crate::record::Notes;
 use crate::tables::{RoutePrefix, Tables};
 
+/// So many listeners that cannot be reached are named: the pod can open any number.
+const MOST_WARNINGS: usize = 4;
+
 /// Finds the listeners that were there before the sockops program was, and hands them over: the
-/// proxy's first, as there is room for some only.
+/// proxy's first, as there is room for some only. The pod can open any number of others.
 pub(super) fn find_listeners(
     tables: &Tables,
     request: &Request,
     notes: &Notes,
     config: &PodConfig,
+    among: Among,
 ) -> Result<Listeners> {
     let in_container = match &request.proxy {
         ProxyIdentity::Container {
@@ -38,15 +41,11 @@ pub(super) fn find_listeners(
     // It may have ended.
     let in_container = in_container.unwrap_or_default();
     let of_proxy = |listener: &Listener| {
-        // A socket's inode has the ids of whoever created it.
-        let owner = fstat(&listener.fd).ok().map(|inode| Owner {
-            uid: inode.st_uid,
-            gid: inode.st_gid,
-        });
-        is_proxy(config, owner, in_container.contains(&listener.pid))
+        let is_in_container = in_container.contains(&listener.pid);
+        is_proxy(config, Some(listener.owner), is_in_container)
     };
     let ports: Vec<u16> = request.policy.listeners().map(|(port, _)| port).collect();
-    let found = listeners(&request.netns, &ports)?;
+    let found = listeners(&request.netns, &ports, among)?;
     for port in ports.into_iter().collect::<HashSet<_>>() {
         let mut on_port = Vec::new();
         for listener in &found.found {
@@ -57,9 +56,20 @@ pub(super) fn find_listeners(
             }
         }
         on_port.sort_by_key(|listener| !of_proxy(listener));
-        for (slot, listener) in (0..LISTENER_SLOTS).zip(on_port) {
+        let mut slots = 0..LISTENER_SLOTS;
+        for listener in on_port {
+            let socket = match listener.duplicate() {
+                Ok(Some(socket)) => socket,
+                Ok(None) => continue,
+                Err(error) => {
+                    tracing::debug!("process {} keeps its listener: {error}", listener.pid);
+                    warn_unreachable(listener.address);
+                    continue;
+                }
+            };
+            let Some(slot) = slots.next() else { break };
             let key = ListenerKey::new(notes.netns_cookie, port, slot);
-            let fd = listener.fd.as_raw_fd() as u32;
+            let fd = socket.as_raw_fd() as u32;
             let inherited = if port == request.policy.inbound_port {
                 tables.sockets.set(&fd, &SocketState::of_listener(port))
             } else {
@@ -95,11 +105,12 @@ fn is_reachable(tables: &Tables, netns_cookie: u64, address: IpAddr) -> Result<b
 }
 
 pub(super) fn warn_about_listeners(found: &Listeners, policy: &Policy) {
-    for listener in &found.unreachable {
-        tracing::warn!(
-            "the listener on {} cannot be reached: until it is opened again, connections to it are refused",
-            listener.address
-        );
+    for listener in found.unreachable.iter().take(MOST_WARNINGS) {
+        warn_unreachable(listener.address);
+    }
+    let more = found.unreachable.len().saturating_sub(MOST_WARNINGS);
+    if more > 0 {
+        tracing::warn!("{more} more listeners cannot be reached");
     }
     for (port, what) in policy.listeners() {
         if !found
@@ -112,4 +123,10 @@ pub(super) fn warn_about_listeners(found: &Listeners, policy: &Policy) {
             );
         }
     }
+}
+
+fn warn_unreachable(address: SocketAddr) {
+    tracing::warn!(
+        "the listener on {address} cannot be reached: until it is opened again, connections to it are refused"
+    );
 }

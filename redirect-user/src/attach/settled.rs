@@ -4,7 +4,8 @@
 use anyhow::{Context, Result};
 
 use super::{Request, Wanted, cgroup_of, find_listeners};
-use crate::observe::routes::routing_table;
+use crate::observe::listeners::Among;
+use crate::observe::routes::routing_table_now;
 use crate::options::Mode;
 use crate::pins::Pins;
 use crate::programs::{HOOKS, SK_LOOKUP};
@@ -21,7 +22,7 @@ pub fn is_settled(request: &Request) -> Result<bool> {
         return Ok(false);
     }
     let wanted = Wanted::of(request)?;
-    let table = routing_table(&request.netns)?;
+    let table = routing_table_now(&request.netns)?;
     let config = wanted.config(&request.policy, &request.proxy, wanted.notes.ipv6, &table)?;
     let notes = wanted.notes;
     let routes = settings::route_entries(notes.netns_cookie, &table);
@@ -54,7 +55,7 @@ pub fn is_settled(request: &Request) -> Result<bool> {
             return Ok(false);
         }
     }
-    find_listeners(&tables, request, &notes, &config)?;
+    find_listeners(&tables, request, &notes, &config, Among::Inside)?;
     Ok(true)
 }
 

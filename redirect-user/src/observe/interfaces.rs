@@ -72,31 +72,32 @@ pub fn interfaces(ns: &NetworkNamespace) -> Result<Vec<Interface>> {
 /// As [`interfaces`], of the calling thread's namespace.
 fn read_interfaces() -> io::Result<Vec<Interface>> {
     let netlink = Netlink::open(NETLINK_ROUTE)?;
-    let mut interfaces: Vec<_> = netlink
-        .dump(&RouteNetlinkMessage::GetLink(LinkMessage::default()))?
-        .into_iter()
-        .filter_map(|answer| match answer {
-            RouteNetlinkMessage::NewLink(link) => interface_of(&link),
-            _ => None,
-        })
-        .collect();
-    interfaces.sort_by_key(|interface| interface.index);
-    // In the kernel's order, which is the one that REDIRECT looks through.
-    for answer in netlink.dump(&RouteNetlinkMessage::GetAddress(AddressMessage::default()))? {
-        if let RouteNetlinkMessage::NewAddress(message) = answer
-            && let Some(address) = usable_address(&message)
-            && let Some(interface) = interfaces
-                .iter_mut()
-                .find(|interface| interface.index == message.header.index)
-        {
-            match address {
-                IpAddr::V4(v4) => interface.ipv4.get_or_insert(v4).to_bits().into(),
-                IpAddr::V6(v6) if v6.is_unicast_link_local() => {
-                    interface.ipv6_link_local.get_or_insert(v6).to_bits()
-                }
-                IpAddr::V6(v6) => interface.ipv6.get_or_insert(v6).to_bits(),
-            };
+    let links = RouteNetlinkMessage::GetLink(LinkMessage::default());
+    let mut interfaces = netlink.dump(&links, |interfaces: &mut Vec<_>, answer| {
+        if let RouteNetlinkMessage::NewLink(link) = answer {
+            interfaces.extend(interface_of(&link));
         }
+    })?;
+    interfaces.sort_by_key(|interface| interface.index);
+    let addresses = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+    let addresses = netlink.dump(&addresses, |addresses: &mut Vec<_>, answer| {
+        if let RouteNetlinkMessage::NewAddress(message) = answer {
+            addresses.extend(usable_address(&message).map(|it| (message.header.index, it)));
+        }
+    })?;
+    // In the kernel's order, which is the one that REDIRECT looks through.
+    for (index, address) in addresses {
+        let Ok(at) = interfaces.binary_search_by_key(&index, |interface| interface.index) else {
+            continue;
+        };
+        let interface = &mut interfaces[at];
+        match address {
+            IpAddr::V4(v4) => interface.ipv4.get_or_insert(v4).to_bits().into(),
+            IpAddr::V6(v6) if v6.is_unicast_link_local() => {
+                interface.ipv6_link_local.get_or_insert(v6).to_bits()
+            }
+            IpAddr::V6(v6) => interface.ipv6.get_or_insert(v6).to_bits(),
+        };
     }
     Ok(interfaces)
 }

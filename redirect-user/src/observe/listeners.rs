@@ -1,4 +1,4 @@
-//! TCP listeners that were there before attach, with a duplicate of each one's descriptor.
+//! TCP listeners that were there before attach, and who holds them.
 //!
 //! A listener that starts after attach is seen by the sockops hook (`TCP_LISTEN`); one that was there already has no
 //! such event, so the loader finds it by sock_diag and takes its descriptor with `pidfd_getfd`.
@@ -8,11 +8,14 @@ use std::fs;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt as _;
 
 use netlink_packet_sock_diag::SockDiagMessage;
 use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP};
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
 use netlink_sys::protocols::NETLINK_SOCK_DIAG;
+use redirect_common::decide::Owner;
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use super::netlink::Netlink;
@@ -40,23 +43,39 @@ pub enum Error {
     },
 }
 
-/// A listening TCP socket, with a descriptor of our own.
-#[derive(Debug)]
+/// A listening TCP socket, and a process that holds it.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listener {
     /// Where it listens. A dual-stack socket shows as `[::]`.
     pub address: SocketAddr,
     /// Inode of the socket in sockfs.
     pub inode: u64,
-    /// A process that holds it.
+    /// Who created it, in the kernel's ids.
+    pub owner: Owner,
+    /// The process.
     pub pid: i32,
-    /// That process's `comm`.
-    pub command: String,
-    /// A duplicate of the process's descriptor: the same open socket. Close it soon: while it is open, the
-    /// address stays taken when the proxy closes its own.
-    pub fd: OwnedFd,
+    /// The process's descriptor.
+    number: i32,
 }
 
-/// A listening TCP socket that no visible process holds, or whose descriptor was refused.
+impl Listener {
+    /// A duplicate of the process's descriptor: the same open socket. None if the process has closed it, an error if it may not
+    /// be had. Close it soon: while it is open, the address stays taken when the proxy closes its own.
+    pub fn duplicate(&self) -> io::Result<Option<OwnedFd>> {
+        let fd = Pid::from_raw(self.pid)
+            .ok_or(Errno::SRCH)
+            .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()))
+            .and_then(|process| pidfd_getfd(process, self.number, PidfdGetfdFlags::empty()));
+        match fd {
+            // Pid and descriptor number may both have been reused since /proc was read.
+            Ok(fd) => Ok((rustix::fs::fstat(&fd)?.st_ino == self.inode).then_some(fd)),
+            Err(Errno::SRCH | Errno::BADF) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// A listening TCP socket that no visible process holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unreachable {
     /// Where it listens.
@@ -74,8 +93,17 @@ pub struct Listeners {
     pub unreachable: Vec<Unreachable>,
 }
 
+/// Whose descriptors are looked through for those that listen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Among {
+    /// The processes in the namespace.
+    Inside,
+    /// These first, then all others: that takes long on a node.
+    All,
+}
+
 /// The TCP listeners (both families) of the namespace on any of `ports`.
-pub fn listeners(ns: &NetworkNamespace, ports: &[u16]) -> Result<Listeners> {
+pub fn listeners(ns: &NetworkNamespace, ports: &[u16], among: Among) -> Result<Listeners> {
     let list = || {
         ns.run_inside(|| listening_sockets(ports))?
             .map_err(|source| Error::SockDiag {
@@ -89,11 +117,13 @@ pub fn listeners(ns: &NetworkNamespace, ports: &[u16]) -> Result<Listeners> {
         return Ok(listeners);
     }
 
-    // A listener is nearly always held by a process of its own namespace: look there first and stop early, since
-    // reading the descriptors of every process of a node takes long.
-    let (inside, outside): (Vec<_>, Vec<_>) = proc::pids()
+    // A listener is nearly always held by a process of its own namespace.
+    let (inside, mut outside): (Vec<_>, Vec<_>) = proc::pids()
         .into_iter()
         .partition(|&pid| ns.contains(pid) == Some(true));
+    if among == Among::Inside {
+        outside.clear();
+    }
     for pid in inside.into_iter().chain(outside) {
         if wanted.is_empty() {
             break;
@@ -130,13 +160,11 @@ fn listening_sockets(ports: &[u16]) -> io::Result<HashMap<u64, Unreachable>> {
             states: StateFlags::LISTEN,
             socket_id,
         });
-        let is_wanted = |answer: &_| {
-            socket_of(answer).is_some_and(|socket| ports.contains(&socket.address.port()))
-        };
-        // Of a pod that has a million others, no more is kept.
-        let answers = netlink.dump_matching(&request, is_wanted)?;
-        let found = answers.iter().filter_map(socket_of);
-        sockets.extend(found.map(|socket| (socket.inode, socket)));
+        // Of a pod that has a million others, these alone are kept.
+        sockets.extend(netlink.dump(&request, |found: &mut Vec<_>, answer| {
+            let socket = socket_of(&answer).filter(|it| ports.contains(&it.address.port()));
+            found.extend(socket.map(|socket| (socket.inode, socket)));
+        })?);
     }
     Ok(sockets)
 }
@@ -164,15 +192,19 @@ fn take_from(pid: i32, wanted: &mut HashMap<u64, Unreachable>, found: &mut Vec<L
         let Some(socket) = wanted.get(&inode) else {
             continue;
         };
-        let Some(fd) = duplicate(pid, number, inode) else {
+        // A socket's inode has the ids of whoever created it.
+        let Ok(metadata) = fs::metadata(entry.path()) else {
             continue;
         };
         found.push(Listener {
             address: socket.address,
             inode,
+            owner: Owner {
+                uid: metadata.uid(),
+                gid: metadata.gid(),
+            },
             pid,
-            command: proc::command(pid),
-            fd,
+            number,
         });
         wanted.remove(&inode);
     }
@@ -188,14 +220,6 @@ fn socket_inode(entry: &fs::DirEntry) -> Option<(u64, i32)> {
         .parse()
         .ok()?;
     Some((inode, entry.file_name().to_str()?.parse().ok()?))
-}
-
-/// A duplicate of another process's descriptor, if it still is the socket that was seen.
-fn duplicate(pid: i32, number: i32, inode: u64) -> Option<OwnedFd> {
-    let process = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
-    let fd = pidfd_getfd(&process, number, PidfdGetfdFlags::empty()).ok()?;
-    // Pid and descriptor number may both have been reused since /proc was read.
-    (rustix::fs::fstat(&fd).ok()?.st_ino == inode).then_some(fd)
 }
 
 #[cfg(test)]
@@ -244,7 +268,7 @@ mod tests {
                 ]
             })
             .unwrap();
-        let listeners = listeners(&ns, &[15001, 15006]).unwrap();
+        let listeners = listeners(&ns, &[15001, 15006], Among::All).unwrap();
         assert_eq!(listeners.unreachable, []);
         let mut expected: Vec<u64> = open[..3].iter().map(inode).collect();
         let mut found: Vec<u64> = listeners
@@ -256,9 +280,10 @@ mod tests {
         found.sort_unstable();
         assert_eq!(found, expected);
         for listener in &listeners.found {
-            assert_eq!(inode(&listener.fd), listener.inode);
+            let fd = listener.duplicate().unwrap().unwrap();
+            assert_eq!(inode(&fd), listener.inode);
             assert_eq!(listener.pid, i32::try_from(std::process::id()).unwrap());
-            assert!(getsockopt(&listener.fd, sockopt::AcceptConn).unwrap());
+            assert!(getsockopt(&fd, sockopt::AcceptConn).unwrap());
         }
         assert_eq!(listeners.found[2].address, "[::1]:15001".parse().unwrap());
     }
@@ -277,16 +302,18 @@ mod tests {
             .stdin(Stdio::from(open))
             .spawn()
             .unwrap();
-        let listeners = listeners(&ns, &[15006]).unwrap();
-        child.kill().unwrap();
-        child.wait().unwrap();
+        let listeners = listeners(&ns, &[15006], Among::All).unwrap();
         let [listener] = &listeners.found[..] else {
             panic!("{listeners:?}")
         };
+        let fd = listener.duplicate().unwrap().unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
         assert_eq!(listener.pid, i32::try_from(child.id()).unwrap());
-        assert_eq!(listener.command, "sleep");
-        assert_eq!(inode(&listener.fd), wanted);
-        assert!(getsockopt(&listener.fd, sockopt::AcceptConn).unwrap());
+        assert_eq!(inode(&fd), wanted);
+        assert!(getsockopt(&fd, sockopt::AcceptConn).unwrap());
+        // Negative control.
+        assert!(listener.duplicate().unwrap().is_none());
     }
 
     #[test]
@@ -296,6 +323,11 @@ mod tests {
             .open()
             .run_inside(|| TcpListener::bind("0.0.0.0:15006").unwrap())
             .unwrap();
-        assert!(listeners(&pod.open(), &[15006]).unwrap().found.is_empty());
+        assert!(
+            listeners(&pod.open(), &[15006], Among::All)
+                .unwrap()
+                .found
+                .is_empty()
+        );
     }
 }

@@ -12,8 +12,6 @@ use netlink_sys::{Socket, SocketAddr};
 
 /// How often a dump is repeated when the table changes under it.
 const DUMP_ATTEMPTS: u32 = 5;
-/// A dump that is longer is given up: who may fill a table of a pod is not to fill the memory of who reads it.
-const MOST_MESSAGES: usize = 1 << 16;
 
 /// A netlink socket of the namespace of the thread that opened it.
 pub(crate) struct Netlink(Socket);
@@ -27,44 +25,38 @@ impl Netlink {
         Ok(Self(socket))
     }
 
-    /// Every message of a dump, of one consistent state of the table when the kernel allows it. Fails if there are more
-    /// than 65,536.
-    pub(crate) fn dump<M>(&self, request: &M) -> io::Result<Vec<M>>
-    where
-        M: NetlinkSerializable + NetlinkDeserializable + Clone,
-    {
-        self.dump_matching(request, |_| true)
-    }
-
-    /// As [`dump`](Self::dump), of those messages that match.
-    pub(crate) fn dump_matching<M>(
+    /// What is collected from the messages of a dump, of one consistent state of the table when the kernel allows it.
+    /// `collect` decides what is kept: whoever owns the table may have filled it.
+    pub(crate) fn dump<M, C>(
         &self,
         request: &M,
-        matches: impl Fn(&M) -> bool,
-    ) -> io::Result<Vec<M>>
+        mut collect: impl FnMut(&mut C, M),
+    ) -> io::Result<C>
     where
         M: NetlinkSerializable + NetlinkDeserializable + Clone,
+        C: Default,
     {
-        let mut answers = Vec::new();
+        let mut collected = C::default();
         for _ in 0..DUMP_ATTEMPTS {
-            let (collected, interrupted) = self.exchange(request, NLM_F_DUMP, &matches)?;
-            answers = collected;
+            collected = C::default();
+            let interrupted = self.exchange(request, NLM_F_DUMP, |message| {
+                collect(&mut collected, message);
+            })?;
             if !interrupted {
                 break;
             }
         }
-        Ok(answers)
+        Ok(collected)
     }
 
-    /// The first message that answers a single request.
+    /// The message that answers a single request.
     pub(crate) fn ask<M>(&self, request: &M) -> io::Result<M>
     where
         M: NetlinkSerializable + NetlinkDeserializable + Clone,
     {
-        self.exchange(request, 0, |_| true)?
-            .0
-            .pop()
-            .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+        let mut answer = None;
+        self.exchange(request, 0, |message| answer = Some(message))?;
+        answer.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
     }
 
     /// Asks for a change and waits until it is made. `flags` must not have the bits of a dump, `NLM_F_ROOT` and `NLM_F_MATCH`.
@@ -72,17 +64,11 @@ impl Netlink {
     where
         M: NetlinkSerializable + NetlinkDeserializable + Clone,
     {
-        self.exchange(request, NLM_F_ACK | flags, |_| true)
-            .map(drop)
+        self.exchange(request, NLM_F_ACK | flags, |_| ()).map(drop)
     }
 
-    /// The answers that match, and whether the table changed under a dump.
-    fn exchange<M>(
-        &self,
-        request: &M,
-        flags: u16,
-        matches: impl Fn(&M) -> bool,
-    ) -> io::Result<(Vec<M>, bool)>
+    /// Gives every answer to `take`. True if the table changed under a dump.
+    fn exchange<M>(&self, request: &M, flags: u16, mut take: impl FnMut(M)) -> io::Result<bool>
     where
         M: NetlinkSerializable + NetlinkDeserializable + Clone,
     {
@@ -95,7 +81,7 @@ impl Netlink {
         message.serialize(&mut bytes);
         self.0.send(&bytes, 0)?;
 
-        let (mut answers, mut interrupted) = (Vec::new(), false);
+        let mut interrupted = false;
         loop {
             let (datagram, _) = self.0.recv_from_full()?;
             let mut rest = datagram.as_slice();
@@ -106,13 +92,11 @@ impl Netlink {
                 // Messages are padded to four bytes; the last one may lack its padding.
                 let length = (message.header.length as usize).next_multiple_of(4);
                 match message.payload {
-                    NetlinkPayload::InnerMessage(answer) if matches(&answer) => {
-                        answers.push(answer);
-                    }
+                    NetlinkPayload::InnerMessage(answer) => take(answer),
                     NetlinkPayload::Done(done) if done.code < 0 => {
                         return Err(io::Error::from_raw_os_error(-done.code));
                     }
-                    NetlinkPayload::Done(_) => return Ok((answers, interrupted)),
+                    NetlinkPayload::Done(_) => return Ok(interrupted),
                     NetlinkPayload::Error(error) if error.code.is_some() => {
                         return Err(error.to_io());
                     }
@@ -120,13 +104,8 @@ impl Netlink {
                 }
                 rest = rest.get(length..).unwrap_or_default();
             }
-            if answers.len() > MOST_MESSAGES {
-                return Err(io::Error::other(format!(
-                    "there are more than {MOST_MESSAGES}"
-                )));
-            }
             if flags & NLM_F_DUMP != NLM_F_DUMP {
-                return Ok((answers, interrupted));
+                return Ok(interrupted);
             }
         }
     }

@@ -32,14 +32,6 @@ fn start_time_in(stat: &str) -> Option<u64> {
     behind_command.split_whitespace().nth(19)?.parse().ok()
 }
 
-/// The process's `comm` (at most 15 bytes), or `?` when it is gone.
-pub(super) fn command(pid: i32) -> String {
-    fs::read_to_string(format!("/proc/{pid}/comm")).map_or_else(
-        |_| "?".to_owned(),
-        |comm| comm.trim_end_matches('\n').to_owned(),
-    )
-}
-
 #[cfg(test)]
 mod fuzz {
     use proptest::prelude::*;

@@ -27,8 +27,11 @@ use super::netns::{self, NetworkNamespace};
 const TENTATIVE_WAIT: Duration = Duration::from_millis(2500);
 const TENTATIVE_POLL: Duration = Duration::from_millis(50);
 
-/// Cells of one namespace, and so entries of `ROUTES`: a sixteenth of that map, as no pod is to take the room of the others.
-const MOST_CELLS: usize = 1 << 14;
+/// Addresses of one namespace that are looked at, in the kernel's order. With [`MOST_PREFIXES`] that makes less than 16,384
+/// entries of `ROUTES`, a sixteenth of that map: no pod is to take the room of the others.
+const MOST_ADDRESSES: usize = 1 << 11;
+/// Prefixes that routes and rules of one namespace name, the widest first.
+const MOST_PREFIXES: usize = 1 << 13;
 
 /// Result of this module.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -75,10 +78,13 @@ pub struct RoutingTable {
     /// Destinations inside a wider route that cannot: blackhole, unreachable, prohibit, broadcast, multicast,
     /// anycast or without a source address. `connect` fails there or never leaves, so nothing is to be captured.
     pub holes: Vec<Hole>,
+    /// Whether there are more than are looked at: 8,192 prefixes, the widest, and 2,048 addresses, the kernel's first. What is left
+    /// out is routed as what is around it.
+    pub left_out: bool,
 }
 
 impl RoutingTable {
-    /// The longest of the routes to a destination; holes in it are not looked at.
+    /// The most specific route to a destination. Holes inside of it are ignored.
     pub fn route_to(&self, destination: IpAddr) -> Option<&Route> {
         let longest = IpNet::from(destination).prefix_len();
         (0..=longest).rev().find_map(|length| {
@@ -112,13 +118,23 @@ pub enum Family {
 }
 
 /// What the kernel does with every destination, in both families. Takes up to 2.5 s while a global IPv6 address is
-/// still tentative. Fails if routes and addresses are too many for one namespace.
+/// still tentative.
 pub fn routing_table(ns: &NetworkNamespace) -> Result<RoutingTable> {
-    ns.run_inside(read_table)?.map_err(|source| Error::Netlink {
-        what: "routes",
-        name: ns.to_string(),
-        source,
-    })
+    table_within(ns, TENTATIVE_WAIT)
+}
+
+/// The same without waiting: an address that is tentative is taken for what it soon will be.
+pub fn routing_table_now(ns: &NetworkNamespace) -> Result<RoutingTable> {
+    table_within(ns, Duration::ZERO)
+}
+
+fn table_within(ns: &NetworkNamespace, wait: Duration) -> Result<RoutingTable> {
+    ns.run_inside(|| read_table(wait))?
+        .map_err(|source| Error::Netlink {
+            what: "routes",
+            name: ns.to_string(),
+            source,
+        })
 }
 
 /// Istio's rule for `--ipv6 auto` (semantics.md 1.4): the family of the first address that is neither loopback nor
@@ -161,26 +177,23 @@ fn choose_family(addresses: &[IpAddr], dual_stack: bool) -> Option<Family> {
 }
 
 /// Runs on a thread inside the namespace.
-fn read_table() -> io::Result<RoutingTable> {
+fn read_table(wait: Duration) -> io::Result<RoutingTable> {
     let netlink = Netlink::open(NETLINK_ROUTE)?;
     let start = Instant::now();
     let mut addresses = read_addresses(&netlink)?;
     while addresses
         .iter()
         .any(|address| address.tentative && is_global(address.address))
-        && start.elapsed() < TENTATIVE_WAIT
+        && start.elapsed() < wait
     {
         std::thread::sleep(TENTATIVE_POLL);
         addresses = read_addresses(&netlink)?;
     }
 
-    let cells = cells(read_prefixes(&netlink)?, &addresses);
-    if cells.len() > MOST_CELLS {
-        return Err(io::Error::other(format!(
-            "there are {} for different destinations; at most {MOST_CELLS} fit for one namespace, as others need room too",
-            cells.len()
-        )));
-    }
+    let named = read_prefixes(&netlink, MOST_PREFIXES)?;
+    let left_out = named.left_out || addresses.len() > MOST_ADDRESSES;
+    addresses.truncate(MOST_ADDRESSES);
+    let cells = cells(named.iter(), &addresses);
     let prefixes: BTreeSet<IpNet> = cells.keys().copied().collect();
     let mut answers = BTreeMap::new();
     // Wider prefixes first: a cell that only refines is dropped when its parent answers the same.
@@ -208,7 +221,10 @@ fn read_table() -> io::Result<RoutingTable> {
         }
     }
 
-    let mut table = RoutingTable::default();
+    let mut table = RoutingTable {
+        left_out,
+        ..RoutingTable::default()
+    };
     for (prefix, answer) in answers {
         match answer {
             Ok(Answer {

@@ -375,6 +375,8 @@ fn element(map: BorrowedFd<'_>, key: u64, value: u64, flags: u64) -> bpf_attr {
 pub struct Table<K, V> {
     /// None: a map that nobody has made yet, which is empty.
     fd: Option<OwnedFd>,
+    /// How many entries there is room for.
+    capacity: usize,
     _types: PhantomData<fn() -> (K, V)>,
 }
 
@@ -399,6 +401,7 @@ impl<K: Pod, V: Pod> Table<K, V> {
         }
         Ok(Self {
             fd: Some(fd),
+            capacity: info.max_entries as usize,
             _types: PhantomData,
         })
     }
@@ -408,6 +411,7 @@ impl<K: Pod, V: Pod> Table<K, V> {
         match Self::open(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Self {
                 fd: None,
+                capacity: 0,
                 _types: PhantomData,
             }),
             result => result,
@@ -462,11 +466,12 @@ impl<K: Pod, V: Pod> Table<K, V> {
         some_or_absent(removed).map(drop)
     }
 
-    /// All keys, in the map's own order.
+    /// All keys, in the map's own order. If entries are removed meanwhile, some may be there twice, and others be missing.
     pub fn keys(&self) -> io::Result<Vec<K>> {
         let mut keys = Vec::new();
         let mut current: Option<K> = None;
-        loop {
+        // A hash map begins again when the current key has gone: that could go on for ever.
+        while keys.len() < self.capacity {
             let mut next = K::zeroed();
             let key = current
                 .as_ref()
@@ -481,6 +486,7 @@ impl<K: Pod, V: Pod> Table<K, V> {
             keys.push(next);
             current = Some(next);
         }
+        Ok(keys)
     }
 }
 

@@ -51,17 +51,13 @@ pub struct Filter {
 pub fn has_clsact(index: u32) -> io::Result<bool> {
     let netlink = Netlink::open(NETLINK_ROUTE)?;
     let request = RouteNetlinkMessage::GetQueueDiscipline(message(index, TcHandle::UNSPEC));
-    let answers = netlink.dump(&request)?;
-    Ok(answers.iter().any(|answer| match answer {
+    netlink.dump(&request, |found: &mut bool, answer| {
         // Kernels before 6.x list the qdiscs of every interface whatever was asked.
-        RouteNetlinkMessage::NewQueueDiscipline(qdisc) => {
-            qdisc.header.index == index as i32
-                && qdisc
-                    .attributes
-                    .contains(&TcAttribute::Kind(CLSACT.to_owned()))
+        if let RouteNetlinkMessage::NewQueueDiscipline(qdisc) = answer {
+            let kind = TcAttribute::Kind(CLSACT.to_owned());
+            *found |= qdisc.header.index == index as i32 && qdisc.attributes.contains(&kind);
         }
-        _ => false,
-    }))
+    })
 }
 
 /// Removes the interface's clsact qdisc, and every filter on it.
@@ -78,16 +74,13 @@ pub fn remove_clsact(index: u32) -> io::Result<()> {
 /// Lists the filters on one side of an interface that has a clsact qdisc.
 pub fn filters(index: u32, direction: Direction) -> io::Result<Vec<Filter>> {
     let request = RouteNetlinkMessage::GetTrafficFilter(message(index, direction.parent()));
-    let answers = Netlink::open(NETLINK_ROUTE)?.dump(&request)?;
-    Ok(answers
-        .into_iter()
-        .filter_map(|answer| match answer {
-            RouteNetlinkMessage::NewTrafficFilter(filter) => Some(filter_of(&filter)),
-            _ => None,
-        })
-        // Each priority has an entry of its own in front of its filters.
-        .filter(|filter| filter.handle != 0)
-        .collect())
+    Netlink::open(NETLINK_ROUTE)?.dump(&request, |found: &mut Vec<_>, answer| {
+        if let RouteNetlinkMessage::NewTrafficFilter(filter) = answer {
+            let filter = filter_of(&filter);
+            // Each priority has an entry of its own in front of its filters.
+            found.extend((filter.handle != 0).then_some(filter));
+        }
+    })
 }
 
 fn filter_of(message: &TcMessage) -> Filter {

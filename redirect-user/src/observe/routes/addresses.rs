@@ -17,14 +17,12 @@ pub(super) struct Address {
 }
 
 pub(super) fn read_addresses(netlink: &Netlink) -> io::Result<Vec<Address>> {
-    let answers = netlink.dump(&RouteNetlinkMessage::GetAddress(AddressMessage::default()))?;
-    Ok(answers
-        .into_iter()
-        .filter_map(|answer| match answer {
-            RouteNetlinkMessage::NewAddress(message) => address_of(&message),
-            _ => None,
-        })
-        .collect())
+    let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+    netlink.dump(&request, |addresses: &mut Vec<_>, answer| {
+        if let RouteNetlinkMessage::NewAddress(message) = answer {
+            addresses.extend(address_of(&message));
+        }
+    })
 }
 
 fn address_of(message: &AddressMessage) -> Option<Address> {

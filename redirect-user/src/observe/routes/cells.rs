@@ -32,7 +32,11 @@ pub(super) enum Cell {
     Refinement,
 }
 
-pub(super) fn cells(named: BTreeSet<IpNet>, addresses: &[Address]) -> BTreeMap<IpNet, Cell> {
+/// At most three for each address, one for each name, and a dozen.
+pub(super) fn cells(
+    named: impl Iterator<Item = IpNet>,
+    addresses: &[Address],
+) -> BTreeMap<IpNet, Cell> {
     let never = NEVER_UNICAST
         .iter()
         .filter_map(|prefix| prefix.parse::<IpNet>().ok());
@@ -43,7 +47,9 @@ pub(super) fn cells(named: BTreeSet<IpNet>, addresses: &[Address]) -> BTreeMap<I
             _ => None,
         })
         .collect();
-    let mut cells = BTreeMap::new();
+    // Mostly named as well, but for those of which the routes were left out.
+    let hosts = addresses.iter().map(|address| address.address.into());
+    let mut cells: BTreeMap<_, _> = hosts.map(|host| (host, Cell::Refinement)).collect();
     // With one IPv6 address there is nothing to choose from. IPv4 chooses by route alone.
     if own.len() > 1 {
         let labels = IPV6_LABELS
@@ -67,7 +73,6 @@ pub(super) fn cells(named: BTreeSet<IpNet>, addresses: &[Address]) -> BTreeMap<I
     }
     cells.extend(
         named
-            .into_iter()
             .filter(|prefix| !is_multicast(*prefix))
             .map(|prefix| (prefix, Cell::Named)),
     );

@@ -14,9 +14,31 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use super::addresses::{Address, tentative_source};
 use crate::observe::netlink::Netlink;
 
-/// Every destination prefix of every table and rule, whatever its type.
-pub(super) fn read_prefixes(netlink: &Netlink) -> io::Result<BTreeSet<IpNet>> {
-    let mut prefixes = BTreeSet::new();
+/// Destination prefixes: the widest, if there are more than are kept.
+#[derive(Debug, Default)]
+pub(super) struct Prefixes {
+    by_length: BTreeSet<(u8, IpNet)>,
+    /// Whether narrower ones were left out.
+    pub(super) left_out: bool,
+}
+
+impl Prefixes {
+    fn add(&mut self, prefix: IpNet, most: usize) {
+        self.by_length.insert((prefix.prefix_len(), prefix));
+        if self.by_length.len() > most {
+            self.by_length.pop_last();
+            self.left_out = true;
+        }
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = IpNet> {
+        self.by_length.iter().map(|(_, prefix)| *prefix)
+    }
+}
+
+/// The destination prefixes of every table and rule, whatever their type; the widest, if there are more than `most`.
+pub(super) fn read_prefixes(netlink: &Netlink, most: usize) -> io::Result<Prefixes> {
+    let mut prefixes = Prefixes::default();
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
         let mut routes = RouteMessage::default();
         routes.header.address_family = family;
@@ -27,7 +49,12 @@ pub(super) fn read_prefixes(netlink: &Netlink) -> io::Result<BTreeSet<IpNet>> {
             RouteNetlinkMessage::GetRule(rules),
         ];
         for request in requests {
-            let answers = match netlink.dump(&request) {
+            let found = netlink.dump(&request, |found: &mut Prefixes, answer| {
+                if let Some(prefix) = prefix_of(&answer) {
+                    found.add(prefix, most);
+                }
+            });
+            let found = match found {
                 // A kernel without IPv6, or without policy routing.
                 Err(error)
                     if matches!(
@@ -37,9 +64,10 @@ pub(super) fn read_prefixes(netlink: &Netlink) -> io::Result<BTreeSet<IpNet>> {
                 {
                     continue;
                 }
-                answers => answers?,
+                found => found?,
             };
-            prefixes.extend(answers.iter().filter_map(prefix_of));
+            prefixes.left_out |= found.left_out;
+            found.iter().for_each(|prefix| prefixes.add(prefix, most));
         }
     }
     Ok(prefixes)

@@ -248,7 +248,7 @@ fn addresses_part_where_any_two_of_them_do() {
         interface: 1,
         tentative: false,
     });
-    let cells = cells(BTreeSet::new(), &addresses);
+    let cells = cells(std::iter::empty(), &addresses);
     let bits = |address: IpAddr| match address {
         IpAddr::V6(v6) => u128::from(v6),
         IpAddr::V4(_) => unreachable!("all are IPv6"),
