@@ -30,7 +30,9 @@ use crate::observe::identity::{IdMap, UserNamespace};
 use crate::observe::interfaces::{Interface, interfaces};
 use crate::observe::listeners::Among;
 use crate::observe::netns::NetworkNamespace;
-use crate::observe::routes::{Family, RoutingTable, first_global_family, routing_table};
+use crate::observe::routes::{
+    Family, MOST_ENTRIES, RoutingTable, first_global_family, routing_table,
+};
 use crate::options::{Dns, Ipv6, Policy};
 use crate::pins::{self, Pins};
 use crate::programs::{self, Entered, HOOKS, Hook, Need, Programs, SK_LOOKUP, Side};
@@ -155,7 +157,7 @@ pub fn attach(request: &Request) -> Result<Outcome> {
     let cgroup_id = request.cgroup.id();
     let programs = Programs::open_or_load(&pins, &needs(request, &pins.pod(cgroup_id)))?;
     let tables = Tables::open(&pins)?;
-    let mut noted = collect::gone(&pins, &tables)?.warn();
+    let mut noted = collect::gone(&pins, &tables)?.but_for(cgroup_id)?;
     refuse_overlap(&tables, &noted, request, &notes, &unrouted)?;
 
     let own = noted.iter().position(|(id, _)| *id == cgroup_id);
@@ -207,7 +209,7 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         let table = routing_table(&request.netns)?;
         if table.left_out {
             tracing::warn!(
-                "network namespace {} has more routes or addresses than are kept for one: narrow ones are left out, and what they lead to is treated as what is around it",
+                "network namespace {} has more routes or addresses than are kept for one: some are left out, and what they lead to is captured as what is around it",
                 request.netns
             );
         }
@@ -410,16 +412,24 @@ fn sync_routes(
     let observed: HashSet<_> = detach::routes_of(tables, notes.netns_cookie)?
         .into_iter()
         .collect();
-    let mut changed = false;
+    let obsolete = || observed.iter().filter(|key| !wanted.contains_key(key));
+    let remove = || -> Result<()> {
+        obsolete().try_for_each(|key| tables.routes.remove(key).context("writing ROUTES"))
+    };
+    // Last, so that no destination is unknown meanwhile; but while there are two sets of routes, they share the pod's room.
+    let is_crowded = obsolete().count() + wanted.len() > MOST_ENTRIES;
+    let mut changed = obsolete().next().is_some();
+    if is_crowded {
+        remove()?;
+    }
     for (key, info) in wanted {
         if !observed.contains(key) || tables.routes.get(key)? != Some(*info) {
             written("ROUTES", tables.routes.set(key, info))?;
             changed = true;
         }
     }
-    for key in observed.iter().filter(|key| !wanted.contains_key(key)) {
-        tables.routes.remove(key).context("writing ROUTES")?;
-        changed = true;
+    if !is_crowded {
+        remove()?;
     }
     Ok(changed)
 }

@@ -21,21 +21,27 @@ use crate::tables::Tables;
 pub(crate) struct Collected {
     /// Read once, since a node has many. Those on pods that could not be removed are among them.
     pub(crate) noted: Vec<(u64, Notes)>,
-    failures: Vec<Error>,
+    failures: Vec<(u64, Error)>,
 }
 
 impl Collected {
-    /// The notes. That some other pod is not removed must not stop what is done for this one.
-    pub(crate) fn warn(self) -> Vec<(u64, Notes)> {
-        for error in self.failures {
+    /// The notes. An error if this cgroup could not be removed; that another was not must not stop what is done for this one.
+    pub(crate) fn but_for(self, cgroup_id: u64) -> Result<Vec<(u64, Notes)>> {
+        for (failed, error) in self.failures {
+            if failed == cgroup_id {
+                return Err(error);
+            }
             tracing::warn!("{error:#}");
         }
-        self.noted
+        Ok(self.noted)
     }
 
-    /// The first failure.
+    /// The first failure; the others are told.
     pub(crate) fn result(self) -> Result<()> {
-        self.failures.into_iter().next().map_or(Ok(()), Err)
+        let mut failures = self.failures.into_iter().map(|(_, error)| error);
+        let first = failures.next();
+        failures.for_each(|error| tracing::warn!("{error:#}"));
+        first.map_or(Ok(()), Err)
     }
 }
 
@@ -67,18 +73,20 @@ pub(crate) fn gone(pins: &Pins, tables: &Tables) -> Result<Collected> {
     for cgroup_id in gone {
         match detach::one(pins, tables, cgroup_id, &noted) {
             Ok(()) => noted.retain(|(id, _)| *id != cgroup_id),
-            Err(error) => failures.push(error.context(left(&noted, cgroup_id))),
+            Err(error) => {
+                failures.push((cgroup_id, error.context(detaching(&noted, cgroup_id))));
+            }
         }
     }
     Ok(Collected { noted, failures })
 }
 
 /// What is said of a pod that could not be removed.
-pub(crate) fn left(noted: &[(u64, Notes)], cgroup_id: u64) -> String {
+pub(crate) fn detaching(noted: &[(u64, Notes)], cgroup_id: u64) -> String {
     let notes = noted.iter().find(|(id, _)| *id == cgroup_id);
     let cgroup = notes.map(|(_, notes)| notes.cgroup.display().to_string());
     let cgroup = cgroup.unwrap_or_else(|| format!("number {cgroup_id}"));
-    format!("removing what is left of cgroup {cgroup}")
+    format!("detaching cgroup {cgroup}")
 }
 
 /// True if the kernel has cut the links off, or they are incomplete. An error is no answer: the pod may well be there.

@@ -29,7 +29,7 @@ pub fn detach(cgroup_id: u64) -> Result<bool> {
         return Ok(false);
     }
     let tables = Tables::open(&pins)?;
-    let noted = collect::gone(&pins, &tables)?.warn();
+    let noted = collect::gone(&pins, &tables)?.but_for(cgroup_id)?;
     let was = pins.pod(cgroup_id).is_dir() || tables.records.get(&cgroup_id)?.is_some();
     one(&pins, &tables, cgroup_id, &noted)?;
     finish(&pins, &tables)?;
@@ -43,8 +43,8 @@ pub fn collect() -> Result<()> {
     };
     let tables = Tables::open(&pins)?;
     let collected = collect::gone(&pins, &tables)?;
-    finish(&pins, &tables)?;
-    collected.result()
+    let finished = finish(&pins, &tables);
+    collected.result().and(finished)
 }
 
 /// Detaches everything; answers with the number of pods.
@@ -58,17 +58,21 @@ pub fn detach_all() -> Result<usize> {
             // Notes without links: an attachment, or a detachment, was interrupted.
             let keys = tables.records.keys().context("reading RECORDS")?;
             let mut noted = record::all(&tables)?;
-            let mut first_failure = None;
+            let mut first_failure = Ok(());
             for cgroup_id in pods.iter().chain(&keys) {
                 match one(&pins, &tables, *cgroup_id, &noted) {
                     Ok(()) => noted.retain(|(id, _)| id != cgroup_id),
                     Err(error) => {
-                        let error = error.context(collect::left(&noted, *cgroup_id));
-                        first_failure.get_or_insert(error);
+                        let error = error.context(collect::detaching(&noted, *cgroup_id));
+                        if first_failure.is_ok() {
+                            first_failure = Err(error);
+                        } else {
+                            tracing::warn!("{error:#}");
+                        }
                     }
                 }
             }
-            first_failure.map_or(Ok(()), Err)?;
+            first_failure?;
         }
         Err(_) if pods.is_empty() => {}
         // Capture ends with the links; what the maps hold goes with them.

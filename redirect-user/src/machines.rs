@@ -39,6 +39,8 @@ const ETHERNET_HEADER: u32 = 14;
 
 /// Interfaces of one namespace with entries: a sixteenth of `INTERFACES`, as no pod is to take the room of the others.
 const MOST_INTERFACES: usize = 256;
+/// So many that cannot be captured are named.
+const MOST_WARNINGS: usize = 4;
 
 /// Program of each side.
 const PROGRAMS: [(Direction, Entered); 2] = [
@@ -89,9 +91,18 @@ pub fn add(
     }
     let pinned = entries(pins, programs, netns_cookie)?;
     let mut changed = false;
-    let usable = wanted.iter().filter(|found| is_usable(found));
-    let (old, new): (Vec<_>, Vec<_>) = usable.partition(|found| known.contains(&found.index));
-    let room = MOST_INTERFACES.saturating_sub(known.len());
+    let (usable, unusable): (Vec<_>, Vec<_>) =
+        wanted.iter().partition(|found| found.layer != Layer::Other);
+    for found in unusable.iter().take(MOST_WARNINGS) {
+        tracing::warn!(
+            "--kube-virt-interfaces: {} is neither an Ethernet nor an IP interface: its machines are not captured",
+            found.name
+        );
+    }
+    let (old, new): (Vec<_>, Vec<_>) = usable
+        .into_iter()
+        .partition(|found| known.contains(&found.index));
+    let room = MOST_INTERFACES.saturating_sub(old.len());
     for found in old.into_iter().chain(new.iter().copied().take(room)) {
         changed |= netns
             .run_inside(|| add_one(tables, netns_cookie, &pinned, found))?
@@ -237,17 +248,6 @@ fn matching(
         found.name != "lo" && patterns.iter().any(|pattern| pattern.matches(&found.name))
     });
     all
-}
-
-fn is_usable(found: &interfaces::Interface) -> bool {
-    let usable = found.layer != Layer::Other;
-    if !usable {
-        tracing::warn!(
-            "--kube-virt-interfaces: {} is neither an Ethernet nor an IP interface: its machines are not captured",
-            found.name
-        );
-    }
-    usable
 }
 
 /// Runs inside the namespace.

@@ -110,7 +110,8 @@ fn one_pod_too_many(map: &str, fills: impl FnOnce(&Scene) -> (Empty, Option<i32>
 #[rstest]
 #[case::routes(
     OTHER_OPTIONS,
-    (0..1 << 14).map(|n: u32| format!("route add blackhole {}", Ipv4Addr::from_bits(0x0b00_0000 | n))),
+    |round, n| format!("route add blackhole {}", Ipv4Addr::from_bits((11 + round) << 24 | n)),
+    1 << 14,
     "route flush type blackhole",
     "more routes or addresses than are kept",
     || entries_of_trie::<{ size_of::<RouteKey>() }, { size_of::<RouteInfo>() }>("ROUTES"),
@@ -118,7 +119,8 @@ fn one_pod_too_many(map: &str, fills: impl FnOnce(&Scene) -> (Empty, Option<i32>
 )]
 #[case::interfaces(
     Options { virtual_interfaces: "full+", ..OTHER_OPTIONS },
-    (0..300).map(|n| format!("link add full{n} group 77 type bridge")),
+    |round, n| format!("link add full{round}x{n} group 77 type bridge"),
+    300,
     "link del group 77",
     "machines behind 45 more are not captured",
     || entries_of_hash::<{ size_of::<InterfaceKey>() }, { size_of::<Interface>() }>("INTERFACES"),
@@ -126,7 +128,8 @@ fn one_pod_too_many(map: &str, fills: impl FnOnce(&Scene) -> (Empty, Option<i32>
 )]
 fn no_pod_takes_the_room_of_others(
     #[case] options: Options,
-    #[case] too_many: impl Iterator<Item = String> + Send,
+    #[case] command: fn(u32, u32) -> String,
+    #[case] count: u32,
     #[case] clear: &str,
     #[case] told: &str,
     #[case] entries: fn() -> usize,
@@ -138,10 +141,10 @@ fn no_pod_takes_the_room_of_others(
         // One that stays.
         scene.pod.netns.ip("link add full type bridge");
         let before = entries();
-        let too_many = too_many.collect::<Vec<_>>().join("\n");
         let mut taken = 0;
-        for _ in 0..2 {
-            scene.pod.netns.ip(&too_many);
+        for round in 0..2 {
+            let commands: Vec<_> = (0..count).map(|n| command(round, n)).collect();
+            scene.pod.netns.ip(&commands.join("\n"));
             let output = finish(&mut attach(&scene, &options));
             let said = errors(&output);
             assert!(output.status.success() && said.contains(told), "{said}");
@@ -159,6 +162,37 @@ fn no_pod_takes_the_room_of_others(
         run(&mut detach(&scene));
         assert_eq!(entries(), before);
         run(&mut detach(&other));
+    });
+}
+
+/// The kernel is asked about one address of each network. If that one has a route of its own that is left out, the answer is not
+/// the network's.
+#[rstest]
+fn what_is_left_out_speaks_for_no_network() {
+    /// The one that is asked about for the default route.
+    const ASKED: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+    bpffs::private(|| {
+        let mut scene = Scene::new();
+        let own = Dial::new(V4, (ASKED, 80).into());
+        let outside = Dial::new(V4, scene.address(V4, To::Service(80)));
+        let wider = (0..1 << 13).map(|n| {
+            format!(
+                "route add blackhole {}/31",
+                Ipv4Addr::from_bits(0x0b00_0000 | n << 1)
+            )
+        });
+        let wider = wider.collect::<Vec<_>>().join("\n");
+        scene
+            .pod
+            .netns
+            .ip(&format!("route add local {ASKED}/32 dev lo"));
+        for (routes, who) in [(&*wider, "15001"), ("route flush type blackhole", "app")] {
+            scene.pod.netns.ip(routes);
+            scene.attach(Redirect, &Options::ISTIO);
+            assert_eq!(scene.app.dial(&outside).outcome(), "15001");
+            assert_eq!(scene.app.dial(&own).outcome(), who);
+        }
+        scene.detach();
     });
 }
 

@@ -158,19 +158,41 @@ fn pod_whose_link_is_something_else_is_refused_and_can_be_detached(#[case] name:
     });
 }
 
+/// Makes a directory that cannot be removed before the one in it, which is answered, is unmounted.
+fn hold(directory: &Path) -> PathBuf {
+    let held = directory.join("held");
+    fs::create_dir_all(&held).unwrap();
+    let nothing = None::<&str>;
+    mount(nothing, &held, Some("tmpfs"), MsFlags::empty(), nothing).unwrap();
+    held
+}
+
+/// A pod without one of its links is removed and attached anew. If it cannot be removed, it is not half attached instead.
+#[rstest]
+fn pod_that_cannot_be_removed_is_not_attached_again() {
+    bpffs::private(|| {
+        let mut scene = Scene::new();
+        scene.attach(Redirect, &Options::ISTIO);
+        let connect = link(&scene, "connect4");
+        let held = hold(connect.parent().unwrap());
+        fs::remove_file(&connect).unwrap();
+        refused(&scene, &["detaching cgroup /", "busy"]);
+        umount(&held).unwrap();
+        loader::attach(&scene.pod, &Options::ISTIO);
+        assert!(is_captured(&mut scene));
+    });
+}
+
 /// What is left of a pod that has gone cannot be removed, as something is mounted there: that is told, and is no reason not to
 /// attach and detach others.
 #[rstest]
 fn pod_that_cannot_be_removed_keeps_no_other_from_being_attached_or_detached() {
-    const SAYS: &str = "removing what is left of cgroup number 4711: ";
+    const SAYS: &str = "detaching cgroup number 4711: ";
     bpffs::private(|| {
         let (mut scene, mut bystander) = (Scene::new(), Scene::new());
         bystander.attach(Redirect, &Options::ISTIO);
         let left = Path::new(ROOT).join(format!("pods/{:016x}", 4711));
-        let held = left.join("held");
-        fs::create_dir_all(&held).unwrap();
-        let nothing = None::<&str>;
-        mount(nothing, &held, Some("tmpfs"), MsFlags::empty(), nothing).unwrap();
+        let held = hold(&left);
 
         let attached = finish(attach_command(&scene.pod).args(Options::ISTIO.arguments()));
         let said = errors(&attached);

@@ -1,7 +1,7 @@
 //! Handing over the listeners of a proxy that began to listen before it was attached.
 
 use std::collections::HashSet;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 
 use anyhow::{Context, Result};
@@ -14,7 +14,7 @@ use redirect_common::route::{ROUTE_LOCAL, ROUTE_PREFIX_BITS, RouteKey};
 use super::Request;
 use crate::full::written;
 use crate::observe::cgroup::Cgroup;
-use crate::observe::listeners::{Among, Listener, Listeners, listeners};
+use crate::observe::listeners::{Among, Listener, Listeners, Unreachable, listeners};
 use crate::options::Policy;
 use crate::proxy::ProxyIdentity;
 use crate::record::Notes;
@@ -39,13 +39,19 @@ pub(super) fn find_listeners(
         _ => Ok(Vec::new()),
     };
     // It may have ended.
-    let in_container = in_container.unwrap_or_default();
+    let in_container: HashSet<i32> = in_container.unwrap_or_default().into_iter().collect();
     let of_proxy = |listener: &Listener| {
-        let is_in_container = in_container.contains(&listener.pid);
+        let mut holders = listener.holders.iter();
+        let is_in_container = holders.any(|holder| in_container.contains(&holder.pid));
         is_proxy(config, Some(listener.owner), is_in_container)
     };
     let ports: Vec<u16> = request.policy.listeners().map(|(port, _)| port).collect();
-    let found = listeners(&request.netns, &ports, among)?;
+    let mut found = listeners(&request.netns, &ports, among)?;
+    if among == Among::Inside && !found.unreachable.is_empty() {
+        // Those that are held elsewhere were handed over at attach: the others are not to take their places.
+        return Ok(found);
+    }
+    let mut refused = Vec::new();
     for port in ports.into_iter().collect::<HashSet<_>>() {
         let mut on_port = Vec::new();
         for listener in &found.found {
@@ -55,15 +61,18 @@ pub(super) fn find_listeners(
                 on_port.push(listener);
             }
         }
-        on_port.sort_by_key(|listener| !of_proxy(listener));
+        on_port.sort_by_cached_key(|listener| !of_proxy(listener));
         let mut slots = 0..LISTENER_SLOTS;
         for listener in on_port {
             let socket = match listener.duplicate() {
                 Ok(Some(socket)) => socket,
                 Ok(None) => continue,
                 Err(error) => {
-                    tracing::debug!("process {} keeps its listener: {error}", listener.pid);
-                    warn_unreachable(listener.address);
+                    tracing::debug!("the listener on {}: {error}", listener.address);
+                    refused.push(Unreachable {
+                        address: listener.address,
+                        inode: listener.inode,
+                    });
                     continue;
                 }
             };
@@ -87,6 +96,7 @@ pub(super) fn find_listeners(
             }
         }
     }
+    found.unreachable.extend(refused);
     Ok(found)
 }
 
@@ -106,7 +116,10 @@ fn is_reachable(tables: &Tables, netns_cookie: u64, address: IpAddr) -> Result<b
 
 pub(super) fn warn_about_listeners(found: &Listeners, policy: &Policy) {
     for listener in found.unreachable.iter().take(MOST_WARNINGS) {
-        warn_unreachable(listener.address);
+        tracing::warn!(
+            "the listener on {} cannot be reached: until it is opened again, connections to it are refused",
+            listener.address
+        );
     }
     let more = found.unreachable.len().saturating_sub(MOST_WARNINGS);
     if more > 0 {
@@ -123,10 +136,4 @@ pub(super) fn warn_about_listeners(found: &Listeners, policy: &Policy) {
             );
         }
     }
-}
-
-fn warn_unreachable(address: SocketAddr) {
-    tracing::warn!(
-        "the listener on {address} cannot be reached: until it is opened again, connections to it are refused"
-    );
 }

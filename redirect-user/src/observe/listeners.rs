@@ -15,6 +15,7 @@ use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP};
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
 use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 use redirect_common::decide::Owner;
+use rustix::fs::{Stat, fstat};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
@@ -43,7 +44,7 @@ pub enum Error {
     },
 }
 
-/// A listening TCP socket, and a process that holds it.
+/// A listening TCP socket, and who holds it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listener {
     /// Where it listens. A dual-stack socket shows as `[::]`.
@@ -52,26 +53,47 @@ pub struct Listener {
     pub inode: u64,
     /// Who created it, in the kernel's ids.
     pub owner: Owner,
+    /// Descriptors of it, one at least.
+    pub holders: Vec<Holder>,
+}
+
+/// A descriptor of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Holder {
     /// The process.
     pub pid: i32,
-    /// The process's descriptor.
-    number: i32,
+    /// The descriptor's number.
+    pub number: i32,
 }
 
 impl Listener {
-    /// A duplicate of the process's descriptor: the same open socket. None if the process has closed it, an error if it may not
-    /// be had. Close it soon: while it is open, the address stays taken when the proxy closes its own.
+    /// A duplicate of a holder's descriptor: the same open socket. None if all have closed theirs, an error if it may not be had.
+    /// Close it soon: while it is open, the address stays taken when the proxy closes its own.
     pub fn duplicate(&self) -> io::Result<Option<OwnedFd>> {
-        let fd = Pid::from_raw(self.pid)
-            .ok_or(Errno::SRCH)
-            .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()))
-            .and_then(|process| pidfd_getfd(process, self.number, PidfdGetfdFlags::empty()));
-        match fd {
-            // Pid and descriptor number may both have been reused since /proc was read.
-            Ok(fd) => Ok((rustix::fs::fstat(&fd)?.st_ino == self.inode).then_some(fd)),
-            Err(Errno::SRCH | Errno::BADF) => Ok(None),
-            Err(error) => Err(error.into()),
+        let mut refused = Ok(None);
+        for holder in &self.holders {
+            match holder.duplicate() {
+                // Pid and descriptor number may both have been reused since /proc was read. The owner too is looked at again: the
+                // process may have shown somebody else's file for a moment.
+                Ok(fd) if self.is(&fstat(&fd)?) => return Ok(Some(fd)),
+                Ok(_) | Err(Errno::SRCH | Errno::BADF) => {}
+                Err(error) => refused = Err(error.into()),
+            }
         }
+        refused
+    }
+
+    fn is(&self, socket: &Stat) -> bool {
+        (socket.st_ino, socket.st_uid, socket.st_gid)
+            == (self.inode, self.owner.uid, self.owner.gid)
+    }
+}
+
+impl Holder {
+    fn duplicate(self) -> rustix::io::Result<OwnedFd> {
+        let pid = Pid::from_raw(self.pid).ok_or(Errno::SRCH)?;
+        let process = pidfd_open(pid, PidfdFlags::empty())?;
+        pidfd_getfd(process, self.number, PidfdGetfdFlags::empty())
     }
 }
 
@@ -96,9 +118,9 @@ pub struct Listeners {
 /// Whose descriptors are looked through for those that listen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Among {
-    /// The processes in the namespace.
+    /// The processes in the namespace, until each listener has a holder.
     Inside,
-    /// These first, then all others: that takes long on a node.
+    /// All of these, and all others of the node if need be, which takes long.
     All,
 }
 
@@ -112,30 +134,37 @@ pub fn listeners(ns: &NetworkNamespace, ports: &[u16], among: Among) -> Result<L
             })
     };
     let mut wanted = list()?;
-    let mut listeners = Listeners::default();
     if wanted.is_empty() {
-        return Ok(listeners);
+        return Ok(Listeners::default());
     }
 
     // A listener is nearly always held by a process of its own namespace.
-    let (inside, mut outside): (Vec<_>, Vec<_>) = proc::pids()
+    let (inside, outside): (Vec<_>, Vec<_>) = proc::pids()
         .into_iter()
         .partition(|&pid| ns.contains(pid) == Some(true));
-    if among == Among::Inside {
-        outside.clear();
-    }
-    for pid in inside.into_iter().chain(outside) {
-        if wanted.is_empty() {
+    let mut found = HashMap::new();
+    for pid in inside {
+        if among == Among::Inside && found.len() == wanted.len() {
             break;
         }
-        take_from(pid, &mut wanted, &mut listeners.found);
+        take_from(pid, &wanted, &mut found);
     }
+    for pid in outside {
+        if among == Among::Inside || found.len() == wanted.len() {
+            break;
+        }
+        take_from(pid, &wanted, &mut found);
+    }
+    wanted.retain(|inode, _| !found.contains_key(inode));
     if !wanted.is_empty() {
         // One that was closed while its process was looked for is no cause for a warning.
         let still = list()?;
         wanted.retain(|inode, _| still.contains_key(inode));
     }
-    listeners.unreachable = wanted.into_values().collect();
+    let mut listeners = Listeners {
+        found: found.into_values().collect(),
+        unreachable: wanted.into_values().collect(),
+    };
     listeners
         .found
         .sort_by_key(|listener| (listener.address, listener.inode));
@@ -180,8 +209,8 @@ fn socket_of(answer: &SockDiagMessage) -> Option<Unreachable> {
     })
 }
 
-/// Moves what this process holds from `wanted` to `found`. A process that vanishes or refuses is passed over.
-fn take_from(pid: i32, wanted: &mut HashMap<u64, Unreachable>, found: &mut Vec<Listener>) {
+/// Adds what this process holds of what is wanted. A process that vanishes or refuses is passed over.
+fn take_from(pid: i32, wanted: &HashMap<u64, Unreachable>, found: &mut HashMap<u64, Listener>) {
     let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else {
         return;
     };
@@ -192,21 +221,26 @@ fn take_from(pid: i32, wanted: &mut HashMap<u64, Unreachable>, found: &mut Vec<L
         let Some(socket) = wanted.get(&inode) else {
             continue;
         };
+        let holder = Holder { pid, number };
+        if let Some(listener) = found.get_mut(&inode) {
+            listener.holders.push(holder);
+            continue;
+        }
         // A socket's inode has the ids of whoever created it.
-        let Ok(metadata) = fs::metadata(entry.path()) else {
+        let metadata = fs::metadata(entry.path());
+        let Some(metadata) = metadata.ok().filter(|it| it.ino() == inode) else {
             continue;
         };
-        found.push(Listener {
+        let listener = Listener {
             address: socket.address,
             inode,
             owner: Owner {
                 uid: metadata.uid(),
                 gid: metadata.gid(),
             },
-            pid,
-            number,
-        });
-        wanted.remove(&inode);
+            holders: vec![holder],
+        };
+        found.insert(inode, listener);
     }
 }
 
@@ -251,7 +285,11 @@ mod tests {
     }
 
     fn inode(fd: &impl std::os::fd::AsFd) -> u64 {
-        rustix::fs::fstat(fd).unwrap().st_ino
+        fstat(fd).unwrap().st_ino
+    }
+
+    fn pids(listener: &Listener) -> Vec<i32> {
+        listener.holders.iter().map(|holder| holder.pid).collect()
     }
 
     #[test]
@@ -282,7 +320,7 @@ mod tests {
         for listener in &listeners.found {
             let fd = listener.duplicate().unwrap().unwrap();
             assert_eq!(inode(&fd), listener.inode);
-            assert_eq!(listener.pid, i32::try_from(std::process::id()).unwrap());
+            assert_eq!(pids(listener), [i32::try_from(std::process::id()).unwrap()]);
             assert!(getsockopt(&fd, sockopt::AcceptConn).unwrap());
         }
         assert_eq!(listeners.found[2].address, "[::1]:15001".parse().unwrap());
@@ -309,10 +347,32 @@ mod tests {
         let fd = listener.duplicate().unwrap().unwrap();
         child.kill().unwrap();
         child.wait().unwrap();
-        assert_eq!(listener.pid, i32::try_from(child.id()).unwrap());
+        assert_eq!(pids(listener), [i32::try_from(child.id()).unwrap()]);
         assert_eq!(inode(&fd), wanted);
         assert!(getsockopt(&fd, sockopt::AcceptConn).unwrap());
         // Negative control.
+        assert!(listener.duplicate().unwrap().is_none());
+    }
+
+    #[test]
+    fn listener_is_had_from_whoever_still_holds_it_and_only_if_it_is_its_creators() {
+        let pod = TestNamespace::new();
+        let ns = pod.open();
+        let open = ns
+            .run_inside(|| reuseport_listener((Ipv4Addr::UNSPECIFIED, 15006).into()))
+            .unwrap();
+        let second = open.try_clone().unwrap();
+        let listeners = listeners(&ns, &[15006], Among::All).unwrap();
+        let [listener] = &listeners.found[..] else {
+            panic!("{listeners:?}")
+        };
+        assert_eq!(listener.holders.len(), 2);
+        drop(open);
+        assert!(listener.duplicate().unwrap().is_some());
+        let mut forged = listener.clone();
+        forged.owner.uid += 1;
+        assert!(forged.duplicate().unwrap().is_none());
+        drop(second);
         assert!(listener.duplicate().unwrap().is_none());
     }
 

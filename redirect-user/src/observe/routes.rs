@@ -27,11 +27,12 @@ use super::netns::{self, NetworkNamespace};
 const TENTATIVE_WAIT: Duration = Duration::from_millis(2500);
 const TENTATIVE_POLL: Duration = Duration::from_millis(50);
 
-/// Addresses of one namespace that are looked at, in the kernel's order. With [`MOST_PREFIXES`] that makes less than 16,384
-/// entries of `ROUTES`, a sixteenth of that map: no pod is to take the room of the others.
-const MOST_ADDRESSES: usize = 1 << 11;
-/// Prefixes that routes and rules of one namespace name, the widest first.
+/// Entries of `ROUTES` for one namespace, a sixteenth of that map: no pod is to take the room of the others.
+pub const MOST_ENTRIES: usize = 1 << 14;
+/// Prefixes that routes and rules of one namespace name, the widest first: half of the entries.
 const MOST_PREFIXES: usize = 1 << 13;
+/// Addresses of each family in one namespace, in the kernel's order. Each makes three entries at most.
+const MOST_ADDRESSES: usize = 1 << 10;
 
 /// Result of this module.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -78,8 +79,9 @@ pub struct RoutingTable {
     /// Destinations inside a wider route that cannot: blackhole, unreachable, prohibit, broadcast, multicast,
     /// anycast or without a source address. `connect` fails there or never leaves, so nothing is to be captured.
     pub holes: Vec<Hole>,
-    /// Whether there are more than are looked at: 8,192 prefixes, the widest, and 2,048 addresses, the kernel's first. What is left
-    /// out is routed as what is around it.
+    /// Whether there are more than are looked at: 8,192 prefixes, the widest, and 1,024 addresses of each family, the kernel's
+    /// first. Then no network is local, nor known to lead over an interface: what the kernel answered for it may be about what
+    /// was left out.
     pub left_out: bool,
 }
 
@@ -123,7 +125,7 @@ pub fn routing_table(ns: &NetworkNamespace) -> Result<RoutingTable> {
     table_within(ns, TENTATIVE_WAIT)
 }
 
-/// The same without waiting: an address that is tentative is taken for what it soon will be.
+/// The same without waiting: an address that is tentative is the source only where the kernel offers no other.
 pub fn routing_table_now(ns: &NetworkNamespace) -> Result<RoutingTable> {
     table_within(ns, Duration::ZERO)
 }
@@ -191,8 +193,15 @@ fn read_table(wait: Duration) -> io::Result<RoutingTable> {
     }
 
     let named = read_prefixes(&netlink, MOST_PREFIXES)?;
-    let left_out = named.left_out || addresses.len() > MOST_ADDRESSES;
-    addresses.truncate(MOST_ADDRESSES);
+    let count = addresses.len();
+    let mut room = [MOST_ADDRESSES; 2];
+    addresses.retain(|address| {
+        let room = &mut room[usize::from(address.address.is_ipv6())];
+        let has_room = *room > 0;
+        *room = room.saturating_sub(1);
+        has_room
+    });
+    let left_out = named.left_out || addresses.len() < count;
     let cells = cells(named.iter(), &addresses);
     let prefixes: BTreeSet<IpNet> = cells.keys().copied().collect();
     let mut answers = BTreeMap::new();
@@ -226,6 +235,8 @@ fn read_table(wait: Duration) -> io::Result<RoutingTable> {
         ..RoutingTable::default()
     };
     for (prefix, answer) in answers {
+        // What was left out may be in any network.
+        let is_sure = !left_out || prefix.prefix_len() == prefix.max_prefix_len();
         match answer {
             Ok(Answer {
                 source,
@@ -235,8 +246,8 @@ fn read_table(wait: Duration) -> io::Result<RoutingTable> {
                 table.routes.push(Route {
                     prefix,
                     source,
-                    local,
-                    interface,
+                    local: local && is_sure,
+                    interface: if is_sure { interface } else { 0 },
                 });
             }
             Err(Unreachable { errno, unicast }) => table.holes.push(Hole {
