@@ -14,7 +14,8 @@ use crate::tables::Tables;
 use crate::{collect, settings};
 
 /// True if [`attach`](super::attach()) would find nothing to do for this pod. The proxy's listeners are handed over again, as it
-/// does, if processes of the pod hold all that listen there. What others have left is not collected; that is for [`collect`](crate::detach::collect()), once for all pods.
+/// does, if processes of the pod hold all that listen there. What others have left is not collected; that is for
+/// [`collect`](crate::detach::collect()), once for all pods.
 ///
 /// False where that takes more to tell: virtual machines, TPROXY.
 pub fn is_settled(request: &Request) -> Result<bool> {
