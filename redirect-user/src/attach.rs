@@ -412,13 +412,17 @@ fn sync_routes(
     let observed: HashSet<_> = detach::routes_of(tables, notes.netns_cookie)?
         .into_iter()
         .collect();
-    let obsolete = || observed.iter().filter(|key| !wanted.contains_key(key));
+    let obsolete: Vec<_> = observed
+        .iter()
+        .filter(|key| !wanted.contains_key(key))
+        .collect();
     let remove = || -> Result<()> {
-        obsolete().try_for_each(|key| tables.routes.remove(key).context("writing ROUTES"))
+        let mut keys = obsolete.iter();
+        keys.try_for_each(|key| tables.routes.remove(key).context("writing ROUTES"))
     };
+    let mut changed = !obsolete.is_empty();
     // Last, so that no destination is unknown meanwhile; but while there are two sets of routes, they share the pod's room.
-    let is_crowded = obsolete().count() + wanted.len() > MOST_ENTRIES;
-    let mut changed = obsolete().next().is_some();
+    let is_crowded = obsolete.len() + wanted.len() > MOST_ENTRIES;
     if is_crowded {
         remove()?;
     }

@@ -17,10 +17,10 @@ use crate::record::{self, Notes};
 use crate::sys::bpf;
 use crate::tables::Tables;
 
-/// Notes on the pods that are attached, and why some that have gone could not be removed.
+/// What came of removing pods: the notes on the others, and why some could not be removed.
 pub(crate) struct Collected {
     /// Read once, since a node has many. Those on pods that could not be removed are among them.
-    pub(crate) noted: Vec<(u64, Notes)>,
+    noted: Vec<(u64, Notes)>,
     failures: Vec<(u64, Error)>,
 }
 
@@ -48,7 +48,7 @@ impl Collected {
 /// Removes pods whose cgroup or network namespace has gone, and notes without links.
 pub(crate) fn gone(pins: &Pins, tables: &Tables) -> Result<Collected> {
     let linked: HashSet<u64> = pins.pods()?.into_iter().collect();
-    let mut noted = record::all(tables)?;
+    let noted = record::all(tables)?;
     let left_over: HashSet<u64> = noted
         .iter()
         .filter(|(id, notes)| linked.contains(id) && is_left_over(notes))
@@ -69,8 +69,18 @@ pub(crate) fn gone(pins: &Pins, tables: &Tables) -> Result<Collected> {
             gone.push(cgroup_id);
         }
     }
+    Ok(each(pins, tables, gone, noted))
+}
+
+/// Removes these pods, as far as it goes. `noted` are the notes on all that are attached.
+pub(crate) fn each(
+    pins: &Pins,
+    tables: &Tables,
+    pods: impl IntoIterator<Item = u64>,
+    mut noted: Vec<(u64, Notes)>,
+) -> Collected {
     let mut failures = Vec::new();
-    for cgroup_id in gone {
+    for cgroup_id in pods {
         match detach::one(pins, tables, cgroup_id, &noted) {
             Ok(()) => noted.retain(|(id, _)| *id != cgroup_id),
             Err(error) => {
@@ -78,11 +88,11 @@ pub(crate) fn gone(pins: &Pins, tables: &Tables) -> Result<Collected> {
             }
         }
     }
-    Ok(Collected { noted, failures })
+    Collected { noted, failures }
 }
 
 /// What is said of a pod that could not be removed.
-pub(crate) fn detaching(noted: &[(u64, Notes)], cgroup_id: u64) -> String {
+fn detaching(noted: &[(u64, Notes)], cgroup_id: u64) -> String {
     let notes = noted.iter().find(|(id, _)| *id == cgroup_id);
     let cgroup = notes.map(|(_, notes)| notes.cgroup.display().to_string());
     let cgroup = cgroup.unwrap_or_else(|| format!("number {cgroup_id}"));

@@ -57,22 +57,9 @@ pub fn detach_all() -> Result<usize> {
         Ok(tables) => {
             // Notes without links: an attachment, or a detachment, was interrupted.
             let keys = tables.records.keys().context("reading RECORDS")?;
-            let mut noted = record::all(&tables)?;
-            let mut first_failure = Ok(());
-            for cgroup_id in pods.iter().chain(&keys) {
-                match one(&pins, &tables, *cgroup_id, &noted) {
-                    Ok(()) => noted.retain(|(id, _)| id != cgroup_id),
-                    Err(error) => {
-                        let error = error.context(collect::detaching(&noted, *cgroup_id));
-                        if first_failure.is_ok() {
-                            first_failure = Err(error);
-                        } else {
-                            tracing::warn!("{error:#}");
-                        }
-                    }
-                }
-            }
-            first_failure?;
+            let noted = record::all(&tables)?;
+            let all = pods.iter().copied().chain(keys);
+            collect::each(&pins, &tables, all, noted).result()?;
         }
         Err(_) if pods.is_empty() => {}
         // Capture ends with the links; what the maps hold goes with them.

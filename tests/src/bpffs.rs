@@ -288,6 +288,11 @@ impl State {
         Self { pins: pins(), maps }
     }
 
+    /// How many entries a map has; it has to be there.
+    pub fn entries(&self, map: &str) -> usize {
+        self.maps[map].len()
+    }
+
     /// The differences to what is wanted, in words; none if equal.
     pub fn differences(&self, wanted: &Self) -> Vec<String> {
         let mut found = differences(&self.pins, &wanted.pins, |pin| {

@@ -11,7 +11,6 @@
 
 use std::{net::Ipv4Addr, thread, time::Duration};
 
-use aya::maps::{HashMap, LpmTrie, Map, MapData};
 use redirect_common::{
     pod::PodConfig,
     record::Record,
@@ -20,7 +19,7 @@ use redirect_common::{
 };
 use redirect_tests::{
     backend::Backend::Redirect,
-    bpffs,
+    bpffs::{self, State},
     faults::{
         self, DIRECT, INTERFACE, OTHER, OTHER_OPTIONS, THIRD, THIRD_OPTIONS, attach, detach, ends,
         run,
@@ -114,7 +113,7 @@ fn one_pod_too_many(map: &str, fills: impl FnOnce(&Scene) -> (Empty, Option<i32>
     1 << 14,
     "route flush type blackhole",
     "more routes or addresses than are kept",
-    || entries_of_trie::<{ size_of::<RouteKey>() }, { size_of::<RouteInfo>() }>("ROUTES"),
+    "ROUTES",
     1 << 14
 )]
 #[case::interfaces(
@@ -123,7 +122,7 @@ fn one_pod_too_many(map: &str, fills: impl FnOnce(&Scene) -> (Empty, Option<i32>
     300,
     "link del group 77",
     "machines behind 45 more are not captured",
-    || entries_of_hash::<{ size_of::<InterfaceKey>() }, { size_of::<Interface>() }>("INTERFACES"),
+    "INTERFACES",
     256
 )]
 fn no_pod_takes_the_room_of_others(
@@ -132,7 +131,7 @@ fn no_pod_takes_the_room_of_others(
     #[case] count: u32,
     #[case] clear: &str,
     #[case] told: &str,
-    #[case] entries: fn() -> usize,
+    #[case] map: &str,
     #[case] most: usize,
 ) {
     bpffs::private(|| {
@@ -140,6 +139,7 @@ fn no_pod_takes_the_room_of_others(
         run(&mut attach(&other, &THIRD_OPTIONS));
         // One that stays.
         scene.pod.netns.ip("link add full type bridge");
+        let entries = || State::read().entries(map);
         let before = entries();
         let mut taken = 0;
         for round in 0..2 {
@@ -194,18 +194,6 @@ fn what_is_left_out_speaks_for_no_network() {
         }
         scene.detach();
     });
-}
-
-fn entries_of_trie<const K: usize, const V: usize>(name: &str) -> usize {
-    let map = Map::LpmTrie(bpffs::map(name).unwrap());
-    let map: LpmTrie<MapData, [u8; K], [u8; V]> = map.try_into().unwrap();
-    map.keys().count()
-}
-
-fn entries_of_hash<const K: usize, const V: usize>(name: &str) -> usize {
-    let map = Map::HashMap(bpffs::map(name).unwrap());
-    let map: HashMap<MapData, [u8; K], [u8; V]> = map.try_into().unwrap();
-    map.keys().count()
 }
 
 /// What happens to a connection whose SYN is on its way while others fill `FLOWS`.

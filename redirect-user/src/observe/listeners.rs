@@ -63,7 +63,7 @@ pub struct Holder {
     /// The process.
     pub pid: i32,
     /// The descriptor's number.
-    pub number: i32,
+    number: i32,
 }
 
 impl Listener {
@@ -288,6 +288,19 @@ mod tests {
         fstat(fd).unwrap().st_ino
     }
 
+    /// A listener on port 15006 of the namespace.
+    fn open_listener(ns: &NetworkNamespace) -> OwnedFd {
+        ns.run_inside(|| reuseport_listener((Ipv4Addr::UNSPECIFIED, 15006).into()))
+            .unwrap()
+    }
+
+    /// The only one that is found there.
+    fn only_listener(ns: &NetworkNamespace) -> Listener {
+        let found = listeners(ns, &[15006], Among::All).unwrap().found;
+        let [listener] = <[Listener; 1]>::try_from(found).unwrap();
+        listener
+    }
+
     fn pids(listener: &Listener) -> Vec<i32> {
         listener.holders.iter().map(|holder| holder.pid).collect()
     }
@@ -330,9 +343,7 @@ mod tests {
     fn listeners_held_by_another_process_outlive_it_through_our_descriptor() {
         let pod = TestNamespace::new();
         let ns = pod.open();
-        let open = ns
-            .run_inside(|| reuseport_listener((Ipv4Addr::UNSPECIFIED, 15006).into()))
-            .unwrap();
+        let open = open_listener(&ns);
         let wanted = inode(&open);
         // The child stays in our namespace and holds the pod's socket as its standard input.
         let mut child = Command::new("sleep")
@@ -340,14 +351,11 @@ mod tests {
             .stdin(Stdio::from(open))
             .spawn()
             .unwrap();
-        let listeners = listeners(&ns, &[15006], Among::All).unwrap();
-        let [listener] = &listeners.found[..] else {
-            panic!("{listeners:?}")
-        };
+        let listener = only_listener(&ns);
         let fd = listener.duplicate().unwrap().unwrap();
         child.kill().unwrap();
         child.wait().unwrap();
-        assert_eq!(pids(listener), [i32::try_from(child.id()).unwrap()]);
+        assert_eq!(pids(&listener), [i32::try_from(child.id()).unwrap()]);
         assert_eq!(inode(&fd), wanted);
         assert!(getsockopt(&fd, sockopt::AcceptConn).unwrap());
         // Negative control.
@@ -358,14 +366,9 @@ mod tests {
     fn listener_is_had_from_whoever_still_holds_it_and_only_if_it_is_its_creators() {
         let pod = TestNamespace::new();
         let ns = pod.open();
-        let open = ns
-            .run_inside(|| reuseport_listener((Ipv4Addr::UNSPECIFIED, 15006).into()))
-            .unwrap();
+        let open = open_listener(&ns);
         let second = open.try_clone().unwrap();
-        let listeners = listeners(&ns, &[15006], Among::All).unwrap();
-        let [listener] = &listeners.found[..] else {
-            panic!("{listeners:?}")
-        };
+        let listener = only_listener(&ns);
         assert_eq!(listener.holders.len(), 2);
         drop(open);
         assert!(listener.duplicate().unwrap().is_some());

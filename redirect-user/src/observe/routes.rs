@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use netlink_sys::protocols::NETLINK_ROUTE;
 
-use self::addresses::{is_global, read_addresses};
+use self::addresses::{is_global, keep_first, read_addresses};
 use self::cells::{Cell, cells, is_never_unicast, parent, representative};
 use self::kernel::{Answer, Unreachable, ask, read_prefixes};
 use super::netlink::Netlink;
@@ -193,15 +193,7 @@ fn read_table(wait: Duration) -> io::Result<RoutingTable> {
     }
 
     let named = read_prefixes(&netlink, MOST_PREFIXES)?;
-    let count = addresses.len();
-    let mut room = [MOST_ADDRESSES; 2];
-    addresses.retain(|address| {
-        let room = &mut room[usize::from(address.address.is_ipv6())];
-        let has_room = *room > 0;
-        *room = room.saturating_sub(1);
-        has_room
-    });
-    let left_out = named.left_out || addresses.len() < count;
+    let left_out = keep_first(&mut addresses, MOST_ADDRESSES) || named.left_out;
     let cells = cells(named.iter(), &addresses);
     let prefixes: BTreeSet<IpNet> = cells.keys().copied().collect();
     let mut answers = BTreeMap::new();

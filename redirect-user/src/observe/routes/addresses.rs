@@ -25,6 +25,18 @@ pub(super) fn read_addresses(netlink: &Netlink) -> io::Result<Vec<Address>> {
     })
 }
 
+/// Keeps so many of each family, the first. True if others were left out.
+pub(super) fn keep_first(addresses: &mut Vec<Address>, most: usize) -> bool {
+    let before = addresses.len();
+    let mut kept = [0; 2];
+    addresses.retain(|address| {
+        let kept = &mut kept[usize::from(address.address.is_ipv6())];
+        *kept += 1;
+        *kept <= most
+    });
+    addresses.len() < before
+}
+
 fn address_of(message: &AddressMessage) -> Option<Address> {
     let (address, flags) = own_address(message)?;
     Some(Address {
