@@ -128,6 +128,32 @@ fn administrator_of_the_pods_network_does_not_end_capture(
     assert_eq!(from_outside.outcome(), expected);
 }
 
+/// What is captured before passes afterwards: routes are read without the user whose packets a rule sends elsewhere.
+#[rstest]
+fn foreign_destination_called_the_pods_own_passes() {
+    let mut scene = attached(Redirect, &Options::ISTIO);
+    let to = scene.address(V4, To::Service(80));
+    let cgroup = scene.pod.cgroup.path().to_owned();
+    assert_eq!(answers(&scene, &cgroup, &by_user("1000"), to), "15001");
+    let (foreign, gateway) = (to.ip(), scene.pod.peer4);
+    scene.pod.netns.ip(&format!(
+        "route add local {foreign}/32 dev lo
+route add default via {gateway} dev eth0 table 77
+rule add pref 1 uidrange 1000-1000 lookup 77
+rule add pref 2 lookup local
+rule del pref 0"
+    ));
+    // Otherwise what the foreign address answers is refused as forged.
+    for parameter in ["ipv4/conf/all", "ipv4/conf/eth0"] {
+        scene.pod.netns.sysctl(&[
+            (&format!("{parameter}/accept_local"), "1"),
+            (&format!("{parameter}/rp_filter"), "0"),
+        ]);
+    }
+    scene.attach(Redirect, &Options::ISTIO);
+    assert_eq!(answers(&scene, &cgroup, &by_user("1000"), to), SERVICE);
+}
+
 #[rstest]
 #[case::another_user(&["setpriv", "--reuid", "1000", "--regid", "1000", "--clear-groups"])]
 #[case::superuser_of_a_user_namespace(&["setpriv", "--reuid", "1000", "--regid", "1000", "--clear-groups", "unshare", "--user", "--map-root-user"])]
