@@ -158,13 +158,10 @@ fn only_included_destinations_are_captured(
         );
     }
     if backend == Redirect {
-        assert_eq!(
-            (
-                count(&scene, "machine-captured"),
-                count(&scene, "machine-not-included")
-            ),
-            (2, 6)
-        );
+        assert_eq!(count(&scene, "machine-not-included"), 6);
+        // An acknowledgement that is sent twice may have its connection counted again.
+        let captured = count(&scene, "machine-captured");
+        assert!((2..=3).contains(&captured), "{captured}");
     }
 }
 
