@@ -349,9 +349,9 @@ impl Case<'_> {
         }
         assert!(wrong.is_empty(), "{}", wrong.join("\n"));
         eprintln!("{suffers:?}: {tally:?} of {}", points.len());
-        // In every case about half do at least, and of the three on a slow machine one.
+        // In every case about half do at least.
         assert!(
-            suffers == Suffers::Kill || tally.failed * 3 >= points.len(),
+            suffers == Suffers::Kill || tally.failed * 3 > points.len(),
             "hardly any call fails: {tally:?}"
         );
     }
@@ -460,7 +460,8 @@ fn points(calls: &[String], meant: impl Fn(&str) -> bool) -> Vec<usize> {
         .collect();
     let most = amount(u32::MAX, MOST_WHEN_SLOW) as usize;
     let step = points.len().div_ceil(most).max(1);
-    points.into_iter().step_by(step).collect()
+    // From the middle of the first step: a call's first ones are not like most.
+    points.into_iter().skip(step / 2).step_by(step).collect()
 }
 
 /// About so many of the calls that last, counted from 1, at equal distances, and the last one: what is done then is done.

@@ -137,19 +137,14 @@ fn foreign_destination_called_the_pods_own_passes() {
     assert_eq!(answers(&scene, &cgroup, &by_user("1000"), to), "15001");
     let (foreign, gateway) = (to.ip(), scene.pod.peer4);
     scene.pod.netns.ip(&format!(
-        "route add local {foreign}/32 dev lo
-route add default via {gateway} dev eth0 table 77
-rule add pref 1 uidrange 1000-1000 lookup 77
-rule add pref 2 lookup local
-rule del pref 0"
+        "route add local {foreign}/32 dev lo\nroute add default via {gateway} dev eth0 table 77\nrule add pref 1 uidrange 1000-1000 lookup 77\nrule add pref 2 lookup local\nrule del pref 0"
     ));
     // Otherwise what the foreign address answers is refused as forged.
-    for parameter in ["ipv4/conf/all", "ipv4/conf/eth0"] {
-        scene.pod.netns.sysctl(&[
-            (&format!("{parameter}/accept_local"), "1"),
-            (&format!("{parameter}/rp_filter"), "0"),
-        ]);
-    }
+    scene.pod.netns.sysctl(&[
+        ("ipv4/conf/all/accept_local", "1"),
+        ("ipv4/conf/all/rp_filter", "0"),
+        ("ipv4/conf/eth0/rp_filter", "0"),
+    ]);
     scene.attach(Redirect, &Options::ISTIO);
     assert_eq!(answers(&scene, &cgroup, &by_user("1000"), to), SERVICE);
 }
