@@ -281,7 +281,10 @@ impl DetachArgs {
                     say(format_args!("not attached {}", cgroup.path().display()))?;
                 }
             }
-            None => say(format_args!("detached {} pods", detach::detach_all()?))?,
+            None => match detach::detach_all()? {
+                1 => say("detached 1 pod")?,
+                count => say(format_args!("detached {count} pods"))?,
+            },
         }
         Ok(ExitCode::SUCCESS)
     }

@@ -5,8 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
 use clap::Args;
-use comfy_table::{Table, presets};
-use owo_colors::OwoColorize as _;
+use comfy_table::{Cell, Color, Table, presets};
 
 use super::Format;
 use crate::check::{Level, Report, Subject, check};
@@ -53,20 +52,52 @@ impl CheckArgs {
 
 fn text(report: &Report) -> String {
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
+    // Where colours are not shown, `say` takes them away.
+    table.load_preset(presets::NOTHING).enforce_styling();
     for finding in &report.findings {
         let level = match finding.level {
-            Level::Ok => "ok".green().to_string(),
-            Level::Note => "note".to_owned(),
-            Level::Warning => "warning".yellow().to_string(),
-            Level::Bad => "BAD".red().to_string(),
+            Level::Ok => Cell::new("ok").fg(Color::DarkGreen),
+            Level::Note => Cell::new("note"),
+            Level::Warning => Cell::new("warning").fg(Color::DarkYellow),
+            Level::Bad => Cell::new("BAD").fg(Color::DarkRed),
         };
-        table.add_row([level, finding.what.clone(), finding.detail.clone()]);
+        table.add_row([level, Cell::new(&finding.what), Cell::new(&finding.detail)]);
     }
     let verdict = if report.ready {
         "pods can be captured here"
     } else {
         "pods cannot be captured here as it is"
     };
-    format!("{table}\n{verdict}")
+    format!("{}\n{verdict}", table.trim_fmt())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::check::Finding;
+
+    #[test]
+    fn colours_take_no_room_in_the_table() {
+        let findings = [Level::Ok, Level::Note, Level::Warning, Level::Bad].map(|level| Finding {
+            what: "what".to_owned(),
+            level,
+            detail: "detail".to_owned(),
+        });
+        let coloured = text(&Report {
+            ready: false,
+            findings: findings.to_vec(),
+        });
+        let plain = anstream::adapter::strip_str(&coloured).to_string();
+        assert_ne!(plain, coloured);
+        assert_eq!(
+            plain.lines().collect::<Vec<_>>(),
+            [
+                " ok       what  detail",
+                " note     what  detail",
+                " warning  what  detail",
+                " BAD      what  detail",
+                "pods cannot be captured here as it is",
+            ]
+        );
+    }
 }

@@ -23,7 +23,7 @@ pub fn text(status: &Status) -> Result<String> {
         for (name, value) in rows(pod) {
             table.add_row([format!("  {name}"), value]);
         }
-        write!(out, "\n{table}")?;
+        write!(out, "\n{}", table.trim_fmt())?;
     }
     Ok(out)
 }
