@@ -323,9 +323,10 @@ mod tests {
                 .spawn()
                 .expect("util-linux is installed");
             let stranger = Self(child);
-            let ours = fs::metadata("/proc/self/ns/net").unwrap().ino();
+            // The last that unshare(2) changes.
+            let ours = fs::metadata("/proc/self/ns/user").unwrap().ino();
             let start = Instant::now();
-            while proc::namespace_inode(stranger.pid(), "net").is_none_or(|inode| inode == ours) {
+            while proc::namespace_inode(stranger.pid(), "user").is_none_or(|inode| inode == ours) {
                 assert!(
                     start.elapsed() < Duration::from_secs(10),
                     "unshare made no namespaces"
