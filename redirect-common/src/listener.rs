@@ -4,10 +4,19 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::address::Address;
 
-/// How many listeners are remembered per port. A port has several when the proxy uses
-/// `SO_REUSEPORT` or one socket per family; the kernel spreads connections over the whole
-/// reuseport group whichever member is chosen, so any living one is enough.
+/// How many listeners of each family are remembered per port. A port has several when the proxy uses
+/// `SO_REUSEPORT`; the kernel spreads connections over the whole reuseport group whichever member is
+/// chosen, so any living one is enough.
 pub const LISTENER_SLOTS: u16 = 8;
+
+/// The first of the [`LISTENER_SLOTS`] slots of listeners bound to addresses of this family; an
+/// IPv4-mapped one is IPv4. Each family has its own, since the listeners of one may not serve the
+/// other: a proxy that opens both while those of its former process are still there would push out
+/// its own of the other family.
+#[inline(always)]
+pub const fn first_listener_slot(bound: &Address) -> u16 {
+    if bound.is_v4() { 0 } else { LISTENER_SLOTS }
+}
 
 /// Key of `LISTENERS`.
 #[repr(C)]
@@ -17,7 +26,7 @@ pub struct ListenerKey {
     pub netns_cookie: u64,
     /// The port listened on, host order.
     pub port: u16,
-    /// `0..LISTENER_SLOTS`.
+    /// `0..LISTENER_SLOTS` for IPv4, and as many after them for IPv6.
     pub slot: u16,
     /// Padding, zero.
     pub _pad: u32,

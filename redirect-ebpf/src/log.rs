@@ -110,14 +110,14 @@ extern "C" fn trouble_with_connection(
     0
 }
 
-/// More sockets listen on a port of the proxy than are remembered. Global for the same reason.
+/// More sockets of a family listen on a port of the proxy than are remembered. Global for the same reason.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn listener_slots_full(netns_cookie: u64, port: u32) -> i32 {
     if somebody_reads(netns_cookie) {
         warn!(
             (),
-            "netns {}: more than {} sockets listen on port {}: the new one replaces one of them",
+            "netns {}: more than {} sockets of one family listen on port {}: the new one replaces one of them",
             netns_cookie,
             LISTENER_SLOTS,
             port

@@ -19,8 +19,8 @@ use redirect_tests::{
     namespace::errors,
     options::Options,
     pod::Pod,
-    protocol::{Identity, Listen},
-    scene::{Scene, wildcards},
+    protocol::{Dial, Family, Identity, Listen},
+    scene::{Scene, To, wildcards},
 };
 use rstest::rstest;
 
@@ -66,7 +66,7 @@ fn detach_forgets_listeners_of_former_ports_too() {
     });
 }
 
-/// There is room for eight on a port. Those of the application come first by address, and none of them serves the pod's own connections.
+/// There is room for eight of each family on a port. Those of the application come first by address, and none of them serves the pod's own connections.
 #[rstest]
 #[case::by_user(Identity::new(1337, 4000), "15001")]
 #[case::by_group(Identity::new(4000, 1337), "15001")]
@@ -89,6 +89,39 @@ fn listeners_of_the_proxy_come_first(#[case] proxy: Identity, #[case] who: &str)
     assert_eq!(out(&mut scene, 80), "service");
     scene.attach(Redirect, &Options::ISTIO);
     assert_eq!(out(&mut scene, 80), who);
+}
+
+/// A proxy that is handed over to its next process has listeners of both families beside the former ones.
+#[rstest]
+#[case::ipv4(Family::V4, [0, 1])]
+#[case::ipv6(Family::V6, [1, 0])]
+fn listeners_of_one_family_do_not_push_out_the_other(
+    #[case] family: Family,
+    #[case] order: [usize; 2],
+) {
+    const FEW: usize = 2;
+    const MANY: usize = 64;
+    let mut scene = Scene::without_proxy(Pod::new(), &Options::ISTIO);
+    scene.attach(Redirect, &Options::ISTIO);
+    let answered = |scene: &mut Scene| {
+        let dial = Dial::new(family, scene.address(family, To::Service(80)));
+        scene.app.dial(&dial).outcome().to_owned()
+    };
+    let proxy = |scene: &Scene, who: &str, sockets: [usize; 2]| {
+        let cgroup = Some(scene.pod.cgroup.child("sidecar"));
+        let mut proxy = Actor::start(&scene.pod.netns.path(), cgroup, Identity::PROXY);
+        for (place, sockets) in order.into_iter().zip(sockets) {
+            proxy.listen(Listen::new(who, wildcards(15001)[place]).reuseport(sockets));
+        }
+        proxy
+    };
+    let former = proxy(&scene, "former", [MANY, MANY]);
+    assert_eq!(answered(&mut scene), "former");
+    let next = proxy(&scene, "next", [FEW, MANY]);
+    drop(former);
+    assert_eq!(answered(&mut scene), "next");
+    drop(next);
+    assert_eq!(answered(&mut scene), "ECONNREFUSED");
 }
 
 /// The application may listen more often than the loader may open files.

@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use anyhow::{Context, Result};
 use redirect_common::connection::SocketState;
 use redirect_common::decide::is_proxy;
-use redirect_common::listener::{LISTENER_SLOTS, ListenerKey};
+use redirect_common::listener::{LISTENER_SLOTS, ListenerKey, first_listener_slot};
 use redirect_common::pod::PodConfig;
 use redirect_common::route::{ROUTE_LOCAL, ROUTE_PREFIX_BITS, RouteKey};
 
@@ -62,8 +62,14 @@ pub(super) fn find_listeners(
             }
         }
         on_port.sort_by_cached_key(|listener| !of_proxy(listener));
-        let mut slots = 0..LISTENER_SLOTS;
+        // Of each family's slots.
+        let mut used = [0; 2];
         for listener in on_port {
+            let first = first_listener_slot(&listener.address.ip().into());
+            let used = &mut used[usize::from(first / LISTENER_SLOTS)];
+            if *used == LISTENER_SLOTS {
+                continue;
+            }
             let socket = match listener.duplicate() {
                 Ok(Some(socket)) => socket,
                 Ok(None) => continue,
@@ -76,8 +82,8 @@ pub(super) fn find_listeners(
                     continue;
                 }
             };
-            let Some(slot) = slots.next() else { break };
-            let key = ListenerKey::new(notes.netns_cookie, port, slot);
+            let key = ListenerKey::new(notes.netns_cookie, port, first + *used);
+            *used += 1;
             let fd = socket.as_raw_fd() as u32;
             let inherited = if port == request.policy.inbound_port {
                 tables.sockets.set(&fd, &SocketState::of_listener(port))
