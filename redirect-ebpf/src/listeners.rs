@@ -57,6 +57,7 @@ pub fn assign(ctx: &SockLookup, netns_cookie: u64, port: u16, target: &Address) 
         let key = ListenerKey::new(netns_cookie, port, number ^ first);
         ctx.assign(&key, |bound| listener_serves(bound, target))
     };
+    const { assert!(2 * LISTENER_SLOTS == 16) };
     // By fours, which LLVM unrolls: the verifier of Linux 6.1 does not come to the end of a longer loop.
     let four =
         |start: u16| serves(start) || serves(start + 1) || serves(start + 2) || serves(start + 3);
