@@ -52,10 +52,11 @@ impl ListenerKey {
 /// iptables REDIRECT changes the destination address, and the socket look-up that follows is by
 /// address: a wildcard listener is found, or one on that very address. What the pod sent goes to
 /// loopback; for what it got, any of its own addresses will do, since which one REDIRECT aims at
-/// depends on the interface.
+/// depends on the interface. An IPv6 socket bound to `::` may serve both families, one bound to
+/// `::ffff:0.0.0.0` only IPv4.
 #[inline(always)]
 pub fn listener_serves(bound: &Address, target: &Address) -> bool {
-    bound.is_unspecified()
+    bound.is_unspecified() && (!bound.is_v4() || target.is_v4())
         || *bound == *target
         || !target.is_loopback() && !bound.is_loopback() && bound.is_v4() == target.is_v4()
 }

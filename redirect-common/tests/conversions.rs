@@ -1,7 +1,7 @@
 //! Values of any bytes: what the programs and the loader make of them is defined, and leads back.
 
 mod fuzz {
-    use std::net::IpAddr;
+    use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
     use bytemuck::{Pod, pod_read_unaligned};
     use proptest::prelude::*;
@@ -63,7 +63,7 @@ mod fuzz {
     fn any_address() -> impl Strategy<Value = IpAddr> {
         prop_oneof![
             any::<IpAddr>(),
-            any::<[u8; 4]>().prop_map(|v4| std::net::Ipv4Addr::from(v4).to_ipv6_mapped().into()),
+            any::<[u8; 4]>().prop_map(|v4| Ipv4Addr::from(v4).to_ipv6_mapped().into()),
             any::<[u8; 3]>().prop_map(|[a, b, c]| IpAddr::from([127, a, b, c])),
             (0..128_u32).prop_map(|bit| IpAddr::from((1_u128 << bit).to_be_bytes())),
             any::<u8>().prop_map(|low| IpAddr::from(u128::from(low).to_be_bytes())),
@@ -138,6 +138,9 @@ mod fuzz {
         fn any_listener_serves_its_own_address_and_family(bound in any_address(), target in any_address()) {
             let (bound, target) = (Address::from(bound), Address::from(target));
             prop_assert!(listener_serves(&bound, &bound));
+            let wildcards = [IpAddr::from(Ipv4Addr::UNSPECIFIED), IpAddr::from(Ipv6Addr::UNSPECIFIED)];
+            let [v4, v6] = wildcards.map(|any| listener_serves(&any.into(), &target));
+            prop_assert_eq!((v4, v6), (target.is_v4(), true));
             if listener_serves(&bound, &target) && bound != target && !bound.is_unspecified() {
                 prop_assert_eq!(bound.is_v4(), target.is_v4());
                 prop_assert!(!bound.is_loopback() && !target.is_loopback());
@@ -145,7 +148,7 @@ mod fuzz {
         }
 
         #[test]
-        fn any_interface_gives_an_address_of_the_family(v4: std::net::Ipv4Addr, v6: std::net::Ipv6Addr, wanted in any_address()) {
+        fn any_interface_gives_an_address_of_the_family(v4: Ipv4Addr, v6: Ipv6Addr, wanted in any_address()) {
             let interface = Interface { ipv4: IpAddr::from(v4).into(), ipv6: IpAddr::from(v6).into(), ..Interface::default() };
             let wanted = Address::from(wanted);
             if let Some(address) = interface.address_for(&wanted) && !v6.to_canonical().is_ipv4() {

@@ -8,7 +8,10 @@
     reason = "a test panics where it fails, also in its helpers"
 )]
 
-use std::{net::Ipv4Addr, process::Command};
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    process::Command,
+};
 
 use redirect_tests::{
     actor::Actor,
@@ -122,6 +125,34 @@ fn listeners_of_one_family_do_not_push_out_the_other(
     assert_eq!(answered(&mut scene), "next");
     drop(next);
     assert_eq!(answered(&mut scene), "ECONNREFUSED");
+}
+
+/// An IPv6 socket on an IPv4-mapped address serves IPv4 only, also one that was there before its pod was attached.
+#[rstest]
+fn listeners_on_mapped_addresses_serve_ipv4(
+    #[values("[::ffff:0.0.0.0]:15001", "[::ffff:127.0.0.1]:15001")] at: SocketAddr,
+    #[values(true, false)] is_before: bool,
+) {
+    let mut scene = Scene::without_proxy(Pod::new(), &Options::ISTIO);
+    let cgroup = Some(scene.pod.cgroup.child("sidecar"));
+    let mut proxy = Actor::start(&scene.pod.netns.path(), cgroup, Identity::PROXY);
+    let mut listen = || {
+        proxy.listen(Listen {
+            v6_only: false,
+            ..Listen::new("15001", at)
+        });
+    };
+    if is_before {
+        listen();
+    }
+    scene.attach(Redirect, &Options::ISTIO);
+    if !is_before {
+        listen();
+    }
+    for (family, who) in [(Family::V4, "15001"), (Family::V6, "ECONNREFUSED")] {
+        let dial = Dial::new(family, scene.address(family, To::Service(80)));
+        assert_eq!(scene.app.dial(&dial).outcome(), who, "{family:?}");
+    }
 }
 
 /// The application may listen more often than the loader may open files.

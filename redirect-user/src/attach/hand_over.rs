@@ -109,6 +109,7 @@ pub(super) fn find_listeners(
 /// Whether what is bound there gets connections: `IP_FREEBIND` lets everybody bind addresses that are
 /// not the pod's.
 fn is_reachable(tables: &Tables, netns_cookie: u64, address: IpAddr) -> Result<bool> {
+    let address = address.to_canonical();
     if address.is_unspecified() || address.is_loopback() {
         return Ok(true);
     }
