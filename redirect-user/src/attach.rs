@@ -450,6 +450,7 @@ fn link(
     let directory = pins.pod(request.cgroup.id());
     if directory.is_dir() {
         let same_build = attached.is_some_and(|attached| attached.build == notes.build);
+        let lookup = pins::open_existing(&directory.join(SK_LOOKUP), Kind::Link)?;
         let mut changed = false;
         for hook in HOOKS {
             let path = directory.join(hook.name);
@@ -464,7 +465,6 @@ fn link(
             }
         }
         if !same_build {
-            let lookup = pins::open_existing(&directory.join(SK_LOOKUP), Kind::Link)?;
             let program = programs.load_entry(notes.netns_cookie, Entered::SkLookup)?;
             bpf::link_update(lookup.as_fd(), program.as_fd()).context("updating link sk_lookup")?;
             changed = true;

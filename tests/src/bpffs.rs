@@ -36,7 +36,7 @@ use redirect_common::{
     virtual_machine::{Interface, InterfaceKey},
 };
 
-use crate::{differences::differences, map_ids::map_ids, patience::patience};
+use crate::{cgroup::Cgroup, differences::differences, map_ids::map_ids, patience::patience};
 
 /// Where the loader expects it.
 const MOUNT_POINT: &str = "/sys/fs/bpf";
@@ -413,6 +413,11 @@ pub fn map_pin(name: &str) -> Option<PathBuf> {
         .map(|directory| Path::new(ROOT).join(directory).join(name))
         .into_iter()
         .find(|path| path.exists())
+}
+
+/// Where the link of that name is pinned for the cgroup.
+pub fn link_pin(cgroup: &Cgroup, name: &str) -> PathBuf {
+    Path::new(ROOT).join(format!("pods/{:016x}/{name}", cgroup.id()))
 }
 
 fn keys<K: Pod>(keys: impl Iterator<Item = Result<K, MapError>>) -> impl Iterator<Item = K> {

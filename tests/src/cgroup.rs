@@ -2,6 +2,7 @@
 
 use std::{
     fs, io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -36,6 +37,11 @@ impl Cgroup {
     /// Its directory.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What the kernel calls it.
+    pub fn id(&self) -> u64 {
+        fs::metadata(&self.path).unwrap().ino()
     }
 
     /// The directory of a child, which is made if it is not there.

@@ -10,7 +10,6 @@
 
 use std::{
     fs,
-    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -68,12 +67,8 @@ fn program(name: &str) -> PathBuf {
     programs.unwrap().join(name)
 }
 
-fn cgroup_id(scene: &Scene) -> u64 {
-    fs::metadata(scene.pod.cgroup.path()).unwrap().ino()
-}
-
 fn link(scene: &Scene, name: &str) -> PathBuf {
-    Path::new(ROOT).join(format!("pods/{:016x}/{name}", cgroup_id(scene)))
+    bpffs::link_pin(&scene.pod.cgroup, name)
 }
 
 #[rstest]
@@ -143,9 +138,7 @@ fn pod_whose_link_is_something_else_is_refused_and_can_be_detached(#[case] name:
         scene.attach(Redirect, &Options::ISTIO);
         assert!(is_captured(&mut scene));
         replace(&link(&scene, name), bpffs::map_pin("PODS").unwrap());
-        if name == "connect4" {
-            refused(&scene, &["connect4: it is a map, and has to be a link"]);
-        }
+        refused(&scene, &[name, "it is a map, and has to be a link"]);
         // Another pod's trouble is none of this one's.
         loader::attach(&bystander.pod, &Options::ISTIO);
         assert!(is_captured(&mut bystander));
@@ -222,7 +215,7 @@ fn pod_that_cannot_be_removed_keeps_no_other_from_being_attached_or_detached() {
 fn spoil(scene: &Scene, spoil: fn(&mut Record)) {
     let map = Map::HashMap(bpffs::map("RECORDS").unwrap());
     let mut map: HashMap<MapData, u64, [u8; size_of::<Record>()]> = map.try_into().unwrap();
-    let id = cgroup_id(scene);
+    let id = scene.pod.cgroup.id();
     let mut record: Record = bytemuck::pod_read_unaligned(&map.get(&id, 0).unwrap());
     spoil(&mut record);
     let bytes: [u8; size_of::<Record>()] = bytemuck::bytes_of(&record).try_into().unwrap();
