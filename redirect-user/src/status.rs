@@ -10,6 +10,7 @@ use redirect_common::listener::ListenerKey;
 use redirect_common::verdict::Rule;
 use serde::Serialize;
 
+use crate::collect;
 use crate::layouts;
 use crate::machines;
 use crate::observe::cgroup::Cgroup;
@@ -178,6 +179,15 @@ pub fn fill() -> Result<Vec<Fill>> {
         })
     })
     .collect()
+}
+
+/// Whether connections of this pod are captured: false if an attach was interrupted, or its links have gone.
+pub fn is_capturing(cgroup_id: u64, notes: &Notes) -> Result<bool> {
+    let Some(pins) = Pins::open_existing()? else {
+        return Ok(false);
+    };
+    Ok(!collect::is_gone(&pins, cgroup_id)?
+        && layouts::is_capturing(&pins, &Tables::open(&pins)?, notes)?)
 }
 
 /// The notes on every pod that is attached.

@@ -15,6 +15,7 @@ use redirect_tests::{
     api_server::{ApiServer, Manner},
     bpffs,
     daemon::{Daemon, sandbox},
+    daemon_faults::QUIET,
     kubernetes::object,
     loader,
     mounts::{RUN, own_run_directory},
@@ -87,6 +88,34 @@ fn pod_is_captured_before_its_first_process_runs() {
         }
         let mut late = Actor::start(&pod.netns.path(), None, Identity::APP);
         assert_eq!(late.dial(&dial).outcome(), "service");
+    });
+}
+
+/// The daemon looks at it only once an hour: what has gone meanwhile is told to who asks.
+#[rstest]
+#[case::connect("connect4")]
+#[case::sk_lookup("sk_lookup")]
+fn pod_without_one_of_its_links_is_not_told_to_be_captured(#[case] link: &str) {
+    bpffs::private(|| {
+        let server = ApiServer::start();
+        let daemon = Daemon::start(&server, &QUIET);
+        daemon.until_ready();
+        let pod = Pod::new();
+        let kubernetes = object(&pod, &[]);
+        server.apply(&kubernetes);
+        let (add, check) = (
+            sandbox("add", "c1", &pod, &kubernetes),
+            sandbox("check", "c1", &pod, &kubernetes),
+        );
+        assert_eq!(daemon.ask(&add), captured());
+        assert_eq!(daemon.ask(&check), captured());
+        fs::remove_file(bpffs::link_pin(&pod.cgroup, link)).unwrap();
+        assert_eq!(
+            daemon.ask(&check)["error"],
+            "the pod is attached, but not captured: some of it has been removed"
+        );
+        assert_eq!(daemon.ask(&add), captured());
+        assert_eq!(daemon.ask(&check), captured());
     });
 }
 

@@ -9,6 +9,7 @@ use super::{Attempt, Decision, Keeper, Told, decide, kubernetes_pod, place, pods
 use crate::node::api::{Answer, Gone, Outcome, Sandbox};
 use crate::observe::netns::NetworkNamespace;
 use crate::record::{KubernetesPod, Notes};
+use crate::status;
 
 impl Keeper {
     /// A sandbox has been made; its containers start when this is answered.
@@ -78,11 +79,21 @@ impl Keeper {
             return failed(error, true);
         }
         let uid = pods::uid(pod).unwrap_or_default();
-        let Some((_, notes)) = self.attached.get(uid) else {
+        let Some((cgroup_id, notes)) = self.attached.get(uid) else {
             return failed("the pod is not attached".to_owned(), false);
         };
         match NetworkNamespace::open(&sandbox.netns) {
-            Ok(netns) if netns.inode() == notes.netns_inode => done(Outcome::Captured),
+            Ok(netns) if netns.inode() == notes.netns_inode => {
+                match status::is_capturing(*cgroup_id, notes) {
+                    Ok(true) => done(Outcome::Captured),
+                    Ok(false) => failed(
+                        "the pod is attached, but not captured: some of it has been removed"
+                            .to_owned(),
+                        false,
+                    ),
+                    Err(error) => failed(format!("{error:#}"), true),
+                }
+            }
             Ok(_) => failed(
                 format!(
                     "netns: {}: the pod is attached in another one, {}",
