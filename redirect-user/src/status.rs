@@ -164,7 +164,10 @@ pub fn fill() -> Result<Vec<Fill>> {
         ("LISTS", tables.lists.keys()?.len()),
         ("ROUTES", tables.routes.keys()?.len()),
         ("DESTINATIONS", tables.destinations.keys()?.len()),
+        ("DNS_SLOTS", tables.dns_slots.keys()?.len()),
         ("FLOWS", tables.flows.keys()?.len()),
+        ("INTERFACES", tables.interfaces.keys()?.len()),
+        ("MACHINE_FLOWS", tables.machine_flows.keys()?.len()),
         ("LISTENERS", tables.listeners.keys()?.len()),
     ]
     .into_iter()
