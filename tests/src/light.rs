@@ -2,7 +2,8 @@
 
 use std::{
     fs,
-    net::Ipv4Addr,
+    net::{Ipv4Addr, TcpListener},
+    os::fd::OwnedFd,
     process::{Child, Command, Stdio},
 };
 
@@ -10,7 +11,7 @@ use serde_json::Value;
 
 use crate::{cgroup::Cgroup, kubernetes, namespace::Namespace};
 
-/// A network namespace with an address and a default route, a cgroup, and a process in both.
+/// A network namespace with an address and a default route, a cgroup, and a process in both, which has listeners where a proxy would.
 #[derive(Debug)]
 pub struct LightPod {
     process: Child,
@@ -36,9 +37,14 @@ impl LightPod {
         ));
         let cgroup = Cgroup::below(above, &format!("pod{uid}"));
         let process = netns.enter(|| {
+            let listener = |port| {
+                let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap();
+                Stdio::from(OwnedFd::from(listener))
+            };
             Command::new("sleep")
                 .arg("3600")
-                .stdin(Stdio::null())
+                .stdin(listener(15001))
+                .stdout(listener(15006))
                 .spawn()
                 .unwrap()
         });

@@ -30,7 +30,7 @@ pub(super) fn find_listeners(
     request: &Request,
     notes: &Notes,
     config: &PodConfig,
-    among: Among,
+    among: Among<'_>,
 ) -> Result<Listeners> {
     let in_container = match &request.proxy {
         ProxyIdentity::Container {
@@ -47,7 +47,7 @@ pub(super) fn find_listeners(
     };
     let ports: Vec<u16> = request.policy.listeners().map(|(port, _)| port).collect();
     let mut found = listeners(&request.netns, &ports, among)?;
-    if among == Among::Inside && !found.unreachable.is_empty() {
+    if matches!(among, Among::Pod(_)) && !found.unreachable.is_empty() {
         // Those that are held elsewhere were handed over at attach: the others are not to take their places.
         return Ok(found);
     }

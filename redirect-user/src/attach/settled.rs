@@ -56,7 +56,8 @@ pub fn is_settled(request: &Request) -> Result<bool> {
             return Ok(false);
         }
     }
-    find_listeners(&tables, request, &notes, &config, Among::Inside)?;
+    let among = Among::Pod(&request.cgroup);
+    find_listeners(&tables, request, &notes, &config, among)?;
     Ok(true)
 }
 

@@ -19,6 +19,7 @@ use rustix::fs::{Stat, fstat};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
+use super::cgroup::Cgroup;
 use super::netlink::Netlink;
 use super::netns::{self, NetworkNamespace};
 use super::proc;
@@ -116,16 +117,17 @@ pub struct Listeners {
 }
 
 /// Whose descriptors are looked through for those that listen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Among {
-    /// The processes in the namespace, until each listener has a holder.
-    Inside,
-    /// All of these, and all others of the node if need be, which takes long.
+#[derive(Clone, Copy, Debug)]
+pub enum Among<'a> {
+    /// The processes in this cgroup, and then those in the namespace, until each listener has a holder. To find the latter, all
+    /// processes of the node have to be looked at.
+    Pod(&'a Cgroup),
+    /// All in the namespace, and all others of the node if need be, which takes long.
     All,
 }
 
 /// The TCP listeners (both families) of the namespace on any of `ports`.
-pub fn listeners(ns: &NetworkNamespace, ports: &[u16], among: Among) -> Result<Listeners> {
+pub fn listeners(ns: &NetworkNamespace, ports: &[u16], among: Among<'_>) -> Result<Listeners> {
     let list = || {
         ns.run_inside(|| listening_sockets(ports))?
             .map_err(|source| Error::SockDiag {
@@ -138,22 +140,26 @@ pub fn listeners(ns: &NetworkNamespace, ports: &[u16], among: Among) -> Result<L
         return Ok(Listeners::default());
     }
 
-    // A listener is nearly always held by a process of its own namespace.
-    let (inside, outside): (Vec<_>, Vec<_>) = proc::pids()
-        .into_iter()
-        .partition(|&pid| ns.contains(pid) == Some(true));
     let mut found = HashMap::new();
-    for pid in inside {
-        if among == Among::Inside && found.len() == wanted.len() {
-            break;
-        }
-        take_from(pid, &wanted, &mut found);
+    if let Among::Pod(cgroup) = among {
+        // It may have gone.
+        let processes = cgroup.processes().unwrap_or_default();
+        take_until_complete(processes, &wanted, &mut found);
     }
-    for pid in outside {
-        if among == Among::Inside || found.len() == wanted.len() {
-            break;
+    if found.len() < wanted.len() {
+        // A listener is nearly always held by a process of its own namespace.
+        let (inside, outside): (Vec<_>, Vec<_>) = proc::pids()
+            .into_iter()
+            .partition(|&pid| ns.contains(pid) == Some(true));
+        match among {
+            Among::Pod(_) => take_until_complete(inside, &wanted, &mut found),
+            Among::All => {
+                for pid in inside {
+                    take_from(pid, &wanted, &mut found);
+                }
+                take_until_complete(outside, &wanted, &mut found);
+            }
         }
-        take_from(pid, &wanted, &mut found);
     }
     wanted.retain(|inode, _| !found.contains_key(inode));
     if !wanted.is_empty() {
@@ -207,6 +213,20 @@ fn socket_of(answer: &SockDiagMessage) -> Option<Unreachable> {
         address: SocketAddr::new(id.source_address, id.source_port),
         inode: response.header.inode.into(),
     })
+}
+
+/// Adds what these processes hold of what is wanted, until each has a holder.
+fn take_until_complete(
+    pids: Vec<i32>,
+    wanted: &HashMap<u64, Unreachable>,
+    found: &mut HashMap<u64, Listener>,
+) {
+    for pid in pids {
+        if found.len() == wanted.len() {
+            return;
+        }
+        take_from(pid, wanted, found);
+    }
 }
 
 /// Adds what this process holds of what is wanted. A process that vanishes or refuses is passed over.
