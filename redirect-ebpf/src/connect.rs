@@ -41,6 +41,11 @@ pub fn connect(ctx: &SockAddr) -> i32 {
     let asked = ctx.address();
     let destination = outbound::meant(asked, &bound_to(sock, &asked));
     let bound = bound_to(sock, &destination);
+    if bound.is_v4() && !destination.is_v4() {
+        // The kernel refuses it (`ip6_dst_lookup_tail`); to a steered address it would become IPv4.
+        forget(sock);
+        return ALLOW;
+    }
     let address = sock.address();
     let judged = outbound::judge(
         netns_cookie,

@@ -310,6 +310,26 @@ fn ipv6_socket_bound_to_an_address_connects_to_ipv4(
     }
 }
 
+/// Not even a captured connection becomes IPv4 by that.
+#[rstest]
+fn ipv6_socket_bound_to_ipv4_does_not_connect_to_ipv6(
+    #[values(Redirect, Iptables)] backend: Backend,
+    #[values(false, true)] loopback: bool,
+) {
+    let mut scene = attached(backend);
+    let IpAddr::V4(own) = scene.pod.own(V4) else {
+        panic!("not IPv4");
+    };
+    let bind = if loopback { Ipv4Addr::LOCALHOST } else { own };
+    let real = scene.address(V6, To::Service(80));
+    let dial = Dial::new(V6, real);
+    let dialed = scene.app.dial(&dial);
+    let attempt = out(APP, To::Service(80), Outbound);
+    scene.judge(&dialed, real, &attempt).unwrap();
+    let dial = dial.bind(SocketAddr::new(bind.to_ipv6_mapped().into(), 0));
+    assert_eq!(scene.app.dial(&dial).outcome(), "EAFNOSUPPORT");
+}
+
 #[rstest]
 fn link_local_destination_is_captured(#[values(Redirect, Iptables)] backend: Backend) {
     let mut scene = Scene::new();
