@@ -280,10 +280,11 @@ pub fn attach(request: &Request) -> Result<Outcome> {
         }
         Err(error) => {
             // Best effort: the error that matters is the first one.
+            let unstaged = pins.remove_staging();
             let undone = if known {
-                Ok(())
+                unstaged
             } else {
-                detach::one(&pins, &tables, cgroup_id, &noted)
+                unstaged.and(detach::one(&pins, &tables, cgroup_id, &noted))
             };
             // What was written for a policy that no pod has now.
             if let Err(undo) = undone.and_then(|()| collect::unused_lists(&tables)) {
@@ -454,7 +455,7 @@ fn link(
         let mut changed = false;
         for hook in HOOKS {
             let path = directory.join(hook.name);
-            if let Some(link) = pins::open(&path, Kind::Link)? {
+            if let Some(link) = pins::open_link(&path)? {
                 if !same_build {
                     programs.update(hook, &link)?;
                 }

@@ -12,7 +12,7 @@ use redirect_common::POLICY_LAYOUT_VERSION;
 use crate::detach;
 use crate::layouts;
 use crate::pins::{self, Pins};
-use crate::programs::{self, SK_LOOKUP};
+use crate::programs::{self, HOOKS, Hook, SK_LOOKUP};
 use crate::record::{self, Notes};
 use crate::sys::bpf;
 use crate::tables::Tables;
@@ -107,6 +107,22 @@ pub(crate) fn is_gone(pins: &Pins, cgroup_id: u64) -> Result<bool> {
         Ok::<_, Error>(cut_off.unwrap_or(true))
     };
     Ok(is_cut_off("connect4", bpf::cgroup_link)? || is_cut_off(SK_LOOKUP, bpf::netns_link)?)
+}
+
+/// True if nothing of the pod has gone, and each of its hooks that is due has its link. A detach that was killed may have cut
+/// off some.
+pub(crate) fn is_linked(
+    pins: &Pins,
+    cgroup_id: u64,
+    is_due: impl Fn(&Hook) -> bool,
+) -> Result<bool> {
+    let directory = pins.pod(cgroup_id);
+    for hook in HOOKS.iter().filter(|hook| is_due(hook)) {
+        if pins::is_cut_off(&directory.join(hook.name), bpf::cgroup_link)? != Some(false) {
+            return Ok(false);
+        }
+    }
+    Ok(!is_gone(pins, cgroup_id)?)
 }
 
 /// True for a command whose `redirect run` was killed, once the command itself has ended. Its empty

@@ -164,8 +164,19 @@ impl Pins {
             .with_context(|| format!("renaming {} to {}", staged.display(), name.display()))
     }
 
-    fn remove_staging(&self) -> Result<()> {
-        remove(&self.root.join(STAGING))
+    /// Removes what was staged and not published. Links end at once: unpinned ones stay attached for a while, and attached again
+    /// meanwhile, a connection would meet both programs.
+    pub fn remove_staging(&self) -> Result<()> {
+        let staging = self.root.join(STAGING);
+        if !staging.is_dir() {
+            return Ok(());
+        }
+        for path in entries(&staging)? {
+            if let Ok(link) = bpf::open_pinned(&path, Kind::Link) {
+                drop(bpf::link_detach(link.as_fd()));
+            }
+        }
+        remove(&staging)
     }
 
     /// Removes everything once no pod is left, but for the directory itself: it holds the lock.
@@ -231,6 +242,24 @@ pub fn detach_link(path: &Path) -> Result<()> {
     // If it stays it goes with the directory, or that tells why not.
     drop(fs::remove_file(path));
     Ok(())
+}
+
+/// Opens a cgroup's pinned link; None if there is no such pin. One that is cut off, by a detach that was killed or with the
+/// proxy's cgroup, is removed.
+pub fn open_link(path: &Path) -> Result<Option<OwnedFd>> {
+    let Some(link) = open(path, Kind::Link)? else {
+        return Ok(None);
+    };
+    let target = bpf::cgroup_link(link.as_fd());
+    if target
+        .with_context(|| format!("reading {}", path.display()))?
+        .target
+        != 0
+    {
+        return Ok(Some(link));
+    }
+    fs::remove_file(path).with_context(|| format!("removing {}", path.display()))?;
+    Ok(None)
 }
 
 /// Whether the kernel has cut a pinned link off, as what it hung on has gone; None if there is no such pin.

@@ -17,9 +17,9 @@ use crate::observe::cgroup::Cgroup;
 use crate::observe::interfaces::interfaces;
 use crate::observe::netns::NetworkNamespace;
 use crate::observe::routes::routing_table;
-use crate::options::Policy;
+use crate::options::{Dns, Policy};
 use crate::pins::Pins;
-use crate::programs;
+use crate::programs::{self, Hook, Need, Side};
 use crate::proxy::ProxyIdentity;
 use crate::record::{self, KubernetesPod, Notes};
 use crate::settings;
@@ -184,12 +184,17 @@ pub fn fill() -> Result<Vec<Fill>> {
     .collect()
 }
 
-/// Whether connections of this pod are captured: false if an attach was interrupted, or its links have gone.
+/// Whether connections of this pod are captured: false if an attach was interrupted, or any of its links has gone.
 pub fn is_capturing(cgroup_id: u64, notes: &Notes) -> Result<bool> {
     let Some(pins) = Pins::open_existing()? else {
         return Ok(false);
     };
-    Ok(!collect::is_gone(&pins, cgroup_id)?
+    let is_due = |hook: &Hook| match hook.side {
+        Side::Client | Side::Proxy => hook.need == Need::Always || notes.policy.dns != Dns::Off,
+        // The notes do not tell whose cgroup that is.
+        Side::ProxyElsewhere => false,
+    };
+    Ok(collect::is_linked(&pins, cgroup_id, is_due)?
         && layouts::is_capturing(&pins, &Tables::open(&pins)?, notes)?)
 }
 

@@ -93,7 +93,9 @@ fn pod_is_captured_before_its_first_process_runs() {
 
 /// The daemon looks at it only once an hour: what has gone meanwhile is told to who asks.
 #[rstest]
-#[case::connect("connect4")]
+#[case::connect4("connect4")]
+#[case::connect6("connect6")]
+#[case::sockops("sockops")]
 #[case::sk_lookup("sk_lookup")]
 fn pod_without_one_of_its_links_is_not_told_to_be_captured(#[case] link: &str) {
     bpffs::private(|| {

@@ -7,23 +7,26 @@
 
 use std::process::Command;
 
+use nix::errno::Errno;
 use redirect_tests::{
-    bpffs,
+    bpffs::{self, Objects},
     container::Container,
     faults::{
-        Case, Cast, DIRECT, Ends, INTERFACE, ISTIO, OTHER, OTHER_OPTIONS,
+        self, Case, Cast, DIRECT, Ends, INTERFACE, ISTIO, OTHER, OTHER_OPTIONS,
         Suffers::{self, Kill, Refusal},
-        THIRD, THIRD_OPTIONS, attach, detach, run,
+        THIRD, THIRD_OPTIONS, attach, detach, ends, run,
     },
     loader::{self, OtherBuild, attach_by},
     options::Options,
     pod::Pod,
+    tracer::{self, Fault},
 };
 use rstest::rstest;
 
 const EVERYWHERE: fn(&str) -> bool = |_| true;
 /// Where the programs are loaded already, opening what is pinned is the same for every attachment.
 const CHANGES: fn(&str) -> bool = |call| call != "bpf OBJ_GET";
+const LINKS: fn(&str) -> bool = |call| call == "bpf LINK_DETACH";
 const PINS: fn(&str) -> bool = |call| ["unlinkat", "unlink", "rmdir", "rename"].contains(&call);
 
 #[rstest]
@@ -62,6 +65,35 @@ fn attach_of_a_second_pod(
             restore: &|casts| run(&mut detach_first(casts)),
         }
         .endure(suffers, EVERYWHERE);
+    });
+}
+
+/// Links that were made before the one that is refused do not stay attached until somebody else calls.
+#[rstest]
+fn refused_first_attach_leaves_no_link() {
+    bpffs::private(|| {
+        let (mut scene, bystander) = (faults::scene(), faults::scene());
+        run(&mut attach(&bystander, &OTHER_OPTIONS));
+        let before = Objects::loaded();
+        let command = attach(&scene, &Options::ISTIO);
+        let calls = tracer::run(&command, None).calls;
+        run(&mut detach(&scene));
+        let last = calls.iter().rposition(|call| call == "bpf LINK_CREATE");
+        let refused = Fault::Refuse {
+            call: last.unwrap() + 1,
+            error: Errno::EPERM,
+        };
+        let traced = tracer::run(&command, Some(refused));
+        assert_eq!(traced.code, Some(1), "{traced:?}");
+        assert!(traced.errors.contains("connect6"), "{traced:?}");
+        let left = Objects::loaded().without(&before).wait_until_freed();
+        assert!(left.is_empty(), "{left:?}");
+        // The control: without the refusal there are some.
+        run(&mut attach(&scene, &Options::ISTIO));
+        let links = Objects::loaded().without(&before);
+        assert!(!links.links().is_empty());
+        assert_eq!(ends(&mut scene, None).unwrap(), ISTIO);
+        run(&mut detach(&scene));
     });
 }
 
@@ -117,6 +149,22 @@ fn detach_of_the_last_pod(
             restore: &|casts| run(&mut detach_first(casts)),
         }
         .endure(suffers, at);
+    });
+}
+
+/// A link may have been cut off and still be pinned: the next attach does not take it for one that captures. To be refused there
+/// is no failure.
+#[rstest]
+fn detach_that_is_killed_between_links_and_attach() {
+    bpffs::private(|| {
+        Case {
+            casts: vec![Cast::new(ISTIO, DIRECT, ISTIO)],
+            prepare: &|casts| run(&mut attach_istio(casts)),
+            command: &detach_first,
+            repair: &attach_istio,
+            restore: &|casts| run(&mut detach_first(casts)),
+        }
+        .endure(Kill, LINKS);
     });
 }
 

@@ -8,7 +8,6 @@ use crate::observe::listeners::Among;
 use crate::observe::routes::routing_table_now;
 use crate::options::Mode;
 use crate::pins::Pins;
-use crate::programs::{HOOKS, SK_LOOKUP};
 use crate::record::Notes;
 use crate::tables::Tables;
 use crate::{collect, settings};
@@ -42,7 +41,9 @@ pub fn is_settled(request: &Request) -> Result<bool> {
     if known != notes
         || tables.pods.get(&notes.netns_cookie)? != Some(config)
         || tables.counts.get(&notes.netns_cookie)?.is_empty()
-        || !is_linked(&pins, request)?
+        || !collect::is_linked(&pins, request.cgroup.id(), |hook| {
+            cgroup_of(hook, request).is_some()
+        })?
     {
         return Ok(false);
     }
@@ -59,14 +60,4 @@ pub fn is_settled(request: &Request) -> Result<bool> {
     let among = Among::Pod(&request.cgroup);
     find_listeners(&tables, request, &notes, &config, among)?;
     Ok(true)
-}
-
-fn is_linked(pins: &Pins, request: &Request) -> Result<bool> {
-    let cgroup_id = request.cgroup.id();
-    let directory = pins.pod(cgroup_id);
-    let is_pinned = |name: &str| directory.join(name).exists();
-    let mut hooks = HOOKS.iter();
-    Ok(is_pinned(SK_LOOKUP)
-        && hooks.all(|hook| cgroup_of(hook, request).is_none() || is_pinned(hook.name))
-        && !collect::is_gone(pins, cgroup_id)?)
 }
