@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 
@@ -25,7 +26,7 @@ pub struct NotStarted {
     /// The command's first word.
     pub program: OsString,
     /// What the kernel said.
-    pub source: std::io::Error,
+    pub source: io::Error,
 }
 
 /// Runs the command and waits for it. The proxy may be any process on this machine that listens in
@@ -142,7 +143,14 @@ struct RunCgroup {
 impl RunCgroup {
     fn create(mountpoint: &Path) -> Result<Self> {
         let path = mountpoint.join(format!("{PREFIX}{}", std::process::id()));
-        fs::create_dir(&path).with_context(|| format!("making cgroup {}", path.display()))?;
+        let made = match fs::create_dir(&path) {
+            // A run that was killed had the same process id.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                fs::remove_dir(&path).and_then(|()| fs::create_dir(&path))
+            }
+            made => made,
+        };
+        made.with_context(|| format!("making cgroup {}", path.display()))?;
         Ok(Self { path })
     }
 }

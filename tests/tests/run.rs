@@ -10,6 +10,7 @@
 
 use std::{
     collections::BTreeSet,
+    fmt::Display,
     fs,
     io::{BufRead as _, BufReader},
     path::{Path, PathBuf},
@@ -67,7 +68,7 @@ fn run_actor(scene: &Scene) -> Actor {
 }
 
 /// The cgroup made by a `redirect run` with that process id.
-fn cgroup_of(pid: u32) -> PathBuf {
+fn cgroup_of(pid: impl Display) -> PathBuf {
     mount_point().join(format!("redirect-run-{pid}"))
 }
 
@@ -252,6 +253,45 @@ fn run_that_is_killed_at_a_call_is_collected_by_the_next() {
         }
         assert!(killed * 2 > points.len(), "only {killed} were killed");
         loader::detach(other.pod.cgroup.path());
+    });
+}
+
+/// Process ids are used again, in a container that is restarted always the same one.
+#[rstest]
+#[case::killed("", 0, "")]
+#[case::outlived_by_its_command(
+    "sleep 60 2>&- & echo $! > \"$1/cgroup.procs\";",
+    1,
+    "making cgroup"
+)]
+fn cgroup_of_a_former_run_with_the_same_process_id(
+    #[case] former: &str,
+    #[case] code: i32,
+    #[case] says: &str,
+) {
+    bpffs::private(|| {
+        let scene = Scene::new();
+        let run = run_shell(&scene, "true");
+        let script = format!("set -- \"$0$$\" \"$@\"; mkdir \"$1\"; {former} shift; exec \"$@\"");
+        let mut command = Command::new("sh");
+        command.args(["-c", &script]).arg(cgroup_of(""));
+        command.arg(run.get_program()).args(run.get_args());
+        let child = command.stderr(Stdio::piped()).spawn().unwrap();
+        let cgroup = cgroup_of(child.id());
+        let output = child.wait_with_output().unwrap();
+        let living = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+        for pid in living.lines() {
+            kill(Pid::from_raw(pid.parse().unwrap()), Signal::SIGKILL).unwrap();
+        }
+        let said = errors(&output);
+        assert_eq!(output.status.code(), Some(code), "{said}");
+        assert!(
+            said.contains(says) && (code != 0) == said.contains(cgroup.to_str().unwrap()),
+            "{said}"
+        );
+        assert_eq!(living.is_empty(), former.is_empty());
+        wait_until(|| !cgroup.exists() || fs::remove_dir(&cgroup).is_ok());
+        assert_eq!(bpffs::pins(), BTreeSet::new());
     });
 }
 
