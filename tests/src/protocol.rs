@@ -316,6 +316,8 @@ pub struct Listen {
     pub at: SocketAddr,
     /// How many `SO_REUSEPORT` sockets; 0 and 1 mean a plain socket without the option.
     pub reuseport: usize,
+    /// `SO_REUSEADDR`.
+    pub reuse_address: bool,
     /// `IPV6_V6ONLY`.
     pub v6_only: bool,
     /// What is done with a connection.
@@ -354,6 +356,7 @@ impl Listen {
             who: who.to_owned(),
             at,
             reuseport: 0,
+            reuse_address: true,
             v6_only: true,
             manner: Manner::Converse,
             transparent: false,

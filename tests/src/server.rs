@@ -101,7 +101,7 @@ pub fn bound(listen: &Listen) -> Result<Socket, Error> {
     if listen.at.is_ipv6() {
         socket.set_only_v6(listen.v6_only)?;
     }
-    socket.set_reuse_address(true)?;
+    socket.set_reuse_address(listen.reuse_address)?;
     if listen.reuseport > 1 {
         socket.set_reuse_port(true)?;
     }

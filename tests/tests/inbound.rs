@@ -10,7 +10,7 @@ use redirect_tests::{
     backend::Backend,
     options::Options,
     pod::Pod,
-    protocol::{Dial, Family, Identity, Listen},
+    protocol::{Answer, Dial, Family, Identity, Listen, Request},
     scene::{Attempt, Lands, Scene, To, inward, out},
 };
 use rstest::rstest;
@@ -68,6 +68,38 @@ fn ports(
         .chain(direct.iter().map(|port| inward(*port, Direct)))
         .collect();
     Scene::run(backend, family, options, &attempts);
+}
+
+/// The proxy's end of such a connection has the application's port: like a connection of the application's own, it is in the way of a
+/// socket without `SO_REUSEADDR`. With iptables it has 15006.
+#[rstest]
+fn application_listens_where_the_proxy_has_connections(
+    #[values(Redirect, Iptables)] backend: Backend,
+    #[values(false, true)] reuse_address: bool,
+) {
+    const PORT: u16 = 8088;
+    let mut scene = Scene::new();
+    scene.attach(backend, &Options::ISTIO);
+    let to = scene.address(V4, To::Own(PORT));
+    let dial = Dial::new(V4, to);
+    scene.outside.create("held", V4);
+    assert_eq!(scene.outside.connect("held", &dial).outcome(), "15006");
+    let listen = Listen {
+        reuse_address,
+        ..Listen::new("restarted", (Ipv4Addr::UNSPECIFIED, PORT).into())
+    };
+    let answer = scene.app.request(&Request::Listen(listen));
+    if backend == Redirect && !reuse_address {
+        assert!(
+            matches!(&answer, Answer::Failed(error) if error == "EADDRINUSE"),
+            "{answer:?}"
+        );
+        return;
+    }
+    assert!(matches!(answer, Answer::Done), "{answer:?}");
+    assert_eq!(scene.outside.dial(&dial).outcome(), "15006");
+    let inside = Dial::new(V4, (Ipv4Addr::LOCALHOST, PORT).into());
+    assert_eq!(scene.app.dial(&inside).outcome(), "restarted");
 }
 
 #[rstest]
