@@ -19,6 +19,7 @@ use redirect_tests::{
     kubernetes::object,
     loader,
     mounts::{RUN, own_run_directory},
+    patience::patience,
     pod::Pod,
     protocol::{Dial, Family, Identity, Listen},
     scene::{Scene, To},
@@ -111,6 +112,8 @@ fn pod_without_one_of_its_links_is_not_told_to_be_captured(#[case] link: &str) {
         );
         assert_eq!(daemon.ask(&add), captured());
         assert_eq!(daemon.ask(&check), captured());
+        // What the watch told it of the pod before it was asked has been looked at by then.
+        thread::sleep(patience(Duration::from_secs(1)));
         fs::remove_file(bpffs::link_pin(&pod.cgroup, link)).unwrap();
         assert_eq!(
             daemon.ask(&check)["error"],
