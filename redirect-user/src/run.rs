@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 
@@ -143,14 +144,19 @@ struct RunCgroup {
 impl RunCgroup {
     fn create(mountpoint: &Path) -> Result<Self> {
         let path = mountpoint.join(format!("{PREFIX}{}", std::process::id()));
-        let made = match fs::create_dir(&path) {
-            // A run that was killed had the same process id.
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                fs::remove_dir(&path).and_then(|()| fs::create_dir(&path))
-            }
-            made => made,
-        };
-        made.with_context(|| format!("making cgroup {}", path.display()))?;
+        let making = || format!("making cgroup {}", path.display());
+        let mut made = fs::create_dir(&path);
+        if made
+            .as_ref()
+            .is_err_and(|error| error.kind() == io::ErrorKind::AlreadyExists)
+        {
+            // A run that was killed had the same process id. The kernel takes its time to cut off what it has attached.
+            let former = fs::metadata(&path).with_context(making)?.ino();
+            fs::remove_dir(&path).with_context(making)?;
+            detach::detach(former)?;
+            made = fs::create_dir(&path);
+        }
+        made.with_context(making)?;
         Ok(Self { path })
     }
 }

@@ -258,7 +258,12 @@ fn run_that_is_killed_at_a_call_is_collected_by_the_next() {
 
 /// Process ids are used again, in a container that is restarted always the same one.
 #[rstest]
-#[case::killed("", 0, "")]
+#[case::killed_at_once("", 0, "")]
+#[case::killed_while_it_captured(
+    "$PROGRAM attach --cgroup \"$1\" --netns $NETNS -p 16001 >/dev/null;",
+    0,
+    ""
+)]
 #[case::outlived_by_its_command(
     "sleep 60 2>&- & echo $! > \"$1/cgroup.procs\";",
     1,
@@ -276,6 +281,8 @@ fn cgroup_of_a_former_run_with_the_same_process_id(
         let mut command = Command::new("sh");
         command.args(["-c", &script]).arg(cgroup_of(""));
         command.arg(run.get_program()).args(run.get_args());
+        command.env("PROGRAM", loader::redirect().get_program());
+        command.env("NETNS", scene.pod.netns.path());
         let child = command.stderr(Stdio::piped()).spawn().unwrap();
         let cgroup = cgroup_of(child.id());
         let output = child.wait_with_output().unwrap();
@@ -289,7 +296,7 @@ fn cgroup_of_a_former_run_with_the_same_process_id(
             said.contains(says) && (code != 0) == said.contains(cgroup.to_str().unwrap()),
             "{said}"
         );
-        assert_eq!(living.is_empty(), former.is_empty());
+        assert_eq!(living.is_empty(), code == 0);
         wait_until(|| !cgroup.exists() || fs::remove_dir(&cgroup).is_ok());
         assert_eq!(bpffs::pins(), BTreeSet::new());
     });
