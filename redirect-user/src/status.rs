@@ -18,7 +18,7 @@ use crate::observe::interfaces::interfaces;
 use crate::observe::netns::NetworkNamespace;
 use crate::observe::routes::routing_table;
 use crate::options::{Dns, Policy};
-use crate::pins::Pins;
+use crate::pins::{self, Pins};
 use crate::programs::{self, Hook, Need, Side};
 use crate::proxy::ProxyIdentity;
 use crate::record::{self, KubernetesPod, Notes};
@@ -54,7 +54,7 @@ pub struct Pod {
     pub version: String,
     /// Build of the programs attached.
     pub build: String,
-    /// False if an attach was interrupted: nothing is captured until it is repeated.
+    /// False if an attach was interrupted, or one of the links has gone: not everything is captured until it is repeated.
     pub capturing: bool,
     /// Whether the addresses, routes and excluded interfaces known here are those of the namespace,
     /// and what TPROXY needs is there; None if it is found neither by the path it was attached
@@ -184,18 +184,28 @@ pub fn fill() -> Result<Vec<Fill>> {
     .collect()
 }
 
-/// Whether connections of this pod are captured: false if an attach was interrupted, or any of its links has gone.
+/// Whether connections of this pod are captured: false if an attach was interrupted, or one of its links has gone.
 pub fn is_capturing(cgroup_id: u64, notes: &Notes) -> Result<bool> {
-    let Some(pins) = Pins::open_existing()? else {
-        return Ok(false);
-    };
+    match Pins::open_existing()? {
+        Some(pins) => is_whole(&pins, &Tables::open(&pins)?, cgroup_id, notes),
+        None => Ok(false),
+    }
+}
+
+fn is_whole(pins: &Pins, tables: &Tables, cgroup_id: u64, notes: &Notes) -> Result<bool> {
     let is_due = |hook: &Hook| match hook.side {
         Side::Client | Side::Proxy => hook.need == Need::Always || notes.policy.dns != Dns::Off,
-        // The notes do not tell whose cgroup that is.
+        // The notes do not tell whether the proxy has a cgroup of its own.
         Side::ProxyElsewhere => false,
     };
-    Ok(collect::is_linked(&pins, cgroup_id, is_due)?
-        && layouts::is_capturing(&pins, &Tables::open(&pins)?, notes)?)
+    let is_linked = match collect::is_linked(pins, cgroup_id, is_due) {
+        Err(error) if pins::is_strange(&error) => {
+            tracing::warn!("{error:#}");
+            false
+        }
+        answer => answer?,
+    };
+    Ok(is_linked && layouts::is_capturing(pins, tables, notes)?)
 }
 
 /// The notes on every pod that is attached.
@@ -219,7 +229,7 @@ fn pod(pins: &Pins, tables: &Tables, cgroup_id: u64, notes: Notes) -> Result<Pod
         .map(|(port, _)| on_port(port))
         .collect();
     Ok(Pod {
-        capturing: layouts::is_capturing(pins, tables, &notes)?,
+        capturing: is_whole(pins, tables, cgroup_id, &notes)?,
         routes_current: routes_current(tables, &notes),
         virtual_interfaces: virtual_interfaces(pins, &notes),
         connections: layouts::connections(pins, tables, &notes)?

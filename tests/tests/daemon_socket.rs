@@ -117,10 +117,13 @@ fn pod_without_one_of_its_links_is_not_told_to_be_captured(#[case] link: &str) {
         fs::remove_file(bpffs::link_pin(&pod.cgroup, link)).unwrap();
         assert_eq!(
             daemon.ask(&check)["error"],
-            "the pod is attached, but not captured: some of it has been removed"
+            "the pod is attached, but not captured: some of it has been removed or replaced"
         );
+        let capturing = || loader::status_of(&pod)["capturing"].clone();
+        assert_eq!(capturing(), false);
         assert_eq!(daemon.ask(&add), captured());
         assert_eq!(daemon.ask(&check), captured());
+        assert_eq!(capturing(), true);
     });
 }
 

@@ -32,7 +32,7 @@ fn rows(pod: &Pod) -> Vec<(&'static str, String)> {
     let capture = if pod.capturing {
         "on".green().to_string()
     } else {
-        "interrupted: run `redirect attach` again".red().to_string()
+        "incomplete: run `redirect attach` again".red().to_string()
     };
     let addresses = match pod.routes_current {
         Some(true) => "current".to_owned(),

@@ -87,7 +87,7 @@ impl Keeper {
                 match status::is_capturing(*cgroup_id, notes) {
                     Ok(true) => done(Outcome::Captured),
                     Ok(false) => failed(
-                        "the pod is attached, but not captured: some of it has been removed"
+                        "the pod is attached, but not captured: some of it has been removed or replaced"
                             .to_owned(),
                         false,
                     ),
