@@ -140,6 +140,22 @@ fn detach_of_the_last_pod(
     #[case] repaired: Ends,
     #[case] repair: fn(&[Cast]) -> Command,
 ) {
+    endure_detach_of_the_last_pod(suffers, at, repaired, repair);
+}
+
+/// A link may have been cut off and still be pinned: the next attach does not take it for one that captures. To be refused there
+/// is no failure.
+#[rstest]
+fn detach_that_is_killed_between_links_and_attach() {
+    endure_detach_of_the_last_pod(Kill, LINKS, ISTIO, attach_istio);
+}
+
+fn endure_detach_of_the_last_pod(
+    suffers: Suffers,
+    at: fn(&str) -> bool,
+    repaired: Ends,
+    repair: fn(&[Cast]) -> Command,
+) {
     bpffs::private(|| {
         Case {
             casts: vec![Cast::new(ISTIO, DIRECT, repaired)],
@@ -149,22 +165,6 @@ fn detach_of_the_last_pod(
             restore: &|casts| run(&mut detach_first(casts)),
         }
         .endure(suffers, at);
-    });
-}
-
-/// A link may have been cut off and still be pinned: the next attach does not take it for one that captures. To be refused there
-/// is no failure.
-#[rstest]
-fn detach_that_is_killed_between_links_and_attach() {
-    bpffs::private(|| {
-        Case {
-            casts: vec![Cast::new(ISTIO, DIRECT, ISTIO)],
-            prepare: &|casts| run(&mut attach_istio(casts)),
-            command: &detach_first,
-            repair: &attach_istio,
-            restore: &|casts| run(&mut detach_first(casts)),
-        }
-        .endure(Kill, LINKS);
     });
 }
 
