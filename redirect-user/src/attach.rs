@@ -33,7 +33,7 @@ use crate::observe::netns::NetworkNamespace;
 use crate::observe::routes::{
     Family, MOST_ENTRIES, RoutingTable, first_global_family, routing_table,
 };
-use crate::options::{Dns, Ipv6, Policy};
+use crate::options::{Ipv6, Policy};
 use crate::pins::{self, Pins};
 use crate::programs::{self, Entered, HOOKS, Hook, Need, Programs, SK_LOOKUP, Side};
 use crate::proxy::ProxyIdentity;
@@ -307,15 +307,8 @@ fn needs(request: &Request, links: &Path) -> Vec<Need> {
     };
     Need::ALL
         .into_iter()
-        .filter(|need| has(request, *need) || is_linked(*need))
+        .filter(|need| need.is_of(&request.policy) || is_linked(*need))
         .collect()
-}
-
-fn has(request: &Request, need: Need) -> bool {
-    match need {
-        Need::Always => true,
-        Need::Dns => request.policy.dns != Dns::Off,
-    }
 }
 
 /// What was made in the namespace for this cgroup, or for one of the `others` that shares it.
@@ -492,7 +485,7 @@ fn link(
 
 /// Where a hook is to be attached; None if this pod does not need it.
 fn cgroup_of<'a>(hook: &Hook, request: &'a Request) -> Option<BorrowedFd<'a>> {
-    if !has(request, hook.need) {
+    if !hook.need.is_of(&request.policy) {
         return None;
     }
     let own = request.cgroup.as_fd();

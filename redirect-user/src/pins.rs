@@ -250,12 +250,7 @@ pub fn open_link(path: &Path) -> Result<Option<OwnedFd>> {
     let Some(link) = open(path, Kind::Link)? else {
         return Ok(None);
     };
-    let target = bpf::cgroup_link(link.as_fd());
-    if target
-        .with_context(|| format!("reading {}", path.display()))?
-        .target
-        != 0
-    {
+    if !hangs_nowhere(&link, path, bpf::cgroup_link)? {
         return Ok(Some(link));
     }
     fs::remove_file(path).with_context(|| format!("removing {}", path.display()))?;
@@ -267,11 +262,18 @@ pub fn is_cut_off(
     path: &Path,
     target: fn(BorrowedFd<'_>) -> io::Result<LinkTarget>,
 ) -> Result<Option<bool>> {
-    let Some(link) = open(path, Kind::Link)? else {
-        return Ok(None);
-    };
+    open(path, Kind::Link)?
+        .map(|link| hangs_nowhere(&link, path, target))
+        .transpose()
+}
+
+fn hangs_nowhere(
+    link: &OwnedFd,
+    path: &Path,
+    target: fn(BorrowedFd<'_>) -> io::Result<LinkTarget>,
+) -> Result<bool> {
     let link = target(link.as_fd()).with_context(|| format!("reading {}", path.display()))?;
-    Ok(Some(link.target == 0))
+    Ok(link.target == 0)
 }
 
 /// Removes a directory of pins; it may be absent.

@@ -13,6 +13,7 @@ use aya_obj::generated::bpf_attach_type;
 
 use self::group::Group;
 pub use self::hooks::{HOOKS, Hook, Side};
+use crate::options::{Dns, Policy};
 use crate::pins::{self, Pins};
 use crate::sys::bpf::{self, Kind};
 
@@ -30,6 +31,14 @@ pub enum Need {
 impl Need {
     /// All of them.
     pub const ALL: [Self; 2] = [Self::Always, Self::Dns];
+
+    /// Whether a pod with this policy has it.
+    pub fn is_of(self, policy: &Policy) -> bool {
+        match self {
+            Self::Always => true,
+            Self::Dns => policy.dns != Dns::Off,
+        }
+    }
 
     /// Ends the name of the directory where a build's programs of this need are pinned.
     pub const fn suffix(self) -> &'static str {

@@ -17,9 +17,9 @@ use crate::observe::cgroup::Cgroup;
 use crate::observe::interfaces::interfaces;
 use crate::observe::netns::NetworkNamespace;
 use crate::observe::routes::routing_table;
-use crate::options::{Dns, Policy};
+use crate::options::Policy;
 use crate::pins::{self, Pins};
-use crate::programs::{self, Hook, Need, Side};
+use crate::programs::{self, Hook, Side};
 use crate::proxy::ProxyIdentity;
 use crate::record::{self, KubernetesPod, Notes};
 use crate::settings;
@@ -194,7 +194,7 @@ pub fn is_capturing(cgroup_id: u64, notes: &Notes) -> Result<bool> {
 
 fn is_whole(pins: &Pins, tables: &Tables, cgroup_id: u64, notes: &Notes) -> Result<bool> {
     let is_due = |hook: &Hook| match hook.side {
-        Side::Client | Side::Proxy => hook.need == Need::Always || notes.policy.dns != Dns::Off,
+        Side::Client | Side::Proxy => hook.need.is_of(&notes.policy),
         // The notes do not tell whether the proxy has a cgroup of its own.
         Side::ProxyElsewhere => false,
     };
