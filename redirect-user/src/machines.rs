@@ -104,9 +104,9 @@ pub fn add(
         .partition(|found| known.contains(&found.index));
     let room = MOST_INTERFACES.saturating_sub(old.len());
     for found in old.into_iter().chain(new.iter().copied().take(room)) {
-        changed |= netns
-            .run_inside(|| add_one(tables, netns_cookie, &pinned, found))?
-            .with_context(|| format!("interface {}", found.name))?;
+        changed |= on_interface(netns, found, || {
+            add_one(tables, netns_cookie, &pinned, found)
+        })?;
     }
     if new.len() > room {
         tracing::warn!(
@@ -137,9 +137,7 @@ pub fn remove_others(
             if patterns.iter().any(|pattern| pattern.matches(&found.name)) {
                 continue;
             }
-            netns
-                .run_inside(|| remove_one(tables, &key, &found.name))?
-                .with_context(|| format!("interface {}", found.name))?;
+            on_interface(netns, found, || remove_one(tables, &key, &found.name))?;
         }
         tables
             .interfaces
@@ -248,6 +246,20 @@ fn matching(
         found.name != "lo" && patterns.iter().any(|pattern| pattern.matches(&found.name))
     });
     all
+}
+
+/// Works on an interface, inside its namespace. One that goes meanwhile is not missed: everything on it goes too.
+fn on_interface<T: Default + Send>(
+    netns: &NetworkNamespace,
+    interface: &interfaces::Interface,
+    work: impl FnOnce() -> Result<T> + Send,
+) -> Result<T> {
+    let done = netns.run_inside(work)?;
+    let is_there = |found: &interfaces::Interface| found.index == interface.index;
+    if done.is_err() && !interfaces::interfaces(netns)?.iter().any(is_there) {
+        return Ok(T::default());
+    }
+    done.with_context(|| format!("interface {}", interface.name))
 }
 
 /// Runs inside the namespace.

@@ -1,10 +1,12 @@
-//! A pod that goes while it is attached by hand: the call fails, or what it has attached is collected; another pod stays captured.
+//! What goes while the loader is at it. A pod: the call fails, or what it has attached is collected; another pod stays captured. An
+//! interface: it is not missed.
 #![allow(
     missing_docs,
     reason = "a test binary has no readers of its documentation"
 )]
 
 use std::{
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -12,11 +14,16 @@ use std::{
 use redirect_tests::{
     bpffs::{self, Objects},
     daemon_faults::Vanishes::{self, Both, Cgroup, Namespace},
-    faults::{self, OTHER, OTHER_OPTIONS, attach, detach, ends, run, sample},
+    faults::{
+        self, DIRECT, Ends, INTERFACE, ISTIO, OTHER, OTHER_OPTIONS, attach, detach, ends, run,
+        sample,
+    },
     loader::{self, attach_command},
+    machine::{Link, Machine},
     options::Options,
     patience::patience,
     pod::Pod,
+    scene::Scene,
     tracer,
     traces::Traces,
 };
@@ -105,4 +112,60 @@ fn says_it_has_gone(said: &str) -> bool {
     said.starts_with("redirect: cgroup ")
         && said.contains(" has gone: ")
         && said.lines().count() == 1
+}
+
+const MACHINES: Options = Options {
+    virtual_interfaces: INTERFACE,
+    ..Options::ISTIO
+};
+
+fn attach_machines(scene: &Scene) -> Command {
+    attach(scene, &MACHINES)
+}
+
+fn attach_istio(scene: &Scene) -> Command {
+    attach(scene, &Options::ISTIO)
+}
+
+#[rstest]
+#[case::attach(DIRECT, attach_machines, ISTIO)]
+#[case::removed(ISTIO, attach_istio, ISTIO)]
+#[case::detach(ISTIO, detach, DIRECT)]
+fn interface_that_vanishes_is_not_missed(
+    #[case] old: Ends,
+    #[case] command: fn(&Scene) -> Command,
+    #[case] new: Ends,
+) {
+    bpffs::private(|| {
+        let prepared = || {
+            let scene = faults::scene();
+            let machine = Machine::new(&scene.pod, INTERFACE, 1, Link::Plain);
+            if old == ISTIO {
+                run(&mut attach(&scene, &MACHINES));
+            }
+            (scene, machine)
+        };
+        let calls = {
+            let (scene, _machine) = prepared();
+            let traced = tracer::run(&command(&scene), None);
+            assert_eq!(traced.code, Some(0), "{}", traced.errors);
+            run(&mut detach(&scene));
+            traced.calls
+        };
+        let at_it = (1..=calls.len()).filter(|point| calls[point - 1] == "netlink");
+        let points: Vec<usize> = at_it.collect();
+        assert!(!points.is_empty(), "{calls:?}");
+        for point in points {
+            let (mut scene, _machine) = prepared();
+            let traced = tracer::run_held(&command(&scene), point, || {
+                scene.pod.netns.ip(&format!("link delete {INTERFACE}"));
+            });
+            let case = format!("at {point}: {traced:?}");
+            assert!(traced.struck, "{case}");
+            assert_eq!(traced.code, Some(0), "{case}");
+            assert_eq!(ends(&mut scene, None).unwrap(), new, "{case}");
+            run(&mut detach(&scene));
+            assert!(bpffs::pins().is_empty(), "{case}: {:?}", bpffs::pins());
+        }
+    });
 }

@@ -6,6 +6,7 @@ use nix::{
     sys::uio::{RemoteIoVec, process_vm_readv},
     unistd::Pid,
 };
+use rustix::fs::getxattr;
 
 /// The name of the call that the thread is about to make, if it makes a kernel object or what it does can outlast the process.
 pub(super) fn lasting(thread: Pid) -> Option<String> {
@@ -89,14 +90,12 @@ fn changes_network(thread: Pid, arguments: &[u64]) -> bool {
     let &[descriptor, buffer, length, ..] = arguments else {
         return false;
     };
-    let is_netlink = fs::read_link(format!("/proc/{thread}/fd/{descriptor}"))
-        .ok()
-        .and_then(|path| {
-            let inode = path.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?;
-            let table = fs::read_to_string(format!("/proc/{thread}/net/netlink")).ok()?;
-            Some(table.lines().any(|line| line.ends_with(inode)))
-        });
-    if is_netlink != Some(true) || length < LENGTH as u64 {
+    // A socket that has not sent anything yet may be missing in /proc/net/netlink.
+    let mut protocol = [0; 16];
+    let socket = format!("/proc/{thread}/fd/{descriptor}");
+    let named = getxattr(socket, "system.sockprotoname", &mut protocol).unwrap_or(0);
+    let is_netlink = protocol[..named].starts_with(b"NETLINK");
+    if !is_netlink || length < LENGTH as u64 {
         return false;
     }
     let mut header = [0; LENGTH];
