@@ -349,9 +349,11 @@ impl Case<'_> {
         }
         assert!(wrong.is_empty(), "{}", wrong.join("\n"));
         eprintln!("{suffers:?}: {tally:?} of {}", points.len());
-        // In every case about half do at least.
+        // In every case about half do at least, which a few points do not show.
         assert!(
-            suffers == Suffers::Kill || tally.failed * 3 > points.len(),
+            suffers == Suffers::Kill
+                || points.len() <= MOST_WHEN_SLOW as usize
+                || tally.failed * 3 > points.len(),
             "hardly any call fails: {tally:?}"
         );
     }
