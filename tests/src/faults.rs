@@ -204,6 +204,11 @@ pub struct Cast {
 
 /// The interface of the pod's virtual machine.
 pub const INTERFACE: &str = "vm0";
+/// Captures that machine too.
+pub const MACHINE_OPTIONS: Options = Options {
+    virtual_interfaces: INTERFACE,
+    ..Options::ISTIO
+};
 
 impl Cast {
     /// A pod of that many policies.
@@ -349,11 +354,11 @@ impl Case<'_> {
         }
         assert!(wrong.is_empty(), "{}", wrong.join("\n"));
         eprintln!("{suffers:?}: {tally:?} of {}", points.len());
-        // In every case about half do at least, which a few points do not show.
+        // In every case about half do at least. Of the three on a slow machine, one.
         assert!(
             suffers == Suffers::Kill
-                || points.len() <= MOST_WHEN_SLOW as usize
-                || tally.failed * 3 > points.len(),
+                || tally.failed * 3 > points.len()
+                || points.len() == MOST_WHEN_SLOW as usize && tally.failed == 1,
             "hardly any call fails: {tally:?}"
         );
     }

@@ -12,7 +12,7 @@ use redirect_tests::{
     bpffs::{self, Objects},
     container::Container,
     faults::{
-        self, Case, Cast, DIRECT, Ends, INTERFACE, ISTIO, OTHER, OTHER_OPTIONS,
+        self, Case, Cast, DIRECT, Ends, ISTIO, MACHINE_OPTIONS, OTHER, OTHER_OPTIONS,
         Suffers::{self, Kill, Refusal},
         THIRD, THIRD_OPTIONS, attach, detach, ends, run,
     },
@@ -250,10 +250,6 @@ const ISTIO_ALONE: Ends = &[
 const MACHINE: Ends = &[
     "15001", "15001", "15001", "service", "15006", "15006", "15006", "15001", "15001",
 ];
-const MACHINE_OPTIONS: Options = Options {
-    virtual_interfaces: INTERFACE,
-    ..Options::ISTIO
-};
 const MACHINE_DIRECT: Ends = &[
     "service", "service", "service", "service", "app", "app", "app", "service", "service",
 ];

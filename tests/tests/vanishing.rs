@@ -15,8 +15,8 @@ use redirect_tests::{
     bpffs::{self, Objects},
     daemon_faults::Vanishes::{self, Both, Cgroup, Namespace},
     faults::{
-        self, DIRECT, Ends, INTERFACE, ISTIO, OTHER, OTHER_OPTIONS, attach, detach, ends, run,
-        sample,
+        self, DIRECT, Ends, INTERFACE, ISTIO, MACHINE_OPTIONS, OTHER, OTHER_OPTIONS, attach,
+        detach, ends, run, sample,
     },
     loader::{self, attach_command},
     machine::{Link, Machine},
@@ -114,13 +114,8 @@ fn says_it_has_gone(said: &str) -> bool {
         && said.lines().count() == 1
 }
 
-const MACHINES: Options = Options {
-    virtual_interfaces: INTERFACE,
-    ..Options::ISTIO
-};
-
 fn attach_machines(scene: &Scene) -> Command {
-    attach(scene, &MACHINES)
+    attach(scene, &MACHINE_OPTIONS)
 }
 
 fn attach_istio(scene: &Scene) -> Command {
@@ -141,7 +136,7 @@ fn interface_that_vanishes_is_not_missed(
             let scene = faults::scene();
             let machine = Machine::new(&scene.pod, INTERFACE, 1, Link::Plain);
             if old == ISTIO {
-                run(&mut attach(&scene, &MACHINES));
+                run(&mut attach(&scene, &MACHINE_OPTIONS));
             }
             (scene, machine)
         };
