@@ -143,6 +143,38 @@ fn connection_reset_during_the_handshake_leaves_no_flow(#[values(V4, V6, Mapped)
     assert_eq!(accept(&mut scene, "gone", false), Err("EAGAIN".to_owned()));
 }
 
+/// TPROXY shows the port called and REDIRECT the proxy's: which of them holds is asked once, when the connection is there.
+#[rstest]
+fn change_of_mode_during_the_handshake_changes_what_is_shown_only(
+    #[values(V4, V6, Mapped)] family: Family,
+    #[values(false, true)] to_tproxy: bool,
+    #[values(false, true)] changed: bool,
+) {
+    let [before, after] = [!to_tproxy, to_tproxy].map(|tproxy| Options {
+        tproxy,
+        ..Options::ISTIO
+    });
+    let mut scene = Scene::without_proxy(Pod::new(), &Options::ISTIO);
+    scene.attach(Redirect, &before);
+    listen(&mut scene, family, 15006, true);
+    let to = scene.address(family, To::Own(8080));
+    let dialed = scene.outside.dial(&quiet(family, to, "under way"));
+    assert_eq!(dialed.error, None);
+    if changed {
+        scene.attach(Redirect, &after);
+    }
+    scene.outside.step("under way", Step::Fill).unwrap();
+    accept(&mut scene, "under way", true).unwrap();
+    let server = scene.proxy.look("under way");
+    assert_eq!(told(&server), Some(to), "{server:?}");
+    let tproxy = to_tproxy == changed;
+    let port = if tproxy { 8080 } else { 15006 };
+    assert_eq!(server.local.map(|local| local.port()), Some(port));
+    let client = scene.outside.look("under way");
+    assert_eq!(client.peer.map(canonical), Some(to));
+    assert_eq!(server.peer.map(canonical), client.local.map(canonical));
+}
+
 #[rstest]
 fn connection_that_nobody_has_accepted_is_reset_with_its_listener(
     #[values(Redirect, Iptables)] backend: Backend,

@@ -9,7 +9,7 @@ use super::{
     cast::{Cast, Server},
     draw::Drawn,
     history::{Outage, State},
-    policy::{CLOSED, POLICIES, ROUTES},
+    policy::{CLOSED, Caller, POLICIES, ROUTES},
 };
 use crate::{
     backend::Backend,
@@ -211,6 +211,21 @@ fn expected(state: State, drawn: &Drawn) -> (Lands, &'static str) {
     }
 }
 
+fn options_in(state: State) -> &'static Options {
+    match state {
+        State::Detached => &Options::ISTIO,
+        State::Attached { policy, .. } => &POLICIES[policy].options,
+    }
+}
+
+/// Whether capture may have changed between REDIRECT and TPROXY while that call was made.
+fn changes_mode(cast: &Cast, played: &Played) -> bool {
+    let states = cast.history.possible(played.began, played.greeted);
+    let attached = states.iter().filter(|state| **state != State::Detached);
+    let modes: BTreeSet<bool> = attached.map(|state| options_in(*state).tproxy).collect();
+    modes.len() > 1
+}
+
 /// Compares both ends with what they are to see in that state.
 fn ends(
     cast: &Cast,
@@ -228,19 +243,26 @@ fn ends(
             Err(format!("nobody listens there, and it ends {dialed:?}"))
         };
     }
-    let options = match state {
-        State::Detached => &Options::ISTIO,
-        State::Attached { policy, .. } => &POLICIES[policy].options,
-    };
+    let options = options_in(state);
     let judge = Judge {
         pod: &cast.pod,
         options,
         attached: (state != State::Detached).then_some(Backend::Redirect),
     };
     let to: SocketAddr = route.to.address(&cast.pod, drawn.family);
-    let attempt = route.attempt(lands);
-    let result = judge.judge(dialed, to, &attempt);
-    let Err(why) = result else { return Ok(()) };
+    let see = |lands| judge.judge(dialed, to, &route.attempt(lands));
+    let Err(why) = see(lands) else { return Ok(()) };
+    if changes_mode(cast, played) && route.caller == Caller::Outside {
+        // Taken as the first packet found it, and shown as the end of the handshake did.
+        let shown = match lands {
+            Lands::Inbound => see(Lands::InPlace),
+            Lands::InPlace => see(Lands::Inbound),
+            Lands::Direct | Lands::Outbound => Err(why.clone()),
+        };
+        if shown.is_ok() {
+            return Ok(());
+        }
+    }
     if cast.history.ending(played.began, played.greeted) {
         // Nothing is emulated any more: only where it ended can be told.
         let excused = match lands {
