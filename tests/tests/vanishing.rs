@@ -136,7 +136,7 @@ fn interface_that_vanishes_is_not_missed(
             let scene = faults::scene();
             let machine = Machine::new(&scene.pod, INTERFACE, 1, Link::Plain);
             if old == ISTIO {
-                run(&mut attach(&scene, &MACHINE_OPTIONS));
+                run(&mut attach_machines(&scene));
             }
             (scene, machine)
         };
